@@ -1,0 +1,105 @@
+"""Plans: which compressor sits at the input of which decoder layer, as a dict or as text.
+
+``"2:avgpool:8"`` is ``{2: AveragePool(stride=8)}``; several entries are joined by ``;``, options after the name
+are given in order or as ``option=value``; ``"none"`` is the empty plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+
+from llavolta.compressors import COMPRESSORS, Compressor
+
+Plan = dict[int, Compressor]
+
+
+class PlanError(ValueError):
+    """A plan that cannot be read or does not fit the model."""
+
+
+def parse_plan(plan: str | Mapping[int, Compressor] | None) -> Plan:
+    """A checked plan, layers in rising order. Raises PlanError, which quotes the part that is wrong."""
+    if plan is None:
+        return {}
+    if isinstance(plan, Mapping):
+        entries = list(plan.items())
+        for layer, compressor in entries:
+            if not isinstance(compressor, Compressor):
+                raise PlanError(f"plan for layer {layer!r}: expected a Compressor, got {compressor!r}")
+    elif isinstance(plan, str):
+        text = plan.strip()
+        if text.lower() in ("none", ""):
+            return {}
+        entries = [_parse_entry(part.strip(), plan) for part in text.split(";")]
+    else:
+        raise PlanError(f"a plan is text such as '2:avgpool:8', a dict or None, not {type(plan).__name__}")
+    for layer, _ in entries:
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+            raise PlanError(f"plan {plan!r}: a layer is a whole number from 0, not {layer!r}")
+    if len(dict(entries)) < len(entries):
+        raise PlanError(f"plan {plan!r} names a layer twice; one compressor a layer")
+    return dict(sorted(entries))
+
+
+def _parse_entry(entry: str, plan: str) -> tuple[int, Compressor]:
+    layer, *rest = (part.strip() for part in entry.split(":"))
+    if not rest or not layer.lstrip("-").isdecimal():
+        raise PlanError(f"cannot read {entry!r} in plan {plan!r}; write LAYER:COMPRESSOR:OPTION, as in '2:avgpool:8'")
+    name, *options = rest
+    if name not in COMPRESSORS:
+        raise PlanError(f"unknown compressor {name!r} in plan {plan!r}; known: {', '.join(sorted(COMPRESSORS))}")
+    kind = COMPRESSORS[name]
+    names = [field.name for field in fields(kind)]
+    given = {}
+    for place, option in enumerate(options):
+        key, equals, value = option.partition("=")
+        if not equals:
+            if place >= len(names):
+                raise PlanError(f"{name!r} in plan {plan!r} takes {len(names)} options ({', '.join(names)}), not more")
+            key, value = names[place], option
+        if key not in names or key in given:
+            raise PlanError(f"option {key!r} of {name!r} in plan {plan!r} is unknown or given twice; options: {names}")
+        given[key] = _number_or_text(value)
+    try:
+        return int(layer), kind(**given)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"plan {plan!r}: {error}") from None
+
+
+def _number_or_text(value: str) -> int | float | bool | str:
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
+def format_plan(plan: Mapping[int, Compressor]) -> str:
+    """The text that ``parse_plan`` reads back as ``plan``."""
+    return ";".join(f"{layer}:{compressor}" for layer, compressor in sorted(plan.items())) or "none"
+
+
+def check_layers(plan: Plan, num_layers: int) -> Plan:
+    """``plan``, if its layers exist in a model of ``num_layers`` decoder layers; else PlanError."""
+    for layer in plan:
+        if layer >= num_layers:
+            raise PlanError(
+                f"plan {format_plan(plan)!r} names layer {layer}, but this model's {num_layers} decoder layers "
+                f"are 0..{num_layers - 1}"
+            )
+    return plan
+
+
+def tokens_per_layer(plan: str | Mapping[int, Compressor] | None, num_layers: int, num_tokens: int) -> list[float]:
+    """Visual tokens of one image of ``num_tokens`` tokens that each of ``num_layers`` layers works on."""
+    plan = check_layers(parse_plan(plan), num_layers)
+    counts, left = [], num_tokens
+    for layer in range(num_layers):
+        if layer in plan:
+            left = plan[layer].num_tokens(left)
+        counts.append(left)
+    return counts

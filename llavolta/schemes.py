@@ -1,0 +1,120 @@
+"""Training schemes: which plan is in force at which optimizer step (LLaVolta, section 4.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from llavolta.plan import PlanError, check_layers, format_plan, parse_plan, tokens_per_layer
+
+REFERENCE_LAYERS = 32  # the depth (Vicuna-7B) that the published layers K refer to
+
+
+def compression_ratio(num_layers: int, num_tokens: int, layer: int, stride: int) -> float:
+    """``CR = N L / ((N - K) L_out + K L)`` for average pooling with ``stride`` at the input of decoder ``layer`` K.
+
+    N = ``num_layers``, L = ``num_tokens`` visual tokens, ``L_out = ceil(L / stride)``. Source: LLaVolta, section 4.1.
+    """
+    if not 0 <= layer < num_layers:
+        raise ValueError(f"layer must be 0..{num_layers - 1}, not {layer}")
+    return plan_compression_ratio(f"{layer}:avgpool:{stride}", num_layers, num_tokens)
+
+
+def plan_compression_ratio(plan, num_layers: int, num_tokens: int) -> float:
+    """The same ratio for any plan: visual tokens summed over the layers without compression over those with it."""
+    return num_layers * num_tokens / sum(tokens_per_layer(plan, num_layers, num_tokens))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a scheme: the ``plan`` in force and its ``share`` of the optimizer steps (0 to 1)."""
+
+    plan: str
+    share: float
+
+    def __post_init__(self):
+        object.__setattr__(self, "plan", format_plan(parse_plan(self.plan)))
+        if not (isinstance(self.share, (int, float)) and 0 < self.share <= 1):
+            raise ValueError(f"a stage's share must be above 0 and at most 1, not {self.share!r}")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Stages in their order; their shares sum to 1. The stage is a function of the step and the total alone."""
+
+    name: str
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "stages", tuple(self.stages))
+        total = sum(stage.share for stage in self.stages)
+        if not self.stages or not math.isclose(total, 1, abs_tol=1e-6):
+            raise ValueError(f"scheme {self.name!r}: the shares of its stages sum to {total:g}, not to 1")
+
+    @classmethod
+    def equal(cls, name: str, *plans: str) -> Scheme:
+        """A scheme whose stages share the steps equally."""
+        return cls(name, tuple(Stage(plan, 1 / len(plans)) for plan in plans))
+
+    @classmethod
+    def from_pivots(cls, name: str, plans: Sequence[str], pivots: Sequence[int], total_steps: int) -> Scheme:
+        """A scheme whose stage i ends before optimizer step ``pivots[i]``; the last one ends at ``total_steps``."""
+        edges = [0, *pivots, total_steps]
+        if len(plans) != len(pivots) + 1 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+            raise ValueError(
+                f"{len(plans)} plans need {len(plans) - 1} pivots that rise between 0 and {total_steps}, not {list(pivots)}"
+            )
+        shares = [(b - a) / total_steps for a, b in zip(edges, edges[1:], strict=False)]
+        return cls(name, tuple(Stage(plan, share) for plan, share in zip(plans, shares, strict=True)))
+
+    def boundaries(self, total_steps: int) -> tuple[int, ...]:
+        """The step before which each stage ends; the last is ``total_steps``. Every stage has at least one step."""
+        if total_steps < len(self.stages):
+            raise ValueError(f"{total_steps} steps are too few for the {len(self.stages)} stages of {self.name!r}")
+        ends, share = [], 0.0
+        for number, stage in enumerate(self.stages, start=1):
+            share += stage.share
+            room = total_steps - (len(self.stages) - number)  # one step at least for each stage to come
+            ends.append(min(max(round(share * total_steps), ends[-1] + 1 if ends else 1), room))
+        return tuple(ends)
+
+    def stage_at(self, step: int, total_steps: int) -> int:
+        """The index, from 0, of the stage that trains optimizer step ``step`` (0 .. total_steps - 1)."""
+        if not 0 <= step < total_steps:
+            raise ValueError(f"step must be 0..{total_steps - 1}, not {step}")
+        return sum(step >= end for end in self.boundaries(total_steps))
+
+    def scaled(self, num_layers: int, reference_layers: int = REFERENCE_LAYERS) -> Scheme:
+        """The scheme for a model of another depth.
+
+        Layer K of ``reference_layers`` becomes ``round(K * num_layers / reference_layers)``, halves rounded up, and
+        at least 1 where K is: a scheme that lets the first layers see every token keeps doing so.
+        """
+        return replace(
+            self, stages=tuple(replace(s, plan=scale_plan(s.plan, num_layers, reference_layers)) for s in self.stages)
+        )
+
+
+def scale_plan(plan: str, num_layers: int, reference_layers: int = REFERENCE_LAYERS) -> str:
+    """``plan`` with its layers moved from a model of ``reference_layers`` to one of ``num_layers``; see Scheme.scaled."""
+    scaled = {}
+    for layer, compressor in parse_plan(plan).items():
+        new = max(min(layer, 1), math.floor(layer * num_layers / reference_layers + 0.5))
+        if new in scaled:
+            raise PlanError(f"plan {plan!r} has two layers that both become layer {new} of {num_layers}")
+        scaled[new] = compressor
+    return format_plan(check_layers(scaled, num_layers))
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme.equal("single-stage", "none"),
+        Scheme.equal("heavy", "2:avgpool:8", "none"),
+        Scheme.equal("light", "16:avgpool:8", "none"),
+        Scheme.equal("three-stage", "2:avgpool:8", "16:avgpool:8", "none"),
+        Scheme.equal("four-stage-wider", "2:avgpool:8", "2:avgpool:2", "16:avgpool:2", "none"),
+        Scheme.equal("four-stage-deeper", "2:avgpool:8", "16:avgpool:8", "16:avgpool:2", "none"),
+    )
+}
