@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llavolta.errors import UserError
 
-class UnsupportedModel(TypeError):
+
+class UnsupportedModel(UserError, TypeError):
     """A model, or a way of calling one, that cannot be compressed; the message says why."""
 
 

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import fields
 
 from llavolta.compressors import COMPRESSORS, Compressor
+from llavolta.errors import UserError
 
 Plan = dict[int, Compressor]
 
 
-class PlanError(ValueError):
+class PlanError(UserError, ValueError):
     """A plan that cannot be read or does not fit the model."""
 
 

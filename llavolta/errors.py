@@ -1,0 +1,8 @@
+"""The errors that are a user's to mend: one clear line, also in a notebook."""
+
+
+class UserError(Exception):
+    """A wrong parameter, plan, model or file. The message names the cause and the cure."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython shows this instead of a traceback
+        return [f"{type(self).__name__}: {self}"]

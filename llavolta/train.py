@@ -1,0 +1,504 @@
+"""Training by stages on transformers' Trainer: projector alignment, then instruction tuning under a scheme.
+
+``python -m llavolta.train CONFIG.yaml`` runs what the 03 notebook runs. One run folder holds one run:
+
+    config.yaml      the resolved configuration; another one is refused
+    metrics.jsonl    one JSON object every few steps
+    align/           projector alignment (stage 0), a run folder of its own
+    checkpoint-*/    where training can resume; one at the end of every stage
+    model.safetensors, config.json, ...   the model of the newest finished stage, a plain Hugging Face folder
+
+Stage i of a scheme is the run from the checkpoint at the end of stage i - 1 to the one at the end of stage i, so
+stages trained one by one give the same weights as the whole scheme in one go.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import yaml
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from llavolta import digits
+from llavolta.data import Collator, GroupedSampler, LlavaData
+from llavolta.errors import UserError
+from llavolta.families import find_parts, unwrap
+from llavolta.patch import Compression, compress
+from llavolta.plan import check_layers, parse_plan, tokens_per_layer
+from llavolta.schemes import SCHEMES, Scheme, Stage
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+EMBEDDED = DATA / "tiny-llava"
+PHASE_FOLDER = "align"
+
+
+class ConfigError(UserError, ValueError):
+    """A training configuration that cannot be run; the message names the parameter and what it may be."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run depends on. The defaults are the embedded scale.
+
+    model: a Hugging Face folder or hub name; "embedded" is the tiny LLaVA in data/. data, images: LLaVA JSON and
+    image folder; "digits" is the generated digits VQA. scheme: a name of SCHEMES (layers are scaled to the model's
+    depth) or a list of {plan, share} (taken as they are). stage: train up to the end of this stage of the scheme (from 1), only
+    projector alignment (0), or everything (None). plan: replaces the plan of ``stage``. max_steps: optimizer steps
+    of the whole scheme; epochs: the same as passes over the data (give one of the two). align_steps: those of projector alignment;
+    0 skips it, for a model that is aligned already.
+    """
+
+    output: str
+    model: str = "embedded"
+    data: str = "digits"
+    images: str | None = None
+    align_data: str | None = None
+    align_images: str | None = None
+    scheme: str | list = "three-stage"
+    stage: int | None = None
+    plan: str | None = None
+    max_steps: int | None = None
+    epochs: float | None = None
+    align_steps: int = 120
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    align_learning_rate: float = 4e-3
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    max_length: int = 2048
+    pad_to_square: bool = False
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    gradient_accumulation: int = 1
+    save_steps: int = 0
+    log_steps: int = 10
+    num_workers: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, least in dict(align_steps=0, batch_size=1, max_length=1, gradient_accumulation=1, save_steps=0).items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        for name in ("learning_rate", "align_learning_rate"):
+            if not 0 < float(getattr(self, name)) < 1:
+                raise ConfigError(f"{name} must be between 0 and 1, not {getattr(self, name)!r}")
+        if self.max_steps is not None and self.epochs is not None:
+            raise ConfigError("give max_steps or epochs, not both")
+        if self.max_steps is not None and (not isinstance(self.max_steps, int) or self.max_steps < 1):
+            raise ConfigError(f"max_steps must be a whole number of at least 1, not {self.max_steps!r}")
+        if self.epochs is not None and not self.epochs > 0:
+            raise ConfigError(f"epochs must be above 0, not {self.epochs!r}")
+        stages = len(self._written_stages())
+        if self.stage is not None and (isinstance(self.stage, bool) or self.stage not in range(stages + 1)):
+            raise ConfigError(f"stage must be 0 (projector alignment) .. {stages} for this scheme, not {self.stage!r}")
+        if self.plan is not None and not self.stage:
+            raise ConfigError("plan replaces the plan of one stage of the scheme; say which with stage (from 1)")
+        if self.plan is not None:
+            parse_plan(self.plan)
+
+    def _written_stages(self) -> tuple[Stage, ...]:
+        if isinstance(self.scheme, str):
+            if self.scheme not in SCHEMES:
+                raise ConfigError(f"unknown scheme {self.scheme!r}; choose from {', '.join(SCHEMES)}, or list stages")
+            return SCHEMES[self.scheme].stages
+        try:
+            return Scheme("custom", tuple(Stage(**stage) for stage in self.scheme)).stages
+        except TypeError:
+            raise ConfigError(f"scheme must be a name or a list of {{plan, share}}, not {self.scheme!r}") from None
+
+    def resolve_scheme(self, num_layers: int) -> Scheme:
+        """The scheme for a model of ``num_layers`` decoder layers."""
+        if isinstance(self.scheme, str):
+            scheme = SCHEMES[self.scheme].scaled(num_layers)
+        else:
+            scheme = Scheme("custom", self._written_stages())
+        if self.plan is not None:
+            stages = list(scheme.stages)
+            stages[self.stage - 1] = replace(stages[self.stage - 1], plan=self.plan)
+            scheme = Scheme(f"{scheme.name} with {self.plan} in stage {self.stage}", tuple(stages))
+        for stage in scheme.stages:
+            check_layers(parse_plan(stage.plan), num_layers)
+        return scheme
+
+    @classmethod
+    def from_dict(cls, values: dict) -> TrainConfig:
+        """A configuration from parsed YAML or notebook parameters; unknown names are errors."""
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise ConfigError(f"unknown parameter {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+        if "output" not in values:
+            raise ConfigError("output is missing: name the folder that the run is written to")
+        return cls(**values)
+
+
+# What may differ between two calls on one run folder: how far to train, and how, not what.
+_FREE = ("output", "stage", "num_workers", "log_steps", "save_steps")
+
+
+def digits_data(scenes: int = 4000, heldout: int = 300, seed: int = 0) -> Path:
+    """The generated digits VQA data set in data/cache, built on first use."""
+    return digits.build(DATA / "cache" / f"digits-{scenes}-{heldout}-{seed}", scenes, heldout, seed)
+
+
+def load_model(name: str) -> tuple:
+    """(model, processor) of a Hugging Face folder or hub name, float32; "embedded" is the one in data/.
+
+    Raises ConfigError when weights are missing, which ``from_pretrained`` would fill with random numbers.
+    """
+    path = str(EMBEDDED) if name == "embedded" else name
+    if not Path(path).exists() and (path.startswith((".", "/")) or path.count("/") != 1):
+        raise ConfigError(f"no model folder {path}; give a Hugging Face folder, a hub name or 'embedded'")
+    model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigError(f"{path} lacks {len(missing)} weights of its model, such as {missing[0]}; the folder is damaged")
+    return model, AutoProcessor.from_pretrained(path)
+
+
+def set_trainable(model, phase: str) -> None:
+    """Freeze what LLaVA freezes. "align": all but the projector. "instruct": the vision tower."""
+    core = unwrap(model).base_model
+    for name, parameter in unwrap(model).named_parameters():
+        tower = "vision_tower" in name
+        projector = "multi_modal_projector" in name
+        parameter.requires_grad_(projector if phase == "align" else not tower)
+    core.vision_tower.eval()
+
+
+class StageCallback(TrainerCallback):
+    """Sets the plan of the stage that the optimizer step belongs to, and stops after the last stage asked for."""
+
+    def __init__(self, scheme: Scheme, stop_after: int | None = None):
+        self.scheme, self.stop_after = scheme, stop_after
+        self.handle: Compression | None = None
+        self.stage: int | None = None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        stage = self.scheme.stage_at(state.global_step, state.max_steps)
+        if self.handle is None or stage != self.stage:
+            self.release()
+            self.stage = stage
+            self.handle = compress(model, self.scheme.stages[stage].plan, labelled_only=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        ends = self.scheme.boundaries(state.max_steps)
+        if state.global_step in ends:
+            control.should_save = True
+            if self.stop_after is not None and state.global_step >= ends[self.stop_after - 1]:
+                control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.release()
+
+    def release(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+
+
+class MetricsCallback(TrainerCallback):
+    """Appends step, stage, plan, loss, learning rate, visual tokens per layer and seconds per step to metrics.jsonl."""
+
+    def __init__(self, file: Path, scheme: Scheme, num_layers: int, num_tokens: int):
+        self.file, self.scheme = file, scheme
+        self.tokens = [tokens_per_layer(stage.plan, num_layers, num_tokens) for stage in scheme.stages]
+        self.seconds, self.steps, self.started = 0.0, 0, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        kept = [row for row in read_metrics(self.file) if row["step"] <= state.global_step]  # a resumed run
+        self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.perf_counter() - self.started
+        self.steps += 1
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "loss" not in (logs or {}):
+            return
+        stage = self.scheme.stage_at(state.global_step - 1, state.max_steps)
+        row = {
+            "step": state.global_step,
+            "stage": stage + 1,
+            "plan": self.scheme.stages[stage].plan,
+            "loss": logs["loss"],
+            "learning_rate": logs.get("learning_rate"),
+            "tokens_per_layer": self.tokens[stage],
+            "seconds": self.seconds / max(self.steps, 1),
+        }
+        self.seconds, self.steps = 0.0, 0
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class StageTrainer(Trainer):
+    """Trainer that groups batches by modality and length, saves what resumes, and stops at a loss that is not finite."""
+
+    def __init__(self, *args, scheme: Scheme, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scheme = scheme
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None):
+        data = train_dataset if train_dataset is not None else self.train_dataset
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return GroupedSampler(data.lengths, data.has_image, batch, self.args.seed)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            stage = self.scheme.stage_at(self.state.global_step, self.state.max_steps)
+            raise FloatingPointError(
+                f"the loss became {loss.item()} at step {self.state.global_step + 1} (stage {stage + 1}, plan "
+                f"{self.scheme.stages[stage].plan}); nothing was saved over. Lower learning_rate (now "
+                f"{self.args.learning_rate}) or check the data, and run again: training resumes at the last checkpoint"
+            )
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        # Trainer would save LLaVA under its old key names, which its own resume then fails to load.
+        model = unwrap(self.model)
+        save = model.save_pretrained
+        try:
+            model.save_pretrained = lambda *args, **kwargs: save(*args, **{**kwargs, "save_original_format": False})
+            super()._save(output_dir, state_dict)
+        finally:
+            del model.save_pretrained
+        folder = Path(output_dir or self.args.output_dir)
+        step, total = self.state.global_step, self.state.max_steps
+        stages = [asdict(stage) for stage in self.scheme.stages]
+        stage = self.scheme.stage_at(min(step, total - 1), total) + 1
+        record = {"scheme": self.scheme.name, "stages": stages, "step": step, "total_steps": total, "next_stage": stage}
+        (folder / "scheme.json").write_text(json.dumps(record, indent=1))
+
+
+def train(config: TrainConfig, progress: bool = True) -> Path:
+    """Run ``config`` up to its stage, doing only what its output folder does not hold yet. Returns that folder.
+
+    Missing earlier stages, projector alignment among them, are trained first. Raises ConfigError, PlanError,
+    DataError, FloatingPointError; whatever was finished before stays.
+    """
+    output = Path(config.output)
+    model_name = config.model
+    _, num_layers, num_tokens = _describe(config)
+    scheme = config.resolve_scheme(num_layers)
+    _claim(output, config, scheme)
+    if config.align_steps:
+        align = output / PHASE_FOLDER
+        one_stage = Scheme.equal("align", "none")
+        if not _finished(align, config.align_steps):
+            _say("stage 0, projector alignment: training", progress)
+            data, images = _align_data(config)
+            _run(config, align, "align", config.model, data, images, one_stage, config.align_steps, None, progress)
+        if config.stage == 0:
+            _export(align, output)
+            return output
+        model_name = str(align)
+    elif config.stage == 0:
+        raise ConfigError("stage 0 is projector alignment, which align_steps 0 skips; raise align_steps")
+    data, images = _instruct_data(config)
+    total = config.max_steps or _steps_of_epochs(config, data, images)
+    ends = scheme.boundaries(total)
+    last = config.stage or len(scheme.stages)
+    done = _last_step(output)
+    if done < ends[last - 1]:
+        first = sum(done >= end for end in ends) + 1
+        earlier = f" (stages {first}..{last - 1} are missing and come first)" if first < last else ""
+        _say(f"stage {last} of {len(ends)}, plan {scheme.stages[last - 1].plan}: training{earlier}", progress)
+        _run(config, output, "instruct", model_name, data, images, scheme, total, last, progress)
+    else:
+        _say(f"stage {last} is trained already in {output}", progress)
+    return output
+
+
+def _say(text: str, progress: bool) -> None:
+    if progress:
+        print(text, flush=True)
+
+
+def _describe(config: TrainConfig) -> tuple:
+    """(config, decoder layers, visual tokens of an image) of the model, without its weights."""
+    from transformers import AutoConfig
+
+    path = EMBEDDED if config.model == "embedded" else config.model
+    try:
+        model_config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {config.model!r} cannot be read: {str(error).splitlines()[0]}") from None
+    tokens = getattr(model_config, "image_seq_length", None)
+    return model_config, model_config.get_text_config().num_hidden_layers, tokens
+
+
+def _claim(output: Path, config: TrainConfig, scheme: Scheme) -> None:
+    """Write config.yaml, or check that the folder's is the same run; refuse the folder of another one."""
+    values = {**asdict(config), "resolved_stages": [asdict(stage) for stage in scheme.stages]}
+    file = output / "config.yaml"
+    if file.exists():
+        held = yaml.safe_load(file.read_text()) or {}
+        differ = [name for name in values if name not in _FREE and name != "plan" and held.get(name) != values[name]]
+        if differ:
+            changes = ", ".join(f"{name} {held.get(name)!r} -> {values[name]!r}" for name in differ)
+            raise ConfigError(f"{output} holds another run ({changes}); name another output, or remove it")
+    elif output.exists() and any(output.iterdir()):
+        raise ConfigError(f"{output} is not empty and holds no config.yaml of a run; name another output")
+    output.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def _align_data(config: TrainConfig) -> tuple[Path, Path | None]:
+    if config.align_data:
+        return Path(config.align_data), config.align_images
+    if config.data != "digits":
+        raise ConfigError("projector alignment needs align_data (captions); give it, or align_steps 0 to skip it")
+    return digits_data() / "align.json", None
+
+
+def _instruct_data(config: TrainConfig) -> tuple[Path, Path | None]:
+    return (digits_data() / "train.json", None) if config.data == "digits" else (Path(config.data), config.images)
+
+
+def _steps_of_epochs(config: TrainConfig, data: Path, images) -> int:
+    if config.epochs is None and config.data == "digits":
+        return 390
+    examples = len(LlavaData(data, images))
+    batch = config.batch_size * config.gradient_accumulation * int(_world_size())
+    return max(1, math.ceil((config.epochs or 1) * examples / batch))
+
+
+def _world_size() -> int:
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _last_step(folder: Path) -> int:
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return int(last.rsplit("-", 1)[1]) if last else 0
+
+
+def _finished(folder: Path, steps: int) -> bool:
+    return _last_step(folder) >= steps and (folder / "model.safetensors").exists()
+
+
+def _run(config, output: Path, phase: str, model_name: str, data, images, scheme, total, stop_after, progress) -> None:
+    """Train ``phase`` in ``output`` from its newest checkpoint, or from ``model_name``, to the end of a stage."""
+    set_seed(config.seed)
+    model, processor = load_model(model_name)
+    set_trainable(model, phase)
+    pad = tuple(round(255 * mean) for mean in processor.image_processor.image_mean) if config.pad_to_square else None
+    dataset = LlavaData(data, images, pad=pad)
+    rate = config.align_learning_rate if phase == "align" else config.learning_rate
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        activation_checkpointing=config.gradient_checkpointing,
+        max_steps=total,
+        learning_rate=float(rate),
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(config.warmup * total),
+        weight_decay=config.weight_decay,
+        bf16=config.bf16,
+        logging_steps=config.log_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        dataloader_num_workers=config.num_workers,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=not progress,
+        seed=config.seed,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    num_layers = len(find_parts(model).layers)
+    num_tokens = getattr(model.config, "image_seq_length", 0)
+    stages = StageCallback(scheme, stop_after)
+    trainer = StageTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=Collator(processor, config.max_length),
+        processing_class=processor,
+        callbacks=[stages, MetricsCallback(output / "metrics.jsonl", scheme, num_layers, num_tokens)],
+        scheme=scheme,
+    )
+    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if checkpoint:
+        _check_checkpoint(Path(checkpoint), scheme, total)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        stages.release()
+    trainer.save_model(str(output))
+
+
+def _check_checkpoint(checkpoint: Path, scheme: Scheme, total: int) -> None:
+    held = json.loads((checkpoint / "scheme.json").read_text())
+    if held["total_steps"] != total or held["stages"] != [asdict(stage) for stage in scheme.stages]:
+        raise ConfigError(
+            f"{checkpoint} belongs to scheme {held['scheme']!r} over {held['total_steps']} steps, this run is "
+            f"{scheme.name!r} over {total}; name another output"
+        )
+
+
+def _export(source: Path, target: Path) -> None:
+    """Copy the finished model of ``source`` into ``target`` (the run folder's root)."""
+    import shutil
+
+    for file in source.iterdir():
+        if file.is_file() and file.name not in ("config.yaml", "metrics.jsonl", "training_args.bin"):
+            shutil.copy2(file, target / file.name)
+
+
+def read_metrics(file: str | Path) -> list[dict]:
+    """The rows of a metrics.jsonl; none if it does not exist. A line cut off by a crash is left out."""
+    rows = []
+    for line in Path(file).read_text().splitlines() if Path(file).exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m llavolta.train", description="Train a stage or a scheme.")
+    parser.add_argument("config", help="YAML file with the parameters of llavolta.train.TrainConfig")
+    parser.add_argument("--stage", type=int, help="overrides the file's stage")
+    parser.add_argument("--output", help="overrides the file's output")
+    options = parser.parse_args(arguments)
+    try:
+        values = yaml.safe_load(Path(options.config).read_text())
+        if not isinstance(values, dict):
+            raise ConfigError(f"{options.config} must hold 'name: value' lines")
+        values |= {key: getattr(options, key) for key in ("stage", "output") if getattr(options, key) is not None}
+        train(TrainConfig.from_dict(values))
+    except (UserError, OSError, yaml.YAMLError, ValueError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

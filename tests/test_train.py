@@ -1,0 +1,202 @@
+"""Training: stages, resumption by weights, what a run writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from llavolta.train import ConfigError, TrainConfig, main, read_metrics, train
+
+
+@pytest.fixture(scope="module")
+def settings(scenes, small_model):
+    """Parameters of a run of nine steps, three a stage, after two of alignment."""
+    return dict(
+        model=str(small_model),
+        data=str(scenes / "train.json"),
+        align_data=str(scenes / "align.json"),
+        align_steps=2,
+        max_steps=9,
+        batch_size=8,
+        log_steps=1,
+    )
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """The whole scheme in one go."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    return train(TrainConfig(output=str(output), **settings), progress=False)
+
+
+def test_stages_one_by_one_equal_the_whole_scheme_bit_for_bit(whole, settings, tmp_path):
+    for stage in (0, 1, 2, 3):
+        train(TrainConfig(output=str(tmp_path / "run"), stage=stage, **settings), progress=False)
+        if stage == 1:
+            assert not same(weights(whole), weights(tmp_path / "run"))
+    assert same(weights(whole), weights(tmp_path / "run"))
+
+
+class Interrupt(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [2, 3, 5, 8])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, settings, tmp_path, monkeypatch, at):
+    from llavolta.train import StageTrainer
+
+    step, count = StageTrainer.training_step, []
+
+    def failing(self, *args):
+        count.append(1)
+        if len(count) == 2 + at + 1:  # after two steps of alignment
+            raise Interrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(StageTrainer, "training_step", failing)
+    config = TrainConfig(output=str(tmp_path / "run"), save_steps=1, **settings)
+    with pytest.raises(Interrupt):
+        train(config, progress=False)
+    assert (tmp_path / "run" / f"checkpoint-{at}").exists()
+    train(config, progress=False)
+    assert same(weights(whole), weights(tmp_path / "run"))
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 10))
+
+
+def test_what_a_run_writes(whole):
+    config = yaml.safe_load((whole / "config.yaml").read_text())
+    assert config["scheme"] == "three-stage" and config["resolved_stages"][0]["plan"] == "1:avgpool:8"
+    rows = read_metrics(whole / "metrics.jsonl")
+    assert [row["stage"] for row in rows] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert rows[0]["tokens_per_layer"] == [144, 18, 18, 18] and rows[-1]["tokens_per_layer"] == [144] * 4
+    assert all(row["seconds"] > 0 and row["loss"] > 0 for row in rows)
+    scheme = json.loads((whole / "checkpoint-3" / "scheme.json").read_text())
+    assert scheme["step"] == 3 and scheme["next_stage"] == 2 and len(scheme["stages"]) == 3
+    assert sorted(path.name for path in whole.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
+
+
+def test_the_result_is_a_plain_hugging_face_folder(whole):
+    model, info = AutoModelForImageTextToText.from_pretrained(whole, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert type(model).__name__ == "LlavaForConditionalGeneration"
+    held = weights(whole)
+    loaded = model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in held.items())
+    prompt = AutoProcessor.from_pretrained(whole).apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is there a 3?"}]}],
+        add_generation_prompt=True,
+    )
+    assert prompt == "USER: <image>\nIs there a 3? ASSISTANT:"
+
+
+def test_alignment_trains_the_projector_alone_and_tuning_leaves_the_tower(whole, small_model):
+    def changed(before, after):
+        return {name.split(".")[1] for name in after if not torch.equal(before[name], after[name])}
+
+    start = AutoModelForImageTextToText.from_pretrained(small_model, dtype=torch.float32).state_dict()
+    assert changed(start, weights(whole / "align")) == {"multi_modal_projector"}
+    moved = changed(weights(whole / "align"), weights(whole))
+    assert "vision_tower" not in moved and {"multi_modal_projector", "language_model"} <= moved
+
+
+def test_no_hooks_are_left_after_training_failed(settings, tmp_path, monkeypatch):
+    from llavolta import patch
+    from llavolta.train import StageTrainer
+
+    monkeypatch.setattr(StageTrainer, "compute_loss", lambda self, *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(TrainConfig(output=str(tmp_path / "run"), **settings), progress=False)
+    assert not len(patch._active)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_over(whole, settings, tmp_path, monkeypatch):
+    from llavolta.train import StageTrainer
+
+    output = tmp_path / "run"
+    train(TrainConfig(output=str(output), stage=1, **settings), progress=False)
+    before = weights(output)
+    loss = StageTrainer.compute_loss
+    monkeypatch.setattr(StageTrainer, "compute_loss", lambda self, *a, **k: loss(self, *a, **k) * float("nan"))
+    with pytest.raises(FloatingPointError, match=r"loss became nan at step 4 \(stage 2.*Lower learning_rate"):
+        train(TrainConfig(output=str(output), stage=2, **settings), progress=False)
+    assert same(before, weights(output)) and (output / "checkpoint-3").exists()
+    monkeypatch.undo()
+    train(TrainConfig(output=str(output), **settings), progress=False)
+    assert same(weights(whole), weights(output))
+
+
+class TestRefusals:
+    def test_another_run_in_the_folder(self, whole, settings):
+        before = weights(whole)
+        with pytest.raises(ConfigError, match=r"another run \(learning_rate 0.001 -> 0.01"):
+            train(TrainConfig(output=str(whole), learning_rate=0.01, **settings), progress=False)
+        assert same(before, weights(whole))
+
+    def test_a_folder_with_something_else(self, settings, tmp_path):
+        (tmp_path / "thesis.tex").write_text("do not overwrite")
+        with pytest.raises(ConfigError, match="not empty"):
+            train(TrainConfig(output=str(tmp_path), **settings), progress=False)
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            ({"scheme": "three-stages"}, "unknown scheme 'three-stages'; choose from single-stage"),
+            ({"stage": 4}, r"stage must be 0 .* 3"),
+            ({"stage": -1}, "stage must be 0"),
+            ({"stage": "2"}, "stage must be 0"),
+            ({"stage": 1, "plan": "9:avgpool:2"}, r"layer 9.*0\.\.3"),
+            ({"stage": 1, "plan": "1:avgpool:0"}, "stride must be a whole number of at least 1"),
+            ({"stage": 1, "plan": "1:averagepool:2"}, "unknown compressor 'averagepool'"),
+            ({"stage": 1, "plan": "avgpool"}, "cannot read 'avgpool'"),
+            ({"plan": "1:avgpool:2"}, "say which with stage"),
+            ({"epochs": 1.0}, "not both"),
+            ({"batch_size": 0}, "batch_size"),
+            ({"learning_rate": 0}, "learning_rate"),
+            ({"model": "./nowhere"}, "nowhere"),
+            ({"data": "nowhere.json"}, "no data file"),
+            ({"max_steps": 2}, "too few for the 3 stages"),
+        ],
+    )
+    def test_bad_parameters(self, settings, tmp_path, change, match):
+        with pytest.raises(ValueError, match=match):
+            train(TrainConfig(output=str(tmp_path / "run"), **{**settings, **change}), progress=False)
+
+    def test_unknown_parameter(self):
+        with pytest.raises(ConfigError, match="unknown parameter 'lerning_rate'; known: output"):
+            TrainConfig.from_dict({"output": "x", "lerning_rate": 1})
+
+    def test_weights_that_are_missing(self, settings, small_model, tmp_path):
+        import shutil
+
+        from safetensors.torch import save_file
+
+        shutil.copytree(small_model, tmp_path / "damaged")
+        held = load_file(tmp_path / "damaged" / "model.safetensors")
+        held.pop(next(name for name in held if "projector" in name))
+        save_file(held, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match="lacks 1 weights"):
+            train(TrainConfig(output=str(tmp_path / "r"), **{**settings, "model": str(tmp_path / "damaged")}), False)
+
+
+def test_the_command_line_does_the_same(whole, settings, tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({**settings, "output": str(tmp_path / "run")}))
+    assert main([str(file)]) == 0
+    assert same(weights(whole), weights(tmp_path / "run"))
+    file.write_text("outptu: x\n")
+    capsys.readouterr()
+    assert main([str(file)]) == 1
+    assert capsys.readouterr().err.startswith("error: unknown parameter 'outptu'")
