@@ -9,7 +9,6 @@ instruction tuning: the two phases that the package studies.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -165,8 +164,6 @@ def train_tower(steps: int = 4000, batch: int = 32, seed: int = 0, peak_lr: floa
             shown = labels != digits.NONE
             accuracy = (digit.argmax(-1) == labels)[shown].float().mean().item()
             log.append({"step": step, "loss": loss.item(), "patch_accuracy": accuracy})
-            if os.environ.get("DEBUG_BACKBONES"):
-                print(log[-1], flush=True)
     return tower, heads, log
 
 
@@ -186,7 +183,7 @@ def tower_accuracy(tower: CLIPVisionModel, heads: TowerHeads, split: str, scenes
 
 
 def symbolic_batches(batch: int, turns: int, words, rng: np.random.Generator) -> Iterator[tuple]:
-    """Endless batches of scenes in words with question texts: (patch words (B, 144), place words (144, 2), ids, labels).
+    """Endless batches of scenes in words with questions: patch words (B, 144), place words (144, 2), ids, labels.
 
     A patch's words are what it shows, its row and its column. One patch in twelve misreads its digit, so that
     the language model learns to weigh several.
@@ -202,10 +199,10 @@ def symbolic_batches(batch: int, turns: int, words, rng: np.random.Generator) ->
         labels = layout.patch_labels()
         wrong = rng.random(labels.shape) < 1 / 12
         labels = np.where(wrong, rng.integers(0, 11, labels.shape), labels)
-        texts, spans = [], []
+        texts = []
         for scene in layout.digits:
             kinds = rng.choice([*digits.QUESTION_TYPES, "caption"], turns, p=[0.2, 0.25, 0.15, 0.25, 0.15])
-            text, span = [], []
+            text = []
             for kind in kinds:
                 if kind == "caption":
                     question, answer = digits.CAPTION, digits.caption(scene)
@@ -236,8 +233,9 @@ def train_language_model(
     """Train the language model to answer about scenes given in words. Returns it and a log of dicts.
 
     The first 70% of the steps show every second patch in each direction (36 a scene), which is twice as fast
-    and teaches the same language; the rest show all 144. The sequence is ``<s> user: PATCHES user: question assistant: answer </s> ...``, where a patch is the mean
-    of the embeddings of its three words plus noise: a stand-in for what a good projector will deliver.
+    and teaches the same language; the rest show all 144. The sequence is
+    ``<s> PATCHES user: question assistant: answer </s> user: ...``, where a patch is the sum of the embeddings of its
+    three words plus noise: a stand-in for what a good projector will deliver.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 3])
@@ -251,7 +249,9 @@ def train_language_model(
     for step in tqdm(range(steps), desc="language model", disable=not progress):
         shown, places, ids, target = next(batches)
         if step < 0.7 * steps:
-            every_second = torch.arange(digits.TOKENS**2).view(digits.TOKENS, -1)[step % 2 :: 2, step // 2 % 2 :: 2].flatten()
+            every_second = (
+                torch.arange(digits.TOKENS**2).view(digits.TOKENS, -1)[step % 2 :: 2, step // 2 % 2 :: 2].flatten()
+            )
             shown, places = shown[:, every_second], places[every_second]
         embed = model.get_input_embeddings()
         noise = 0.02 * torch.randn(batch, shown.shape[1], model.config.hidden_size)
@@ -273,8 +273,6 @@ def train_language_model(
             answers = truth != words.eos_token_id
             accuracy = (logits.argmax(-1) == truth)[answers].float().mean().item()
             log.append({"step": step, "loss": loss.item(), "token_accuracy": accuracy})
-            if os.environ.get("DEBUG_BACKBONES"):
-                print(log[-1], flush=True)
     return model, log
 
 

@@ -201,7 +201,10 @@ def test_generation_with_a_cache_equals_generation_without(model, plan, rows):
 
 def _snapshot(model) -> dict:
     return {
-        name: {key: dict(value) if "hooks" in key and isinstance(value, dict) else id(value) for key, value in m.__dict__.items()}
+        name: {
+            key: dict(value) if "hooks" in key and isinstance(value, dict) else id(value)
+            for key, value in m.__dict__.items()
+        }
         for name, m in model.named_modules()
     }
 

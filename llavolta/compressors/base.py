@@ -76,4 +76,3 @@ class Compressor(ABC):
 def require_int(owner: str, name: str, value: int, at_least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ValueError(f"{owner}: {name} must be a whole number of at least {at_least}, not {value!r}")
-
