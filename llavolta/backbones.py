@@ -9,6 +9,7 @@ instruction tuning: the two phases that the package studies.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -182,16 +183,21 @@ def tower_accuracy(tower: CLIPVisionModel, heads: TowerHeads, split: str, scenes
     return (votes.argmax(-1) == truth)[truth != digits.NONE].float().mean().item()
 
 
+def _place_words(words) -> torch.Tensor:
+    """(144, 2) the ids of the words for each patch's row and column of cells."""
+    row, column = _cell_of_patch()
+    row_ids = torch.tensor(words.convert_tokens_to_ids(list(digits.ROWS)))
+    column_ids = torch.tensor(words.convert_tokens_to_ids(list(digits.COLUMNS)))
+    return torch.stack([row_ids[row], column_ids[column]], dim=-1)
+
+
 def symbolic_batches(batch: int, turns: int, words, rng: np.random.Generator) -> Iterator[tuple]:
     """Endless batches of scenes in words with questions: patch words (B, 144), place words (144, 2), ids, labels.
 
     A patch's words are what it shows, its row and its column. One patch in twelve misreads its digit, so that
     the language model learns to weigh several.
     """
-    row, column = _cell_of_patch()
-    row_ids = torch.tensor(words.convert_tokens_to_ids(list(digits.ROWS)))
-    column_ids = torch.tensor(words.convert_tokens_to_ids(list(digits.COLUMNS)))
-    places = torch.stack([row_ids[row], column_ids[column]], dim=-1)
+    places = _place_words(words)
     word_ids = np.array(words.convert_tokens_to_ids(list(digits.WORDS)))
     tail = words.eos_token_id
     while True:
@@ -276,6 +282,39 @@ def train_language_model(
     return model, log
 
 
+@torch.no_grad()
+def symbolic_accuracy(model: LlamaForCausalLM, scenes: int = 200, seed: int = 0) -> dict[str, float]:
+    """Per question type the share of fresh scenes, given in words (144 patches), that the language model answers."""
+    rng = np.random.default_rng([seed, 4])
+    words = tokenizer()
+    embed = model.get_input_embeddings()
+    layout = digits.Scenes.sample(scenes, rng)
+    word_ids = torch.tensor(words.convert_tokens_to_ids(list(digits.WORDS)))
+    patches = embed(word_ids[torch.tensor(layout.patch_labels())]) + embed(_place_words(words)).sum(1)
+    head = embed(torch.full((scenes, 1), words.bos_token_id))
+    result = {}
+    for kind in digits.QUESTION_TYPES:
+        asked, answers = zip(*(digits.ask(kind, scene, rng) for scene in layout.digits), strict=True)
+        texts = [f"user: {question} assistant:" for question in asked]
+        ids = words(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
+        hidden = model.model(inputs_embeds=torch.cat([head, patches, embed(ids.input_ids)], dim=1)).last_hidden_state
+        last = patches.shape[1] + ids.attention_mask.sum(1)  # the row of "assistant:"
+        guess = model.lm_head(hidden[torch.arange(scenes), last]).argmax(-1)
+        truth = torch.tensor(words.convert_tokens_to_ids(list(answers)))
+        result[kind] = (guess == truth).float().mean().item()
+    return result
+
+
+@torch.no_grad()
+def patch_features(tower: CLIPVisionModel, split: str, scenes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Features (n, C) of the patches that show a digit in fresh scenes, penultimate layer, and the digits (n,)."""
+    rng = np.random.default_rng([seed, 2])
+    layout = digits.Scenes.sample(scenes, rng)
+    out = tower(_normalise(layout.render(split, rng)), output_hidden_states=True)
+    labels = layout.patch_labels()
+    return out.hidden_states[-2][:, 1:].numpy()[labels != digits.NONE], labels[labels != digits.NONE]
+
+
 def assemble(tower: CLIPVisionModel, language_model: LlamaForCausalLM, seed: int = 0) -> LlavaForConditionalGeneration:
     """A LLaVA of the two trained parts and a new projector."""
     torch.manual_seed(seed)
@@ -301,10 +340,22 @@ def assemble(tower: CLIPVisionModel, language_model: LlamaForCausalLM, seed: int
     return model
 
 
-def save(model: LlavaForConditionalGeneration, folder: str | Path) -> Path:
-    """Write the untrained LLaVA and its processor to ``folder`` in half precision, as a plain Hugging Face folder."""
+def language_model_of(model: LlavaForConditionalGeneration) -> LlamaForCausalLM:
+    """The language model of a LLaVA as a causal language model; shares its weights."""
+    language_model = LlamaForCausalLM(model.config.text_config)
+    language_model.model, language_model.lm_head = model.model.language_model, model.lm_head
+    return language_model.eval()
+
+
+def save(model: LlavaForConditionalGeneration, folder: str | Path, log: dict | None = None) -> Path:
+    """Write the unaligned LLaVA and its processor to ``folder`` in half precision, as a plain Hugging Face folder.
+
+    log: the training logs of its parts, kept beside it as ``backbones.json``.
+    """
     folder = Path(folder)
     model.half().save_pretrained(folder)
     processor().save_pretrained(folder)
     model.float()
+    if log is not None:
+        (folder / "backbones.json").write_text(json.dumps(log))
     return folder

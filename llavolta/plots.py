@@ -64,6 +64,30 @@ def loss_curve(metrics: pd.DataFrame, title: str = "") -> Figure:
     return figure
 
 
+def training_logs(logs: dict[str, pd.DataFrame]) -> Figure:
+    """For each named log: the loss and the accuracy column (its last) against the step."""
+    figure, axes = plt.subplots(1, len(logs), figsize=(5 * len(logs), 3.2), squeeze=False, layout="constrained")
+    for ax, (name, log) in zip(axes[0], logs.items(), strict=True):
+        accuracy = log.columns[-1]
+        ax.plot(log.step, 100 * log[accuracy], color=COLOURS[0], label=accuracy.replace("_", " "))
+        ax.set(title=name, xlabel="step", ylabel="accuracy (%)", ylim=(0, 102))
+        loss = ax.twinx()
+        loss.plot(log.step, log.loss, color=COLOURS[1], linestyle="--", label="loss")
+        loss.set(ylabel="loss (nats)", ylim=(0, None))
+        loss.grid(visible=False)
+        ax.legend(handles=[*ax.lines, *loss.lines], loc="center right")
+    return figure
+
+
+def scene_grid(pictures: np.ndarray) -> Figure:
+    """Pictures (N, H, W, 3) in one row."""
+    figure, axes = plt.subplots(1, len(pictures), figsize=(1.6 * len(pictures), 1.7), layout="constrained")
+    for ax, picture in zip(np.atleast_1d(axes), pictures, strict=True):
+        ax.imshow(picture, interpolation="nearest")
+        ax.set_axis_off()
+    return figure
+
+
 def accuracy_bars(table: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy per question type with its 95% interval, beside the best constant answer (see accuracy_table)."""
     figure, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")

@@ -212,7 +212,7 @@ class StageCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         ends = self.scheme.boundaries(state.max_steps)
         if state.global_step in ends:
-            control.should_save = True
+            control.should_save = control.should_log = True
             if self.stop_after is not None and state.global_step >= ends[self.stop_after - 1]:
                 control.should_training_stop = True
 
@@ -477,6 +477,7 @@ def _run(config, output: Path, phase: str, model_name: str, data, images, scheme
         weight_decay=config.weight_decay,
         bf16=config.bf16,
         logging_steps=config.log_steps,
+        logging_first_step=True,
         logging_nan_inf_filter=False,
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
