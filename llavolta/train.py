@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -296,6 +297,8 @@ class StageTrainer(Trainer):
             super()._save(output_dir, state_dict)
         finally:
             del model.save_pretrained
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         step, total = self.state.global_step, self.state.max_steps
         stages = [asdict(stage) for stage in self.scheme.stages]
@@ -328,6 +331,8 @@ def prepare(config: TrainConfig) -> Setup:
     data, images = (
         (digits_data() / "train.json", None) if config.data == "digits" else (Path(config.data), config.images)
     )
+    if not data.is_file():
+        raise ConfigError(f"no data file {data}; give a LLaVA JSON file, or 'digits'")
     total = config.max_steps
     if total is None and config.epochs is None and config.data == "digits":
         total = DIGITS_STEPS
@@ -417,8 +422,9 @@ def launch(config: TrainConfig, num_processes: int = 1) -> Path:
         print(line, end="", flush=True)
         lines = [*lines[-200:], line]
     if child.wait():
-        cause = next((line for line in lines if line.startswith("error: ")), "".join(lines[-15:]))
-        raise ConfigError(f"training in {num_processes} processes failed: {cause.removeprefix('error: ').strip()}")
+        said = re.findall(r"(?:^|\s|\])error: (.*)", "".join(lines))  # it may follow a progress bar on its line
+        cause = said[0] if said else "".join(lines[-15:])
+        raise ConfigError(f"training in {num_processes} processes failed: {cause.strip()}")
     file.unlink()
     return output
 
@@ -508,6 +514,7 @@ def _run(config, output: Path, phase: str, model_name: str, data, images, scheme
     finally:
         stages.release()
     trainer.save_model(str(output))
+    trainer.accelerator.wait_for_everyone()  # the next phase loads what the main process has just written
 
 
 def _check_checkpoint(checkpoint: Path, scheme: Scheme, total: int) -> None:
