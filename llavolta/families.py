@@ -48,9 +48,7 @@ def find_parts(model: nn.Module) -> Parts:
     model = unwrap(model)
     name = type(model).__name__
     config = getattr(model, "config", None)
-    ids = [
-        getattr(config, f"{kind}_token_{suffix}", None) for kind in ("image", "video") for suffix in ("id", "index")
-    ]
+    ids = [getattr(config, f"{kind}_token_{suffix}", None) for kind in ("image", "video") for suffix in ("id", "index")]
     visual_ids = tuple(dict.fromkeys(token for token in ids if isinstance(token, int)))
     if not visual_ids:
         raise UnsupportedModel(f"{name} has no visual tokens: its config names no image_token_id or video_token_id")

@@ -328,7 +328,9 @@ class Compression:
                 "there; a cache that was cropped or edited cannot be continued"
             )
         rows = state.rows
-        index, later, valid = (rows.index, rows.later, rows.valid) if rows else (_columns(length, state),) * 2 + (state.real,)
+        index, later, valid = (
+            (rows.index, rows.later, rows.valid) if rows else (_columns(length, state),) * 2 + (state.real,)
+        )
         state.cached[segment] = _CachedRows(
             torch.cat([past.later, later + state.past], dim=1),
             torch.cat([past.original, index + past.seen], dim=1),

@@ -90,7 +90,7 @@ def scene_grid(pictures: np.ndarray) -> Figure:
 
 def accuracy_bars(table: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy per question type with its 95% interval, beside the best constant answer (see accuracy_table)."""
-    figure, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    figure, ax = plt.subplots(figsize=(8.5, 3.4), layout="constrained")
     place = np.arange(len(table))
     error = np.abs(100 * table[["low", "high"]].to_numpy().T - 100 * table.accuracy.to_numpy())
     bars = ax.bar(place - 0.2, 100 * table.accuracy, 0.4, yerr=error, capsize=3, label="model", color=COLOURS[0])
@@ -98,13 +98,13 @@ def accuracy_bars(table: pd.DataFrame, title: str = "") -> Figure:
     ax.bar_label(bars, fmt="%.0f", padding=3, fontsize=9)
     ax.set_xticks(place, [f"{name}\n(n={count})" for name, count in table.questions.items()])
     ax.set(ylabel="accuracy (%)", ylim=(0, 112), title=title)
-    ax.legend(loc="lower right")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
 def step_time_bars(times: pd.DataFrame, labels: Sequence[str] | None = None) -> Figure:
     """Measured step time relative to no compression, beside what the FLOPs promise (see bench.step_times)."""
-    figure, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    figure, ax = plt.subplots(figsize=(8.5, 3.2), layout="constrained")
     place = np.arange(len(times))
     for shift, column, label, colour, hatch in (
         (-0.2, "ratio", "measured", COLOURS[0], ""),
@@ -113,8 +113,8 @@ def step_time_bars(times: pd.DataFrame, labels: Sequence[str] | None = None) -> 
         bars = ax.bar(place + shift, times[column], 0.4, label=label, color=colour, hatch=hatch)
         ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
     ax.set_xticks(place, labels or times.plan)
-    ax.set(ylabel="step time / uncompressed step time", ylim=(0, 1.3))
-    ax.legend(loc="lower right")
+    ax.set(ylabel="step time relative\nto no compression", ylim=(0, 1.2))
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

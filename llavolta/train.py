@@ -53,7 +53,7 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 EMBEDDED = DATA / "tiny-llava"
 RUNS = DATA / "runs"
 ALIGN = "align"
-DIGITS_STEPS = 390  # of a whole scheme on the digits, unless the configuration says otherwise
+DIGITS_STEPS = 300  # of a whole scheme on the digits, unless the configuration says otherwise
 
 
 class ConfigError(UserError, ValueError):
@@ -83,9 +83,9 @@ class TrainConfig:
     plan: str | None = None
     max_steps: int | None = None
     epochs: float | None = None
-    align_steps: int = 120
+    align_steps: int = 80
     batch_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     align_learning_rate: float = 4e-3
     warmup: float = 0.03
     weight_decay: float = 0.0
@@ -350,6 +350,8 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
     DataError, FloatingPointError; whatever was finished before stays.
     """
     output, model_name = Path(config.output), config.model
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns on import if it has to find out itself
     state = PartialState(cpu=not torch.cuda.is_available())
     wanted = int(os.environ.get(WANTED_PROCESSES, state.num_processes))
     if wanted != state.num_processes:

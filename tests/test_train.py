@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_over(whole, s
 class TestRefusals:
     def test_another_run_in_the_folder(self, whole, settings):
         before = weights(whole)
-        with pytest.raises(ConfigError, match=r"another run \(learning_rate 0.001 -> 0.01"):
+        with pytest.raises(ConfigError, match=r"another run \(learning_rate 0.0015 -> 0.01"):
             train(TrainConfig(output=str(whole), learning_rate=0.01, **settings), progress=False)
         assert same(before, weights(whole))
 
