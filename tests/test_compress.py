@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import IMAGE, oracle, ragged_batch, tiny_llava
 
 from llavolta import AveragePool, CompressedTokens, Compressor, PlanError, compress
-from llavolta.families import UnsupportedModel
+from llavolta.errors import UnsupportedModel
 
 RAGGED = [[3, 4], [2, 0, 5], [6], [1, 3, 2]]  # one image, two in a row, none, two apart
 
@@ -201,7 +201,10 @@ def test_generation_with_a_cache_equals_generation_without(model, plan, rows):
 
 def _snapshot(model) -> dict:
     return {
-        name: {key: dict(value) if "hooks" in key and isinstance(value, dict) else id(value) for key, value in m.__dict__.items()}
+        name: {
+            key: dict(value) if "hooks" in key and isinstance(value, dict) else id(value)
+            for key, value in m.__dict__.items()
+        }
         for name, m in model.named_modules()
     }
 
