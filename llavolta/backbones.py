@@ -251,9 +251,7 @@ def train_language_model(
     for step in tqdm(range(steps), desc="language model", disable=not progress):
         shown, places, ids, target = next(batches)
         if step < 0.7 * steps:
-            every_second = (
-                torch.arange(digits.TOKENS**2).view(digits.TOKENS, -1)[step % 2 :: 2, step // 2 % 2 :: 2].flatten()
-            )
+            every_second = torch.arange(digits.TOKENS**2).view(digits.TOKENS, -1)[step % 2 :: 2, step // 2 % 2 :: 2].flatten()
             shown, places = shown[:, every_second], places[every_second]
         embed = model.get_input_embeddings()
         noise = 0.02 * torch.randn(batch, shown.shape[1], model.config.hidden_size)

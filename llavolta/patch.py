@@ -25,6 +25,8 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import create_masks_for_generate
 
 from llavolta.compressors import CompressedTokens, Compressor, VisualTokens, keep_tokens
 from llavolta.errors import UnsupportedModel
@@ -89,6 +91,7 @@ class _Pass:
     real: Tensor  # (B, T) bool, False at padding
     cache: object | None = None
     past: int = 0  # tokens that the cache's first layer holds, as the stock masks count them
+    whole: bool = False  # whether the masks were made for a cache that holds every token
     deepstack: dict[int, Tensor] = field(default_factory=dict)  # (visual tokens, C), due after a layer
     rotary: list[tuple[tuple, dict, object]] = field(default_factory=list)
     previous: LayerInput | None = None
@@ -228,7 +231,10 @@ class Compression:
                 f"compress cannot fill a {type(state.cache).__name__} of fixed size; use a DynamicCache (the default)"
             )
         state.past = state.cache.get_seq_length()
-        first = self._caches.get(state.cache, {}).get(0)
+        held = self._caches.get(state.cache, {})
+        if held and len(set(getattr(self.parts.decoder.config, "layer_types", None) or ())) > 1:
+            return self._with_whole_masks(state, inputs, max(rows.seen for rows in held.values()))
+        first = held.get(0)
         if first is None:
             return inputs
         new, mask = state.real.shape[1], inputs.get("attention_mask")
@@ -249,12 +255,33 @@ class Compression:
                 f"a plan at layer 0 or 'vision' cannot continue a cache past the model's sliding window of {window} "
                 "tokens; use layer 1 or use_cache=False"
             )
-        position_ids = inputs.get("position_ids")
+        return self._with_positions({**inputs, "attention_mask": mask}, first.seen, state)
+
+    def _with_whole_masks(self, state: _Pass, inputs: dict, seen: int) -> dict:
+        """``inputs`` with masks as if the cache held every token it was shown.
+
+        Models with several kinds of layers take each kind's mask sizes from its first layer, compressed or not.
+        """
+        state.past, state.whole = seen, True
+        like = torch.empty(*state.real.shape, 1, dtype=self.parts.decoder.dtype, device=state.real.device)
+        make = getattr(self.parts.top, "create_masks_for_generate", create_masks_for_generate)
+        masks = make(
+            config=self.parts.decoder.config,
+            inputs_embeds=like,
+            attention_mask=inputs.get("attention_mask"),
+            past_key_values=_whole_cache(state.cache, seen),
+            position_ids=None,
+            token_type_ids=inputs.get("token_type_ids"),
+        )
+        return self._with_positions({**inputs, "attention_mask": masks}, seen, state)
+
+    def _with_positions(self, inputs: dict, seen: int, state: _Pass) -> dict:
+        new, position_ids = state.real.shape[1], inputs.get("position_ids")
         if position_ids is None:
             if hasattr(self.parts.base, "rope_deltas"):
                 raise UnsupportedModel("with a plan at layer 0, pass the position_ids of the new tokens with the cache")
-            position_ids = torch.arange(first.seen, first.seen + new, device=state.real.device)[None]
-        return {**inputs, "attention_mask": mask, "position_ids": position_ids}
+            position_ids = torch.arange(seen, seen + new, device=state.real.device)[None]
+        return {**inputs, "position_ids": position_ids}
 
     # --- around the projector ---
 
@@ -454,7 +481,9 @@ class Compression:
             past = self._caches.get(state.cache, {}).get(segment) if state.cache is not None else None
             query = _columns(state.real.shape[1], state) if rows is None else rows.index
             valid = torch.ones_like(query, dtype=torch.bool) if rows is None else rows.valid
-            before = _columns(state.past, state) if past is None else past.later
+            before = _columns(state.past, state)
+            if past is not None:
+                before = past.original if state.whole else past.later
             before_valid = torch.ones_like(before, dtype=torch.bool) if past is None else past.valid
             key = torch.cat([before, query + state.past], dim=1)
             key_valid = torch.cat([before_valid, valid], dim=1)
@@ -505,8 +534,21 @@ def _with_position_ids(args: tuple, kwargs: dict, positions: Tensor) -> tuple[tu
 
 
 def _sliding_window(config) -> int | None:
-    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    return config.sliding_window if sliding else None
+    kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
+    return getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
+
+
+def _whole_cache(cache, seen: int) -> Cache:
+    """A cache of the same kinds of layers as if it held every token; good for the sizes of masks only."""
+    layers = []
+    for layer in cache.layers:
+        if layer.is_sliding:
+            layers.append(DynamicSlidingWindowLayer(layer.sliding_window))
+            layers[-1].cumulative_length = seen
+        else:
+            layers.append(DynamicLayer())
+            layers[-1].keys, layers[-1].is_initialized = torch.empty(1, 1, seen, 1, device="meta"), True
+    return Cache(layers=layers)
 
 
 def _check(out: CompressedTokens, tokens: VisualTokens, where: str) -> CompressedTokens:
@@ -558,9 +600,9 @@ def _rows_of_inputs(rows: _Rows, shape: tuple[int, int]) -> Tensor:
 
 def _sliding_cache(cache, number: int, mask, key: Tensor, key_valid: Tensor, new: int, state: _Pass):
     """``key`` and ``key_valid`` without what a sliding-window cache has let go, and the stock mask's first column."""
-    if cache is None or not getattr(cache.layers[number], "is_sliding", False):
+    layer = cache.layers[number] if cache is not None and number < len(cache.layers) else None
+    if not getattr(layer, "is_sliding", False):
         return key, key_valid, 0
-    layer = cache.layers[number]
     held = (layer.keys.shape[-2] if layer.get_seq_length() else 0) + new
     first = state.past + state.real.shape[1] - mask.shape[-1] if isinstance(mask, Tensor) else 0
     gone, gone_valid = key[:, :-held], key_valid[:, :-held]

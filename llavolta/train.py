@@ -92,9 +92,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, least in dict(
-            align_steps=0, batch_size=1, max_length=1, gradient_accumulation=1, save_steps=0
-        ).items():
+        for name, least in dict(align_steps=0, batch_size=1, max_length=1, gradient_accumulation=1, save_steps=0).items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
@@ -171,9 +169,7 @@ def load_model(name: str) -> tuple:
     model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ConfigError(
-            f"{path} lacks {len(missing)} weights of its model, such as {missing[0]}; the folder is damaged"
-        )
+        raise ConfigError(f"{path} lacks {len(missing)} weights of its model, such as {missing[0]}; the folder is damaged")
     return model, AutoProcessor.from_pretrained(path)
 
 
