@@ -180,9 +180,14 @@ def _marks(base: nn.Module, visual: dict[str, Tensor], encoded: dict):
         yield flat[kept], start[kept], lines[kept]
 
 
+def pools_frames(base: nn.Module) -> bool:
+    """Whether the model halves each frame of a clip behind the projector, as LLaVA-OneVision does."""
+    return hasattr(base, "apply_pooling")
+
+
 def _frame_tokens(base: nn.Module) -> int | None:
-    """The tokens of one frame where a clip's frames follow each other (LLaVA-OneVision pools each frame 2 x 2)."""
-    if not hasattr(base, "apply_pooling"):
+    """The tokens of one frame where a clip's frames follow each other in one piece; None if nothing tells."""
+    if not pools_frames(base):
         return None
     vision = base.config.vision_config
     return (-(-(vision.image_size // vision.patch_size) // 2)) ** 2

@@ -30,11 +30,14 @@ from transformers.masking_utils import create_masks_for_generate
 
 from llavolta.compressors import CompressedTokens, Compressor, VisualTokens, keep_tokens
 from llavolta.errors import UnsupportedModel
-from llavolta.families import Pictures, encode_pictures, find_parts, find_pictures, visual_tokens
+from llavolta.families import Pictures, encode_pictures, find_parts, find_pictures, pools_frames, visual_tokens
 from llavolta.plan import VISION, Layer, Plan, check_layers, format_plan, parse_plan
 from llavolta.probe import LayerInput, LayerProbe
 
 IGNORED = -100  # the label of tokens without loss, as everywhere in transformers
+BLENDED = (
+    "this model blends neighbouring tokens behind the projector, so 'vision' cannot drop any before it; use layer 0"
+)
 DROPPED = torch.nan  # marks the features of tokens that a compressor before the projector removed
 
 _active: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -119,7 +122,10 @@ class _DropMarked(Compressor):
     """Drops the tokens that the compressor before the projector removed."""
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
-        return keep_tokens(tokens, ~tokens.hidden[..., 0].isnan())
+        left = keep_tokens(tokens, ~tokens.hidden[..., 0].isnan())
+        if not left.mask.any(1).all():
+            raise UnsupportedModel(BLENDED)
+        return left
 
     def num_tokens(self, num_tokens: int) -> int:
         return num_tokens
@@ -211,6 +217,8 @@ class Compression:
     def _before_base(self, module, args, kwargs):
         inputs = encode_pictures(self.parts.base, args, kwargs)
         by_kind = visual_tokens(self.parts, inputs)
+        if self._vision is not None and "video" in by_kind and pools_frames(self.parts.base):
+            raise UnsupportedModel(BLENDED)
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         real = torch.ones_like(ids, dtype=torch.bool)
         if isinstance(mask, Tensor) and mask.dim() == 2:

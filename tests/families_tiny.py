@@ -91,7 +91,9 @@ def llava(side="right", attention="sdpa"):
         image_seq_length=16,
         tie_word_embeddings=False,
     )
-    family = Family(_build(tf.LlavaForConditionalGeneration, config, attention), {"pixel_values": _pixels(3, 3, 16, 16)}, [])
+    family = Family(
+        _build(tf.LlavaForConditionalGeneration, config, attention), {"pixel_values": _pixels(3, 3, 16, 16)}, []
+    )
     family.inputs([[3, ("image", [16], 0), 4], [2, ("image", [16, 16], 0), 6]], side)
     return family
 
@@ -109,7 +111,9 @@ def llava_next(side="right", attention="sdpa"):
     batch = {"pixel_values": _pixels(3, 5, 3, 16, 16), "image_sizes": torch.tensor([[32, 32], [16, 32], [30, 14]])}
     family = Family(_build(tf.LlavaNextForConditionalGeneration, config, attention), batch, [])
     tall = 8 * (4 + 1)
-    family.inputs([[3, ("image", [16, 8 * 9], 0), 4], [2, ("image", [16, 4 * 9], 0), 1, ("image", [16, tall], 0), 6]], side)
+    family.inputs(
+        [[3, ("image", [16, 8 * 9], 0), 4], [2, ("image", [16, 4 * 9], 0), 1, ("image", [16, tall], 0), 6]], side
+    )
     return family
 
 
@@ -224,7 +228,9 @@ def internvl(side="right", attention="sdpa"):
         image_seq_length=16,
         tie_word_embeddings=False,
     )
-    family = Family(_build(tf.InternVLForConditionalGeneration, config, attention), {"pixel_values": _pixels(4, 3, 32, 32)}, [])
+    family = Family(
+        _build(tf.InternVLForConditionalGeneration, config, attention), {"pixel_values": _pixels(4, 3, 32, 32)}, []
+    )
     family.inputs([[3, ("image", [16], 0), 4], [2, ("image", [16, 16, 16], 0), 6]], side)  # three tiles
     return family
 
@@ -278,3 +284,74 @@ FAMILIES = {
         gemma3,
     )
 }
+
+
+def pool_by_hand(
+    family: Family, layer: int, stride: int, merged=None, newlines=()
+) -> list[tuple[list[int], torch.Tensor]]:
+    """What average pooling at ``layer`` must give, from the stock model's own inputs at that layer.
+
+    The stock model (eager attention) runs once and is watched; then every row goes alone and without padding, token
+    by token, through the remaining layers. merged: hidden states of the windows in the batch's order instead of their
+    means. Returns per row the columns of its text tokens and their logits.
+    """
+    model, batch = family.model, family.batch
+    decoder = model.get_decoder()
+    seen, rotary, extra, hooks = {}, [], {}, []
+    for number, module in enumerate(decoder.layers):
+        watch = lambda module, args, kwargs, number=number: seen.__setitem__(number, (args[0], kwargs))  # noqa: E731
+        hooks.append(module.register_forward_pre_hook(watch, with_kwargs=True))
+    watch = lambda module, args, kwargs, output: rotary.append((args, kwargs, output))  # noqa: E731
+    hooks.append(decoder.rotary_emb.register_forward_hook(watch, with_kwargs=True))
+    hooks.append(decoder.register_forward_pre_hook(lambda m, a, kwargs: extra.update(kwargs), with_kwargs=True))
+    model(**batch)
+    for hook in hooks:
+        hook.remove()
+
+    deepstack = extra.get("deepstack_visual_embeds") or []
+    start_of_row = (extra["visual_pos_masks"].sum(1).cumsum(0).tolist() if deepstack else [0] * 2) + [0]
+    merged = iter(merged) if merged is not None else None
+    results = []
+    for row, units in enumerate(family.pictures):
+        units = [[c for c in range(first, first + n) if (row, c) not in newlines] for first, n in units]
+        inside = {column for unit in units for column in unit}
+        windows = {}  # by the column at which a window's token stands
+        for unit in units:
+            for begin in range(0, len(unit), stride):
+                window = unit[begin : begin + stride]
+                windows[window[(len(window) - 1) // 2]] = window
+        real = batch["attention_mask"][row].bool()
+        groups = {c: [c] for c in range(len(real)) if real[c] and c not in inside} | windows
+        columns = sorted(groups)
+
+        def mean(values, columns=columns, groups=groups):
+            return torch.stack([values[groups[c]].float().mean(0) for c in columns]).to(values.dtype)
+
+        hidden = mean(seen[layer][0][row])
+        if merged is not None:
+            hidden = torch.stack([next(merged) if c in windows else hidden[i] for i, c in enumerate(columns)])
+        for number in range(layer, len(decoder.layers)):
+            kwargs = seen[number][1]
+            args, rotary_kwargs, _ = next(call for call in rotary if call[2] is kwargs["position_embeddings"])
+            positions = rotary_kwargs["position_ids"] if "position_ids" in rotary_kwargs else args[1]
+            mine = positions[..., min(row, positions.shape[-2] - 1), :]  # (T,) or (3, T)
+            places = groups if merged is None else {c: [c] for c in columns}
+            mine = torch.stack([mine[..., places[c]].sum(-1) // len(places[c]) for c in columns], dim=-1)[..., None, :]
+            if "position_ids" in rotary_kwargs:
+                embeddings = decoder.rotary_emb(hidden[None], **{**rotary_kwargs, "position_ids": mine})
+            else:
+                embeddings = decoder.rotary_emb(hidden[None], mine, *args[2:])
+            mask = kwargs["attention_mask"][row, 0][columns][:, columns]
+            hidden = decoder.layers[number](
+                hidden[None], attention_mask=mask[None, None], position_embeddings=embeddings
+            )
+            hidden = hidden[0]
+            if number < len(deepstack):
+                features = torch.zeros(len(real), hidden.shape[-1])
+                before = start_of_row[row - 1]
+                features[extra["visual_pos_masks"][row]] = deepstack[number][before : start_of_row[row]]
+                hidden = hidden + mean(features)
+        logits = model.get_output_embeddings()(decoder.norm(hidden))
+        text = [i for i, c in enumerate(columns) if c not in windows]
+        results.append(([columns[i] for i in text], logits[text]))
+    return results
