@@ -508,11 +508,10 @@ class Compression:
         if rows is None:
             return stock
         if id(stock) not in rows.rotary:
-            for args, kwargs, output in state.rotary:
-                if output is stock:
-                    break
-            else:
+            call = next((call for call in state.rotary if call[2] is stock), None)
+            if call is None:
                 raise UnsupportedModel("a decoder layer got rotary embeddings that its rotary_emb did not make")
+            args, kwargs, _ = call
             positions = rows.positions.permute(2, 0, 1)
             like = _position_ids(args, kwargs)
             args, kwargs = _with_position_ids(args, kwargs, positions if like.dim() == 3 else positions[0])

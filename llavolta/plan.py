@@ -23,7 +23,7 @@ class PlanError(UserError, ValueError):
 
 
 def parse_plan(plan: str | Mapping[Layer, Compressor] | None) -> Plan:
-    """A checked plan, "vision" first, then layers in rising order. Raises PlanError, which quotes the part that is wrong."""
+    """A checked plan, "vision" first, then layers in rising order. Raises PlanError, which quotes what is wrong."""
     if plan is None:
         return {}
     if isinstance(plan, Mapping):

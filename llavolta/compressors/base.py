@@ -45,7 +45,8 @@ class VisualTokens:
         query: "last", the last real token of each row of the batch; or "instruction", the tokens just before each
         answer where labels are given, else the last. previous: in the layer before this one, as it computed it
         (a compressor that asks for it lists "previous_layer" in ``needs``); else in this layer, from its own input
-        norm, query and key projections and rotary embeddings. The softmax is over all earlier tokens of this pass.
+        norm, query and key projections and rotary embeddings. The softmax is over all earlier tokens of this pass,
+        also in layers with a sliding window, and not over an older part of a conversation in the cache.
         """
         return self._probe().attention(query, previous)
 
