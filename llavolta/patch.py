@@ -239,20 +239,28 @@ class Compression:
                 f"compress cannot fill a {type(state.cache).__name__} of fixed size; use a DynamicCache (the default)"
             )
         state.past = state.cache.get_seq_length()
+        if state.past == 0:
+            self._caches.pop(state.cache, None)  # new, or emptied by reset()
         held = self._caches.get(state.cache, {})
         if held and len(set(getattr(self.parts.decoder.config, "layer_types", None) or ())) > 1:
             return self._with_whole_masks(state, inputs, max(rows.seen for rows in held.values()))
         first = held.get(0)
+        seen = state.past if first is None else first.seen
+        new, mask, positions = state.real.shape[1], inputs.get("attention_mask"), inputs.get("position_ids")
+        claimed = seen  # what the caller takes the cache to have seen
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            claimed = mask.shape[1] - new
+        elif first is not None and positions is not None and positions.dim() == 2:
+            claimed = int(positions[0, 0])
+        if claimed != seen:
+            raise UnsupportedModel(
+                f"the cache was shown {seen} tokens, but the attention_mask or position_ids of this pass speak of "
+                f"{claimed}. Continue a cache under the compress() that filled it; and with a plan at layer 0 or "
+                "'vision', pass only the new input_ids, with the attention_mask of the whole conversation"
+            )
         if first is None:
             return inputs
-        new, mask = state.real.shape[1], inputs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            if mask.shape[1] != first.seen + new:
-                raise UnsupportedModel(
-                    f"this pass brings {new} tokens to a cache that was shown {first.seen}, but its attention_mask has "
-                    f"{mask.shape[1]} columns; with a plan at layer 0 or 'vision' generate() cannot tell how much of a "
-                    "conversation is in the cache: continue by calling the model with the new tokens, or use layer 1"
-                )
             past = mask.gather(1, first.original) * first.valid.to(mask.dtype)
             mask = torch.cat([past, mask[:, -new:]], dim=1)
         elif mask is None and not first.valid.all():
@@ -459,17 +467,17 @@ class Compression:
         """Describe the rows of the cache that layers from ``segment`` on will hold after this pass."""
         length = state.real.shape[1]
         past = self._caches.get(state.cache, {}).get(segment)
+        held, expected = state.cache.get_seq_length(segment), state.past if past is None else past.valid.shape[1]
+        if held != expected:
+            raise UnsupportedModel(
+                f"the cache holds {held} tokens at layer {segment}, not the {expected} that compress left there; "
+                "one that was cropped, copied, or filled under another compress() cannot be continued"
+            )
         if past is None and state.rows is None:
             return
         if past is None:  # so far the cache holds every token
             before = _columns(state.past, state)
             past = _CachedRows(before, before, torch.ones_like(before, dtype=torch.bool), state.past)
-        held = state.cache.get_seq_length(segment)
-        if held != past.valid.shape[1]:
-            raise RuntimeError(
-                f"the cache holds {held} tokens at layer {segment}, not the {past.valid.shape[1]} that compress left "
-                "there; a cache that was cropped or edited cannot be continued"
-            )
         rows = state.rows
         index = later = _columns(length, state)
         valid = state.real
