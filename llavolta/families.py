@@ -62,6 +62,11 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile wraps ``model`` or a part of it, as a new module or in place."""
+    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
+
+
 def find_parts(model: nn.Module) -> Parts:
     """The parts of ``model``, wrapped or not. Raises UnsupportedModel if it has no visual tokens or no decoder."""
     model = unwrap(model)

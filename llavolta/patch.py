@@ -30,7 +30,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from llavolta.compressors import CompressedTokens, Compressor, VisualTokens, keep_tokens
 from llavolta.errors import UnsupportedModel
-from llavolta.families import Pictures, encode_pictures, find_parts, find_pictures, pools_frames, visual_tokens
+from llavolta.families import Pictures, encode_pictures, find_parts, find_pictures, is_compiled, pools_frames, visual_tokens
 from llavolta.plan import VISION, Layer, Plan, check_layers, format_plan, parse_plan
 from llavolta.probe import LayerInput, LayerProbe
 
@@ -57,6 +57,9 @@ def compress(
     batch in order, and one to spare; the loss and all gradients are the same, at a fraction of the memory.
     ``labelled_only=False`` keeps the full logits in training too, ``True`` spares them also under a plan that
     removes nothing (which otherwise leaves the model untouched, bit for bit).
+
+    torch.compile: pass the compiled model, not the one inside it; it is compiled anew when compression starts and
+    when it ends, and the graph breaks where a compressor works.
 
     A plan with "vision" leaves NaN in ``image_hidden_states``, at tokens that do not exist any more.
 
@@ -136,6 +139,7 @@ class Compression:
 
     def __init__(self, model: nn.Module, plan, labelled_only: bool | None):
         self.parts = find_parts(model)
+        self._compiled = is_compiled(model)
         self.plan: Plan = check_layers(parse_plan(plan), len(self.parts.layers))
         working = {layer: c for layer, c in self.plan.items() if not c.is_identity}
         self._vision: Compressor | None = working.pop(VISION, None)
@@ -172,12 +176,16 @@ class Compression:
         """Take every hook off the model; calling it again does nothing."""
         for hook in self._hooks:
             hook.remove()
+        if self._hooks and self._compiled:
+            torch.compiler.reset()
         self._hooks.clear()
         _active.discard(self.parts.decoder)
 
     def _install(self) -> None:
         parts, add = self.parts, self._hooks.append
         _active.add(parts.decoder)
+        if self._compiled:
+            torch.compiler.reset()  # compiled code does not notice that hooks come or go
         if parts.top is not None:
             add(parts.top.register_forward_pre_hook(self._before_top, with_kwargs=True))
             add(parts.top.register_forward_hook(self._after_top, always_call=True))
