@@ -107,7 +107,7 @@ def encode_pictures(base: nn.Module, args: tuple, kwargs: dict) -> dict:
     inputs = {**dict(zip(names, args, strict=False)), **kwargs}
     encoded = {kind: output for kind, output in (inputs.get("mm_encoder_outputs") or {}).items() if output is not None}
     for kind, pixels in PIXELS.items():
-        if inputs.get(pixels) is not None:
+        if inputs.get(pixels) is not None and len(inputs[pixels]):
             encode = getattr(base, f"get_{kind}_features")
             wanted = [name for name in inspect.signature(encode).parameters if inputs.get(name) is not None]
             encoded[kind] = encode(**{name: inputs[name] for name in wanted}, return_dict=True)

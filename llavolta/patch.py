@@ -30,7 +30,15 @@ from transformers.masking_utils import create_masks_for_generate
 
 from llavolta.compressors import CompressedTokens, Compressor, VisualTokens, keep_tokens
 from llavolta.errors import UnsupportedModel
-from llavolta.families import Pictures, encode_pictures, find_parts, find_pictures, is_compiled, pools_frames, visual_tokens
+from llavolta.families import (
+    Pictures,
+    encode_pictures,
+    find_parts,
+    find_pictures,
+    is_compiled,
+    pools_frames,
+    visual_tokens,
+)
 from llavolta.plan import VISION, Layer, Plan, check_layers, format_plan, parse_plan
 from llavolta.probe import LayerInput, LayerProbe
 
@@ -41,6 +49,7 @@ BLENDED = (
 DROPPED = torch.nan  # marks the features of tokens that a compressor before the projector removed
 
 _active: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_plain = torch.compiler.disable  # these steps depend on data, so the graph would break in them anyway
 
 
 def compress(
@@ -207,6 +216,7 @@ class Compression:
 
     # --- around the whole model: labels ---
 
+    @_plain
     def _before_top(self, module, args, kwargs):
         self._labels = labels = kwargs.get("labels")
         if labels is None or not self.labelled_only or not module.training or kwargs.get("shift_labels") is not None:
@@ -222,6 +232,7 @@ class Compression:
 
     # --- around the base model: which tokens are visual ---
 
+    @_plain
     def _before_base(self, module, args, kwargs):
         inputs = encode_pictures(self.parts.base, args, kwargs)
         by_kind = visual_tokens(self.parts, inputs)
@@ -347,6 +358,7 @@ class Compression:
         if self._pass is not None:
             self._pass.rotary.append((args, kwargs, output))
 
+    @_plain
     def _after_decoder(self, module, args, output):
         state = self._pass
         if state is not None and state.cache is not None and state.cached:
@@ -369,6 +381,7 @@ class Compression:
 
     # --- at a decoder layer ---
 
+    @_plain
     def _before_layer(self, number: int, segment: int | None, module, args, kwargs):
         """The pre-forward hook of layer ``number``, whose rows the compressors at layer ``segment`` made."""
         state = self._pass

@@ -23,8 +23,10 @@ from llavolta import (
     format_plan,
     keep_tokens,
     parse_plan,
+    tokens_per_layer,
 )
 from llavolta.compressors import COMPRESSORS
+from llavolta.schemes import scale_plan
 
 RAGGED = [[3, 4], [2, 0, 5], [6], [1, 3, 2]]  # one image, two in a row, none, two apart
 GREEDY = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None, suppress_tokens=[IMAGE])
@@ -216,6 +218,17 @@ def test_squares_stay_a_grid_for_the_next_layer(model):
         model(**ragged_batch(RAGGED))
     [(tokens, out)] = last.calls
     assert tokens.grid.tolist() == [[2, 2]] * 5 and out.mask.shape == (5, 1)
+
+
+def test_plans_before_the_projector():
+    plan = parse_plan("2:random:0.5;vision:avgpool2d:2")
+    assert list(plan) == ["vision", 2] and format_plan(plan) == "vision:avgpool2d:2;2:random:0.5:0"
+    assert parse_plan(plan) == plan
+    assert tokens_per_layer(plan, 4, 576) == [144, 144, 72, 72]
+    assert scale_plan("vision:avgpool:2;16:avgpool:8", 8) == "vision:avgpool:2;4:avgpool:8"
+    for bad in ("video:avgpool:2", "vision:avgpool:2;vision:random:0.5"):
+        with pytest.raises(PlanError):
+            parse_plan(bad)
 
 
 def test_squares_need_a_rectangle(model):
