@@ -9,7 +9,7 @@ instruction tuning: the two phases that the package studies.
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -165,8 +165,6 @@ def train_tower(steps: int = 4000, batch: int = 32, seed: int = 0, peak_lr: floa
             shown = labels != digits.NONE
             accuracy = (digit.argmax(-1) == labels)[shown].float().mean().item()
             log.append({"step": step, "loss": loss.item(), "patch_accuracy": accuracy})
-            if os.environ.get("DEBUG_BACKBONES"):
-                print(log[-1], flush=True)
     return tower, heads, log
 
 
@@ -185,16 +183,21 @@ def tower_accuracy(tower: CLIPVisionModel, heads: TowerHeads, split: str, scenes
     return (votes.argmax(-1) == truth)[truth != digits.NONE].float().mean().item()
 
 
+def _place_words(words) -> torch.Tensor:
+    """(144, 2) the ids of the words for each patch's row and column of cells."""
+    row, column = _cell_of_patch()
+    row_ids = torch.tensor(words.convert_tokens_to_ids(list(digits.ROWS)))
+    column_ids = torch.tensor(words.convert_tokens_to_ids(list(digits.COLUMNS)))
+    return torch.stack([row_ids[row], column_ids[column]], dim=-1)
+
+
 def symbolic_batches(batch: int, turns: int, words, rng: np.random.Generator) -> Iterator[tuple]:
-    """Endless batches of scenes in words with question texts: (patch words (B, 144), place words (144, 2), ids, labels).
+    """Endless batches of scenes in words with questions: patch words (B, 144), place words (144, 2), ids, labels.
 
     A patch's words are what it shows, its row and its column. One patch in twelve misreads its digit, so that
     the language model learns to weigh several.
     """
-    row, column = _cell_of_patch()
-    row_ids = torch.tensor(words.convert_tokens_to_ids(list(digits.ROWS)))
-    column_ids = torch.tensor(words.convert_tokens_to_ids(list(digits.COLUMNS)))
-    places = torch.stack([row_ids[row], column_ids[column]], dim=-1)
+    places = _place_words(words)
     word_ids = np.array(words.convert_tokens_to_ids(list(digits.WORDS)))
     tail = words.eos_token_id
     while True:
@@ -202,10 +205,10 @@ def symbolic_batches(batch: int, turns: int, words, rng: np.random.Generator) ->
         labels = layout.patch_labels()
         wrong = rng.random(labels.shape) < 1 / 12
         labels = np.where(wrong, rng.integers(0, 11, labels.shape), labels)
-        texts, spans = [], []
+        texts = []
         for scene in layout.digits:
             kinds = rng.choice([*digits.QUESTION_TYPES, "caption"], turns, p=[0.2, 0.25, 0.15, 0.25, 0.15])
-            text, span = [], []
+            text = []
             for kind in kinds:
                 if kind == "caption":
                     question, answer = digits.CAPTION, digits.caption(scene)
@@ -236,8 +239,9 @@ def train_language_model(
     """Train the language model to answer about scenes given in words. Returns it and a log of dicts.
 
     The first 70% of the steps show every second patch in each direction (36 a scene), which is twice as fast
-    and teaches the same language; the rest show all 144. The sequence is ``<s> user: PATCHES user: question assistant: answer </s> ...``, where a patch is the mean
-    of the embeddings of its three words plus noise: a stand-in for what a good projector will deliver.
+    and teaches the same language; the rest show all 144. The sequence is
+    ``<s> PATCHES user: question assistant: answer </s> user: ...``, where a patch is the sum of the embeddings of its
+    three words plus noise: a stand-in for what a good projector will deliver.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 3])
@@ -251,7 +255,9 @@ def train_language_model(
     for step in tqdm(range(steps), desc="language model", disable=not progress):
         shown, places, ids, target = next(batches)
         if step < 0.7 * steps:
-            every_second = torch.arange(digits.TOKENS**2).view(digits.TOKENS, -1)[step % 2 :: 2, step // 2 % 2 :: 2].flatten()
+            every_second = (
+                torch.arange(digits.TOKENS**2).view(digits.TOKENS, -1)[step % 2 :: 2, step // 2 % 2 :: 2].flatten()
+            )
             shown, places = shown[:, every_second], places[every_second]
         embed = model.get_input_embeddings()
         noise = 0.02 * torch.randn(batch, shown.shape[1], model.config.hidden_size)
@@ -273,9 +279,40 @@ def train_language_model(
             answers = truth != words.eos_token_id
             accuracy = (logits.argmax(-1) == truth)[answers].float().mean().item()
             log.append({"step": step, "loss": loss.item(), "token_accuracy": accuracy})
-            if os.environ.get("DEBUG_BACKBONES"):
-                print(log[-1], flush=True)
     return model, log
+
+
+@torch.no_grad()
+def symbolic_accuracy(model: LlamaForCausalLM, scenes: int = 200, seed: int = 0) -> dict[str, float]:
+    """Per question type the share of fresh scenes, given in words (144 patches), that the language model answers."""
+    rng = np.random.default_rng([seed, 4])
+    words = tokenizer()
+    embed = model.get_input_embeddings()
+    layout = digits.Scenes.sample(scenes, rng)
+    word_ids = torch.tensor(words.convert_tokens_to_ids(list(digits.WORDS)))
+    patches = embed(word_ids[torch.tensor(layout.patch_labels())]) + embed(_place_words(words)).sum(1)
+    head = embed(torch.full((scenes, 1), words.bos_token_id))
+    result = {}
+    for kind in digits.QUESTION_TYPES:
+        asked, answers = zip(*(digits.ask(kind, scene, rng) for scene in layout.digits), strict=True)
+        texts = [f"user: {question} assistant:" for question in asked]
+        ids = words(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
+        hidden = model.model(inputs_embeds=torch.cat([head, patches, embed(ids.input_ids)], dim=1)).last_hidden_state
+        last = patches.shape[1] + ids.attention_mask.sum(1)  # the row of "assistant:"
+        guess = model.lm_head(hidden[torch.arange(scenes), last]).argmax(-1)
+        truth = torch.tensor(words.convert_tokens_to_ids(list(answers)))
+        result[kind] = (guess == truth).float().mean().item()
+    return result
+
+
+@torch.no_grad()
+def patch_features(tower: CLIPVisionModel, split: str, scenes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Features (n, C) of the patches that show a digit in fresh scenes, penultimate layer, and the digits (n,)."""
+    rng = np.random.default_rng([seed, 2])
+    layout = digits.Scenes.sample(scenes, rng)
+    out = tower(_normalise(layout.render(split, rng)), output_hidden_states=True)
+    labels = layout.patch_labels()
+    return out.hidden_states[-2][:, 1:].numpy()[labels != digits.NONE], labels[labels != digits.NONE]
 
 
 def assemble(tower: CLIPVisionModel, language_model: LlamaForCausalLM, seed: int = 0) -> LlavaForConditionalGeneration:
@@ -303,10 +340,22 @@ def assemble(tower: CLIPVisionModel, language_model: LlamaForCausalLM, seed: int
     return model
 
 
-def save(model: LlavaForConditionalGeneration, folder: str | Path) -> Path:
-    """Write the untrained LLaVA and its processor to ``folder`` in half precision, as a plain Hugging Face folder."""
+def language_model_of(model: LlavaForConditionalGeneration) -> LlamaForCausalLM:
+    """The language model of a LLaVA as a causal language model; shares its weights."""
+    language_model = LlamaForCausalLM(model.config.text_config)
+    language_model.model, language_model.lm_head = model.model.language_model, model.lm_head
+    return language_model.eval()
+
+
+def save(model: LlavaForConditionalGeneration, folder: str | Path, log: dict | None = None) -> Path:
+    """Write the unaligned LLaVA and its processor to ``folder`` in half precision, as a plain Hugging Face folder.
+
+    log: the training logs of its parts, kept beside it as ``backbones.json``.
+    """
     folder = Path(folder)
     model.half().save_pretrained(folder)
     processor().save_pretrained(folder)
     model.float()
+    if log is not None:
+        (folder / "backbones.json").write_text(json.dumps(log))
     return folder

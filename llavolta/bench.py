@@ -23,7 +23,12 @@ def _now(device: torch.device) -> float:
 
 
 def step_times(
-    model, batches: Sequence[dict], plans: Sequence[str], rounds: int = 5, phase: str = "instruct", progress: bool = True
+    model,
+    batches: Sequence[dict],
+    plans: Sequence[str],
+    rounds: int = 5,
+    phase: str = "instruct",
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Seconds of a training step (forward, backward, AdamW) under each plan, interleaved on the same ``batches``.
 

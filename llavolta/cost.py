@@ -27,7 +27,12 @@ class StepCost:
 
 
 def step_cost(
-    config, plan="none", text_tokens: float = 64, images: int = 1, labelled: float | None = None, phase: str = "instruct"
+    config,
+    plan="none",
+    text_tokens: float = 64,
+    images: int = 1,
+    labelled: float | None = None,
+    phase: str = "instruct",
 ) -> StepCost:
     """The cost of one training step per example of a LLaVA-type model.
 

@@ -130,7 +130,7 @@ def open_image(folder: Path, path: str, name: str, pad: tuple[int, int, int] | N
     except FileNotFoundError:
         raise DataError(f"{name}: no image {path!r} in {folder}; check the image folder or fetch the file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{name}: image {path!r} cannot be read ({error}); fetch it again or remove the entry") from None
+        raise DataError(f"{name}: image {path!r} cannot be read ({error}); fetch it again or drop the entry") from None
     if pad is None or image.width == image.height:
         return image
     side = max(image.size)

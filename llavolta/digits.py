@@ -102,7 +102,9 @@ class Scenes:
         turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], -1).reshape(-1, 2, 2)
         box_centre = (self.corner + self.size[..., None] / 2).reshape(-1, 2, 1) / CELL * 2 - 1
         affine = np.concatenate([zoom * turn, -zoom * turn @ box_centre], axis=2)
-        grid = F.affine_grid(torch.tensor(affine, dtype=torch.float32), [len(glyphs), 1, CELL, CELL], align_corners=False)
+        grid = F.affine_grid(
+            torch.tensor(affine, dtype=torch.float32), [len(glyphs), 1, CELL, CELL], align_corners=False
+        )
         drawn = F.grid_sample(glyphs, grid, align_corners=False).reshape(count, cells, CELL, CELL)
         ink = torch.tensor(_join_cells(drawn.numpy()))[:, None]
 

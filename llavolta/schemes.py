@@ -63,7 +63,7 @@ class Scheme:
         edges = [0, *pivots, total_steps]
         if len(plans) != len(pivots) + 1 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
             raise ValueError(
-                f"{len(plans)} plans need {len(plans) - 1} pivots that rise between 0 and {total_steps}, not {list(pivots)}"
+                f"{len(plans)} plans need {len(plans) - 1} pivots rising from 0 to {total_steps}, not {list(pivots)}"
             )
         shares = [(b - a) / total_steps for a, b in zip(edges, edges[1:], strict=False)]
         return cls(name, tuple(Stage(plan, share) for plan, share in zip(plans, shares, strict=True)))
@@ -97,7 +97,7 @@ class Scheme:
 
 
 def scale_plan(plan: str, num_layers: int, reference_layers: int = REFERENCE_LAYERS) -> str:
-    """``plan`` with its layers moved from a model of ``reference_layers`` to one of ``num_layers``; see Scheme.scaled."""
+    """``plan`` moved from a model of ``reference_layers`` layers to one of ``num_layers``; see Scheme.scaled."""
     scaled = {}
     for layer, compressor in parse_plan(plan).items():
         new = layer

@@ -17,6 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import re
+import shutil
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,8 +28,10 @@ from pathlib import Path
 
 import torch
 import yaml
+from accelerate import PartialState
 from torch.utils.data import Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     Trainer,
@@ -45,7 +51,9 @@ from llavolta.schemes import SCHEMES, Scheme, Stage
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 EMBEDDED = DATA / "tiny-llava"
-PHASE_FOLDER = "align"
+RUNS = DATA / "runs"
+ALIGN = "align"
+DIGITS_STEPS = 390  # of a whole scheme on the digits, unless the configuration says otherwise
 
 
 class ConfigError(UserError, ValueError):
@@ -58,10 +66,10 @@ class TrainConfig:
 
     model: a Hugging Face folder or hub name; "embedded" is the tiny LLaVA in data/. data, images: LLaVA JSON and
     image folder; "digits" is the generated digits VQA. scheme: a name of SCHEMES (layers are scaled to the model's
-    depth) or a list of {plan, share} (taken as they are). stage: train up to the end of this stage of the scheme (from 1), only
-    projector alignment (0), or everything (None). plan: replaces the plan of ``stage``. max_steps: optimizer steps
-    of the whole scheme; epochs: the same as passes over the data (give one of the two). align_steps: those of projector alignment;
-    0 skips it, for a model that is aligned already.
+    depth) or a list of {plan, share} (taken as they are). stage: train up to the end of this stage of the scheme (from
+    1), only projector alignment (0), or everything (None). plan: replaces the plan of ``stage``. max_steps: optimizer
+    steps of the whole scheme; epochs: the same as passes over the data (give one of the two). align_steps: those of
+    projector alignment; 0 skips it, for a model that is aligned already.
     """
 
     output: str
@@ -92,7 +100,9 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, least in dict(align_steps=0, batch_size=1, max_length=1, gradient_accumulation=1, save_steps=0).items():
+        for name, least in dict(
+            align_steps=0, batch_size=1, max_length=1, gradient_accumulation=1, save_steps=0
+        ).items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
@@ -169,7 +179,9 @@ def load_model(name: str) -> tuple:
     model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ConfigError(f"{path} lacks {len(missing)} weights of its model, such as {missing[0]}; the folder is damaged")
+        raise ConfigError(
+            f"{path} lacks {len(missing)} weights of its model, such as {missing[0]}; the folder is damaged"
+        )
     return model, AutoProcessor.from_pretrained(path)
 
 
@@ -201,7 +213,7 @@ class StageCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         ends = self.scheme.boundaries(state.max_steps)
         if state.global_step in ends:
-            control.should_save = True
+            control.should_save = control.should_log = True
             if self.stop_after is not None and state.global_step >= ends[self.stop_after - 1]:
                 control.should_training_stop = True
 
@@ -254,7 +266,7 @@ class MetricsCallback(TrainerCallback):
 
 
 class StageTrainer(Trainer):
-    """Trainer that groups batches by modality and length, saves what resumes, and stops at a loss that is not finite."""
+    """Trainer that groups batches by modality and length, saves what resumes, and stops at a NaN loss."""
 
     def __init__(self, *args, scheme: Scheme, **kwargs):
         super().__init__(*args, **kwargs)
@@ -285,6 +297,8 @@ class StageTrainer(Trainer):
             super()._save(output_dir, state_dict)
         finally:
             del model.save_pretrained
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         step, total = self.state.global_step, self.state.max_steps
         stages = [asdict(stage) for stage in self.scheme.stages]
@@ -293,61 +307,131 @@ class StageTrainer(Trainer):
         (folder / "scheme.json").write_text(json.dumps(record, indent=1))
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a configuration comes to: the scheme for the model's depth, its sizes, data and number of steps."""
+
+    scheme: Scheme
+    num_layers: int
+    num_tokens: int
+    total_steps: int
+    data: Path
+    images: Path | None
+
+
+def prepare(config: TrainConfig) -> Setup:
+    """Resolve ``config`` without loading weights; builds the digits data on first use. Raises ConfigError."""
+    path = EMBEDDED if config.model == "embedded" else config.model
+    try:
+        model_config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {config.model!r} cannot be read: {str(error).splitlines()[0]}") from None
+    num_layers = model_config.get_text_config().num_hidden_layers
+    scheme = config.resolve_scheme(num_layers)
+    data, images = (
+        (digits_data() / "train.json", None) if config.data == "digits" else (Path(config.data), config.images)
+    )
+    if not data.is_file():
+        raise ConfigError(f"no data file {data}; give a LLaVA JSON file, or 'digits'")
+    total = config.max_steps
+    if total is None and config.epochs is None and config.data == "digits":
+        total = DIGITS_STEPS
+    elif total is None:
+        batch = config.batch_size * config.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
+        total = max(1, math.ceil((config.epochs or 1) * len(LlavaData(data, images)) / batch))
+    scheme.boundaries(total)
+    return Setup(scheme, num_layers, getattr(model_config, "image_seq_length", 0), total, data, images)
+
+
 def train(config: TrainConfig, progress: bool = True) -> Path:
     """Run ``config`` up to its stage, doing only what its output folder does not hold yet. Returns that folder.
 
     Missing earlier stages, projector alignment among them, are trained first. Raises ConfigError, PlanError,
     DataError, FloatingPointError; whatever was finished before stays.
     """
-    output = Path(config.output)
-    model_name = config.model
-    _, num_layers, num_tokens = _describe(config)
-    scheme = config.resolve_scheme(num_layers)
-    _claim(output, config, scheme)
+    output, model_name = Path(config.output), config.model
+    state = PartialState(cpu=not torch.cuda.is_available())
+    wanted = int(os.environ.get(WANTED_PROCESSES, state.num_processes))
+    if wanted != state.num_processes:
+        raise ConfigError(f"{wanted} processes were asked for, but {state.num_processes} came up; launch with torchrun")
+    progress = progress and state.is_main_process
+    with state.main_process_first():
+        setup = prepare(config)
+        if state.is_main_process:
+            _claim(output, config, setup.scheme)
     if config.align_steps:
-        align = output / PHASE_FOLDER
-        one_stage = Scheme.equal("align", "none")
-        if not _finished(align, config.align_steps):
+        align = output / ALIGN
+        if _last_step(align) < config.align_steps or not (align / "model.safetensors").exists():
             _say("stage 0, projector alignment: training", progress)
-            data, images = _align_data(config)
+            with state.main_process_first():
+                data, images = _align_data(config)
+            one_stage = Scheme.equal("align", "none")
             _run(config, align, "align", config.model, data, images, one_stage, config.align_steps, None, progress)
         if config.stage == 0:
-            _export(align, output)
+            if state.is_main_process:
+                _export(align, output)
             return output
         model_name = str(align)
     elif config.stage == 0:
         raise ConfigError("stage 0 is projector alignment, which align_steps 0 skips; raise align_steps")
-    data, images = _instruct_data(config)
-    total = config.max_steps or _steps_of_epochs(config, data, images)
+    scheme, total = setup.scheme, setup.total_steps
     ends = scheme.boundaries(total)
     last = config.stage or len(scheme.stages)
     done = _last_step(output)
-    if done < ends[last - 1]:
+    if done < ends[last - 1] or not (output / "model.safetensors").exists():
         first = sum(done >= end for end in ends) + 1
         earlier = f" (stages {first}..{last - 1} are missing and come first)" if first < last else ""
         _say(f"stage {last} of {len(ends)}, plan {scheme.stages[last - 1].plan}: training{earlier}", progress)
-        _run(config, output, "instruct", model_name, data, images, scheme, total, last, progress)
+        _run(config, output, "instruct", model_name, setup.data, setup.images, scheme, total, last, progress)
     else:
         _say(f"stage {last} is trained already in {output}", progress)
+    return output
+
+
+WANTED_PROCESSES = "LLAVOLTA_PROCESSES"
+
+
+def launch(config: TrainConfig, num_processes: int = 1) -> Path:
+    """``train`` in this process, or in ``num_processes`` of them under torchrun (each a GPU, or the CPU).
+
+    Raises ConfigError with the child's last lines if they fail, or if not all of them come up.
+    """
+    if isinstance(num_processes, bool) or not isinstance(num_processes, int) or num_processes < 1:
+        raise ConfigError(f"num_processes must be a whole number of at least 1, not {num_processes!r}")
+    if num_processes == 1:
+        return train(config)
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    file = output.with_name(f"{output.name}.launch.yaml")
+    file.write_text(yaml.safe_dump(asdict(config)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    environment = {
+        **os.environ,
+        WANTED_PROCESSES: str(num_processes),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
+    child = subprocess.Popen(
+        [*command, "-m", "llavolta.train", str(file)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = []
+    for line in child.stdout:
+        print(line, end="", flush=True)
+        lines = [*lines[-200:], line]
+    if child.wait():
+        said = re.findall(r"(?:^|\s|\])error: (.*)", "".join(lines))  # it may follow a progress bar on its line
+        cause = said[0] if said else "".join(lines[-15:])
+        raise ConfigError(f"training in {num_processes} processes failed: {cause.strip()}")
+    file.unlink()
     return output
 
 
 def _say(text: str, progress: bool) -> None:
     if progress:
         print(text, flush=True)
-
-
-def _describe(config: TrainConfig) -> tuple:
-    """(config, decoder layers, visual tokens of an image) of the model, without its weights."""
-    from transformers import AutoConfig
-
-    path = EMBEDDED if config.model == "embedded" else config.model
-    try:
-        model_config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model {config.model!r} cannot be read: {str(error).splitlines()[0]}") from None
-    tokens = getattr(model_config, "image_seq_length", None)
-    return model_config, model_config.get_text_config().num_hidden_layers, tokens
 
 
 def _claim(output: Path, config: TrainConfig, scheme: Scheme) -> None:
@@ -374,31 +458,9 @@ def _align_data(config: TrainConfig) -> tuple[Path, Path | None]:
     return digits_data() / "align.json", None
 
 
-def _instruct_data(config: TrainConfig) -> tuple[Path, Path | None]:
-    return (digits_data() / "train.json", None) if config.data == "digits" else (Path(config.data), config.images)
-
-
-def _steps_of_epochs(config: TrainConfig, data: Path, images) -> int:
-    if config.epochs is None and config.data == "digits":
-        return 390
-    examples = len(LlavaData(data, images))
-    batch = config.batch_size * config.gradient_accumulation * int(_world_size())
-    return max(1, math.ceil((config.epochs or 1) * examples / batch))
-
-
-def _world_size() -> int:
-    import os
-
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def _last_step(folder: Path) -> int:
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     return int(last.rsplit("-", 1)[1]) if last else 0
-
-
-def _finished(folder: Path, steps: int) -> bool:
-    return _last_step(folder) >= steps and (folder / "model.safetensors").exists()
 
 
 def _run(config, output: Path, phase: str, model_name: str, data, images, scheme, total, stop_after, progress) -> None:
@@ -421,6 +483,7 @@ def _run(config, output: Path, phase: str, model_name: str, data, images, scheme
         weight_decay=config.weight_decay,
         bf16=config.bf16,
         logging_steps=config.log_steps,
+        logging_first_step=True,
         logging_nan_inf_filter=False,
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
@@ -451,6 +514,7 @@ def _run(config, output: Path, phase: str, model_name: str, data, images, scheme
     finally:
         stages.release()
     trainer.save_model(str(output))
+    trainer.accelerator.wait_for_everyone()  # the next phase loads what the main process has just written
 
 
 def _check_checkpoint(checkpoint: Path, scheme: Scheme, total: int) -> None:
@@ -464,11 +528,33 @@ def _check_checkpoint(checkpoint: Path, scheme: Scheme, total: int) -> None:
 
 def _export(source: Path, target: Path) -> None:
     """Copy the finished model of ``source`` into ``target`` (the run folder's root)."""
-    import shutil
-
     for file in source.iterdir():
         if file.is_file() and file.name not in ("config.yaml", "metrics.jsonl", "training_args.bin"):
             shutil.copy2(file, target / file.name)
+
+
+def summary(config: TrainConfig, setup: Setup, table, times) -> str:
+    """A paragraph of Markdown: the stage's accuracy and the time that its compression saves.
+
+    table: from evaluate.accuracy_table. times: from bench.step_times, with the plans of the scheme's stages.
+    """
+    overall = table.loc["overall"]
+    ratio = dict(zip(times.plan, times.ratio, strict=True))
+    stages = setup.scheme.stages
+    last = len(stages) if config.stage is None else config.stage
+    accuracy = (
+        f"held-out accuracy after stage {last} of `{setup.scheme.name}`: **{overall.accuracy:.1%}** "
+        f"(95% interval {overall.low:.1%} to {overall.high:.1%}, best constant answers {overall.constant:.1%})"
+    )
+    whole = sum(stage.share * ratio[stage.plan] for stage in stages)
+    lines = [accuracy]
+    if last:
+        plan = stages[last - 1].plan
+        lines.append(
+            f"a step under this stage's plan `{plan}` takes **{1 - ratio[plan]:.0%}** less time than without it"
+        )
+    lines.append(f"the whole scheme takes **{1 - whole:.0%}** less training time than no compression")
+    return "\n".join(f"- {line}" for line in lines) + "\n"
 
 
 def read_metrics(file: str | Path) -> list[dict]:

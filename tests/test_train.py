@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llavolta.train import ConfigError, TrainConfig, main, read_metrics, train
+from llavolta.train import WANTED_PROCESSES, ConfigError, TrainConfig, launch, main, read_metrics, train
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +200,27 @@ def test_the_command_line_does_the_same(whole, settings, tmp_path, capsys):
     capsys.readouterr()
     assert main([str(file)]) == 1
     assert capsys.readouterr().err.startswith("error: unknown parameter 'outptu'")
+
+
+def test_two_processes_train_like_one(settings, tmp_path):
+    """torchrun on two CPU processes with half the batch each: the same losses and weights but for rounding."""
+    one = train(TrainConfig(output=str(tmp_path / "one"), **settings), progress=False)
+    half = {**settings, "batch_size": settings["batch_size"] // 2}
+    two = launch(TrainConfig(output=str(tmp_path / "two"), **half), num_processes=2)
+    losses = [[row["loss"] for row in read_metrics(folder / "metrics.jsonl")] for folder in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    a, b = weights(one), weights(two)
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[name], b[name], atol=2e-3) for name in a)
+
+
+def test_processes_that_do_not_come_up_are_an_error(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv(WANTED_PROCESSES, "2")
+    with pytest.raises(ConfigError, match="2 processes were asked for, but 1 came up"):
+        train(TrainConfig(output=str(tmp_path / "run"), **settings), progress=False)
+
+
+def test_the_error_of_a_child_process_is_shown(settings, tmp_path):
+    broken = {**settings, "align_steps": 0, "stage": 0}
+    with pytest.raises(ConfigError, match="^training in 2 processes failed: stage 0 is projector"):
+        launch(TrainConfig(output=str(tmp_path / "run"), **broken), num_processes=2)

@@ -1,0 +1,32 @@
+# make demo | test | lab | notebooks: each sets up .venv first. PYTHON names the interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+export TOKENIZERS_PARALLELISM := false
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("llavolta needs Python 3.11 or newer: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+install: $(INSTALLED)
+
+demo: install
+	mkdir -p data/runs
+	cd notebooks && ../$(BIN)/papermill 03_train_stage.ipynb ../data/runs/stage2.ipynb -p stage 2
+	@$(BIN)/python -c 'print(open("data/runs/three-stage/summary.txt").read())'
+	@echo "executed notebook: $(CURDIR)/data/runs/stage2.ipynb"
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lab: install
+	$(BIN)/jupyter lab --notebook-dir .
+
+notebooks: install
+	cd notebooks && for notebook in *.ipynb; do ../$(BIN)/papermill $$notebook $$notebook || exit 1; done
+
+.PHONY: install demo test lab notebooks

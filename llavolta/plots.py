@@ -1,0 +1,150 @@
+"""Pictures: colour-blind-safe, labelled, readable in print. Every function returns what it drew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from llavolta.plan import tokens_per_layer
+from llavolta.schemes import Scheme, plan_compression_ratio
+
+COLOURS = sns.color_palette("colorblind")
+sns.set_theme(style="whitegrid", palette="colorblind", context="notebook")
+
+
+def scheme_diagram(
+    scheme: Scheme, num_layers: int, num_tokens: int, total_steps: int, current: int | None = None
+) -> Figure:
+    """Visual tokens per decoder layer in each stage (LLaVolta, figure 1), for the actual numbers.
+
+    A panel a stage, as wide as its share of the steps; the bar of a layer is as long as its visual tokens are many.
+    current: the stage (from 1) to mark.
+    """
+    ends = scheme.boundaries(total_steps)
+    steps = np.diff([0, *ends])
+    figure, axes = plt.subplots(
+        1, len(ends), figsize=(10, 3.2), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for number, (ax, stage) in enumerate(zip(axes[0], scheme.stages, strict=True), start=1):
+        counts = tokens_per_layer(stage.plan, num_layers, num_tokens)
+        colour = COLOURS[0] if current in (None, number) else "0.7"
+        ax.barh(range(num_layers), counts, color=colour, height=0.8)
+        ratio = plan_compression_ratio(stage.plan, num_layers, num_tokens)
+        ax.set_title(f"Stage {number}: {stage.plan}\n{steps[number - 1]} steps, CR {ratio:.2f}", fontsize=11)
+        ax.set_xlabel("visual tokens")
+        ax.set_xlim(0, num_tokens * 1.05)
+        ax.grid(axis="y", visible=False)
+    axes[0][0].set_ylabel("decoder layer")
+    axes[0][0].set_yticks(range(0, num_layers, max(1, num_layers // 8)))
+    return figure
+
+
+def example(conversation) -> Figure:
+    """The first picture of a data.Example."""
+    figure, ax = plt.subplots(figsize=(2.6, 2.6), layout="constrained")
+    ax.imshow(conversation.images[0], interpolation="nearest")
+    ax.set(xticks=[], yticks=[], title=conversation.name)
+    ax.title.set_fontsize(8)
+    return figure
+
+
+def loss_curve(metrics: pd.DataFrame, title: str = "") -> Figure:
+    """Training loss against the optimizer step; each stage in its colour and named in the legend."""
+    figure, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for number, (stage, part) in enumerate(metrics.groupby("stage")):
+        label = f"stage {stage} ({part.plan.iloc[0]})"
+        ax.plot(part.step, part.loss, color=COLOURS[number], label=label, marker=".", markersize=4)
+    ax.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    ax.legend()
+    return figure
+
+
+def training_logs(logs: dict[str, pd.DataFrame]) -> Figure:
+    """For each named log: the loss and the accuracy column (its last) against the step."""
+    figure, axes = plt.subplots(1, len(logs), figsize=(5 * len(logs), 3.2), squeeze=False, layout="constrained")
+    for ax, (name, log) in zip(axes[0], logs.items(), strict=True):
+        accuracy = log.columns[-1]
+        ax.plot(log.step, 100 * log[accuracy], color=COLOURS[0], label=accuracy.replace("_", " "))
+        ax.set(title=name, xlabel="step", ylabel="accuracy (%)", ylim=(0, 102))
+        loss = ax.twinx()
+        loss.plot(log.step, log.loss, color=COLOURS[1], linestyle="--", label="loss")
+        loss.set(ylabel="loss (nats)", ylim=(0, None))
+        loss.grid(visible=False)
+        ax.legend(handles=[*ax.lines, *loss.lines], loc="center right")
+    return figure
+
+
+def scene_grid(pictures: np.ndarray) -> Figure:
+    """Pictures (N, H, W, 3) in one row."""
+    figure, axes = plt.subplots(1, len(pictures), figsize=(1.6 * len(pictures), 1.7), layout="constrained")
+    for ax, picture in zip(np.atleast_1d(axes), pictures, strict=True):
+        ax.imshow(picture, interpolation="nearest")
+        ax.set_axis_off()
+    return figure
+
+
+def accuracy_bars(table: pd.DataFrame, title: str = "") -> Figure:
+    """Accuracy per question type with its 95% interval, beside the best constant answer (see accuracy_table)."""
+    figure, ax = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    place = np.arange(len(table))
+    error = np.abs(100 * table[["low", "high"]].to_numpy().T - 100 * table.accuracy.to_numpy())
+    bars = ax.bar(place - 0.2, 100 * table.accuracy, 0.4, yerr=error, capsize=3, label="model", color=COLOURS[0])
+    ax.bar(place + 0.2, 100 * table.constant, 0.4, label="best constant answer", color="0.75", hatch="//")
+    ax.bar_label(bars, fmt="%.0f", padding=3, fontsize=9)
+    ax.set_xticks(place, [f"{name}\n(n={count})" for name, count in table.questions.items()])
+    ax.set(ylabel="accuracy (%)", ylim=(0, 112), title=title)
+    ax.legend(loc="lower right")
+    return figure
+
+
+def step_time_bars(times: pd.DataFrame, labels: Sequence[str] | None = None) -> Figure:
+    """Measured step time relative to no compression, beside what the FLOPs promise (see bench.step_times)."""
+    figure, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    place = np.arange(len(times))
+    for shift, column, label, colour, hatch in (
+        (-0.2, "ratio", "measured", COLOURS[0], ""),
+        (0.2, "flops_ratio", "FLOPs imply", "0.75", "//"),
+    ):
+        bars = ax.bar(place + shift, times[column], 0.4, label=label, color=colour, hatch=hatch)
+        ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
+    ax.set_xticks(place, labels or times.plan)
+    ax.set(ylabel="step time / uncompressed step time", ylim=(0, 1.3))
+    ax.legend(loc="lower right")
+    return figure
+
+
+def token_map(picture: np.ndarray, groups: np.ndarray, ax=None, title: str = ""):
+    """A picture (H, W, 3) under its patch grid, tinted by the token that each patch ends in.
+
+    groups: (rows, columns) for each patch the number of its output token; -1 where it was dropped (drawn dark).
+    """
+    ax = ax or plt.subplots(figsize=(3.4, 3.4), layout="constrained")[1]
+    rows, columns = groups.shape
+    height, width = picture.shape[:2]
+    extent = (0, columns, rows, 0)
+    ax.imshow(picture, extent=extent, interpolation="nearest")
+    tint = np.array([COLOURS[number % len(COLOURS)] for number in groups.ravel()]).reshape(rows, columns, 3)
+    alpha = np.where(groups < 0, 0.85, 0.4 if len(np.unique(groups)) < groups.size else 0.0)
+    ax.imshow(np.where(groups[..., None] < 0, 0.0, tint), extent=extent, alpha=alpha, interpolation="nearest")
+    # A border wherever two neighbouring patches end in different tokens.
+    for row, column in zip(*np.nonzero(groups[:, 1:] != groups[:, :-1]), strict=True):
+        ax.plot([column + 1] * 2, [row, row + 1], color="white", linewidth=1)
+    for row, column in zip(*np.nonzero(groups[1:] != groups[:-1]), strict=True):
+        ax.plot([column, column + 1], [row + 1] * 2, color="white", linewidth=1)
+    ax.set(xticks=[], yticks=[], title=title)
+    ax.grid(visible=False)
+    return ax
+
+
+def stage_token_maps(picture: np.ndarray, maps: dict[str, np.ndarray]) -> Figure:
+    """Token maps of several plans side by side on one picture; a map's groups as in ``token_map``."""
+    figure, axes = plt.subplots(1, len(maps), figsize=(3.3 * len(maps), 3.6), squeeze=False, layout="constrained")
+    for ax, (name, groups) in zip(axes[0], maps.items(), strict=True):
+        left = len(np.unique(groups[groups >= 0]))
+        token_map(picture, groups, ax, f"{name}\n{left} of {groups.size} tokens")
+    return figure

@@ -1,0 +1,152 @@
+"""LLaVA JSON and pictures: what a batch holds, and one clear error for everything that is not right."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from llavolta import backbones
+from llavolta.data import IGNORED, Collator, DataError, GroupedSampler, LlavaData, check_entry
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return backbones.processor()
+
+
+def entry(**changes) -> dict:
+    turns = [("human", "<image>\nIs there a 3?"), ("gpt", "yes"), ("human", "Is there a 4?"), ("gpt", "no")]
+    base = {"id": "a", "image": "a.png", "conversations": [{"from": who, "value": text} for who, text in turns]}
+    return {**base, **changes}
+
+
+def write(folder, *entries) -> LlavaData:
+    Image.new("RGB", (96, 96), (200, 0, 0)).save(folder / "a.png")
+    (folder / "data.json").write_text(json.dumps(entries))
+    return LlavaData(folder / "data.json")
+
+
+def test_labels_are_the_answers_and_their_end_tokens_alone(tmp_path, processor):
+    turns = [{"from": "human", "value": "Is there a 5?"}, {"from": "gpt", "value": "no"}]
+    text_only = entry(image=None, conversations=turns)
+    two = entry(image=["a.png", "a.png"])
+    two["conversations"][0] = {"from": "human", "value": "<image>\n<image>\nIs there a 3?"}
+    data = write(tmp_path, entry(), text_only, two)
+    batch = Collator(processor)([data[0], data[1], data[2]])
+    decode = processor.tokenizer.decode
+    for row, answers in enumerate(["yes </s> no </s>", "no </s>", "yes </s> no </s>"]):
+        labels = batch["labels"][row]
+        assert decode(labels[labels != IGNORED]) == answers
+        chosen = labels != IGNORED
+        assert torch.equal(batch["input_ids"][row][chosen], labels[chosen])
+    images = (batch["input_ids"] == processor.image_token_id).sum(1)
+    assert images.tolist() == [144, 0, 288] and batch["pixel_values"].shape == (3, 3, 96, 96)
+    assert not batch["attention_mask"][1, -1] and batch["attention_mask"][:, 0].all()  # padded at the end
+
+
+def test_a_text_only_batch_has_no_pictures(tmp_path, processor):
+    data = write(tmp_path, entry(image=None, conversations=entry()["conversations"][2:]))
+    assert "pixel_values" not in Collator(processor)([data[0], data[0]])
+
+
+def test_truncation_keeps_what_it_can_and_refuses_what_it_cannot(tmp_path, processor):
+    data = write(tmp_path, entry())
+    whole = Collator(processor)([data[0]])
+    first_answer = int((whole["labels"][0] != IGNORED).nonzero()[0])
+    cut = Collator(processor, max_length=first_answer + 1)([data[0]])
+    assert cut["input_ids"].shape[1] == first_answer + 1 and (cut["labels"] != IGNORED).sum() == 1
+    with pytest.raises(DataError, match=r"entry 0 \(id 'a'\): no answer is left within max_length"):
+        Collator(processor, max_length=first_answer)([data[0]])
+    with pytest.raises(DataError, match="cuts off visual tokens"):
+        Collator(processor, max_length=100)([data[0]])
+
+
+def test_padding_to_squares_with_the_given_colour(tmp_path):
+    write(tmp_path, entry())
+    Image.new("RGB", (100, 50), (255, 255, 255)).save(tmp_path / "a.png")
+    image = LlavaData(tmp_path / "data.json", pad=(1, 2, 3))[0].images[0]
+    pixels = np.asarray(image)
+    assert image.size == (100, 100) and (pixels[0, 0] == (1, 2, 3)).all() and (pixels[50, 50] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"conversations": None}, "entry 0 has no 'conversations'"),
+        ({"conversations": [{"from": "robot", "value": "x"}]}, "'from'"),
+        ({"conversations": entry()["conversations"][:3]}, "alternate"),
+        ({"conversations": entry()["conversations"][::-1]}, "alternate"),
+        ({"image": None}, "1 <image> placeholders for 0 images"),
+        ({"image": ["a.png", "a.png"]}, "1 <image> placeholders for 2 images"),
+        ({"image": 7}, "'image' must be a path"),
+        ({"image": [7]}, "'image' must list paths"),
+    ],
+)
+def test_entries_that_are_not_llavas(tmp_path, change, match):
+    with pytest.raises(DataError, match=match):
+        write(tmp_path, entry(**change))
+
+
+def test_pictures_that_cannot_be_read(tmp_path):
+    data = write(tmp_path, entry())
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"entry 0 \(id 'a'\): image 'a.png' cannot be read"):
+        data[0]
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(DataError, match="no image 'a.png'"):
+        data[0]
+    with pytest.raises(DataError, match="leads out of the image folder"):
+        write(tmp_path, entry(image="../a.png"))[0]
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match="no data file"):
+        LlavaData(tmp_path / "none.json")
+    file = tmp_path / "data.json"
+    for content, match in ((b"[{", "is not JSON"), (b"\xff\xfe\x00", "is not JSON"), (b"{}", "list"), (b"[]", "list")):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=match):
+            LlavaData(file)
+    file.write_text(json.dumps([entry()]))
+    with pytest.raises(DataError, match="no image folder"):
+        LlavaData(file, tmp_path / "nowhere")
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["from", "value", "id"]), inner),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.fixed_dictionaries({}, optional={"id": _JSON, "image": _JSON, "conversations": _JSON}) | _JSON)
+def test_arbitrary_entries_pass_or_raise_the_documented_error(value):
+    try:
+        check_entry(value, "entry")
+    except DataError as error:
+        assert str(error).startswith("entry")
+    else:
+        assert value["conversations"]
+
+
+def test_batches_hold_one_modality_and_like_lengths():
+    rng = np.random.default_rng(0)
+    lengths, has_image = rng.integers(1, 500, 1003), rng.random(1003) < 0.7
+    sampler = GroupedSampler(lengths, has_image, batch=8, seed=3)
+    order = list(sampler)
+    assert sorted(order) == list(range(1003))
+    whole = np.array(order[: 1003 // 8 * 8]).reshape(-1, 8)[:-2]  # the left-overs stand at the end
+    assert all(len(set(has_image[batch])) == 1 for batch in whole)
+    spread = np.mean([np.ptp(lengths[batch]) for batch in whole])
+    assert spread < 0.2 * np.mean([np.ptp(lengths[rng.permutation(1003)[:8]]) for _ in range(100)])
+    assert order == list(GroupedSampler(lengths, has_image, batch=8, seed=3))
+    sampler.set_epoch(1)
+    assert list(sampler) != order

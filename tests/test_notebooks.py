@@ -1,0 +1,93 @@
+"""Every notebook runs headless with small parameters, and stops with one clear line at a wrong one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import papermill
+import pytest
+from papermill.exceptions import PapermillExecutionError
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+
+
+def run(name: str, folder: Path, **parameters) -> dict:
+    """The executed notebook as JSON."""
+    target = folder / f"{name}.ipynb"
+    papermill.execute_notebook(
+        str(NOTEBOOKS / f"{name}.ipynb"), str(target), parameters, cwd=str(NOTEBOOKS), progress_bar=False
+    )
+    return json.loads(target.read_text())
+
+
+def pictures(notebook: dict) -> int:
+    return sum(
+        "image/png" in output.get("data", {}) for cell in notebook["cells"] for output in cell.get("outputs", [])
+    )
+
+
+@pytest.fixture
+def training(scenes, small_model, tmp_path) -> dict:
+    """Parameters of 03_train_stage that run in seconds."""
+    return dict(
+        model=str(small_model),
+        data=str(scenes / "train.json"),
+        align_data=str(scenes / "align.json"),
+        heldout=str(scenes / "heldout.json"),
+        output=str(tmp_path / "run"),
+        max_steps=6,
+        align_steps=2,
+        batch_size=8,
+        questions=16,
+        timing_rounds=1,
+    )
+
+
+def test_00_backbones_shows_the_shipped_parts(tmp_path):
+    assert pictures(run("00_backbones", tmp_path, scenes=20)) == 2
+
+
+def test_00_backbones_trains_them_again(tmp_path):
+    settings = dict(retrain=True, tower_steps=3, language_steps=3, output=str(tmp_path / "backbones"), scenes=10)
+    run("00_backbones", tmp_path, **settings)
+    held = {path.name for path in (tmp_path / "backbones").iterdir()}
+    assert {"model.safetensors", "config.json", "backbones.json", "tokenizer.json"} <= held
+
+
+def test_03_train_stage_trains_what_is_missing_and_then_only_what_is_new(training, tmp_path):
+    first = json.dumps(run("03_train_stage", tmp_path, stage=2, **training))
+    assert "stage 0, projector alignment: training" in first
+    assert "stage 2 of 3, plan 2:avgpool:8: training (stages 1..1 are missing and come first)" in first
+    summary = (tmp_path / "run" / "summary.txt").read_text()
+    assert "held-out accuracy after stage 2 of `three-stage`" in summary and "less time" in summary
+    second = run("03_train_stage", tmp_path, stage=3, **training)
+    assert "stage 0" not in json.dumps([cell.get("outputs") for cell in second["cells"]])
+    assert pictures(second) == 6
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 3
+
+
+def test_03_train_stage_alone_stage_0_and_a_plan_of_ones_own(training, tmp_path):
+    run("03_train_stage", tmp_path, stage=0, **training)
+    assert "after stage 0" in (tmp_path / "run" / "summary.txt").read_text()
+    other = {**training, "output": str(tmp_path / "other")}
+    notebook = run("03_train_stage", tmp_path, stage=1, plan="0:avgpool:4", scheme="heavy", **other)
+    assert "0:avgpool:4" in json.dumps(notebook["cells"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"stgae": 2}, "ParameterError: unknown parameter 'stgae'; known: stage, scheme"),
+        ({"stage": 7}, "ConfigError: stage must be 0 (projector alignment) .. 3 for this scheme, not 7"),
+        ({"scheme": "tree-stage"}, "ConfigError: unknown scheme 'tree-stage'; choose from single-stage"),
+        ({"plan": "4:avgpool:8"}, "PlanError: plan '4:avgpool:8' names layer 4, but this model's 4 decoder layers"),
+        ({"plan": "1:avgpool:-3"}, "PlanError: plan '1:avgpool:-3': avgpool: stride must be a whole number"),
+        ({"num_processes": 0}, "ConfigError: num_processes must be"),
+    ],
+)
+def test_03_train_stage_stops_with_one_clear_line(training, tmp_path, wrong, message):
+    with pytest.raises(PapermillExecutionError) as error:
+        run("03_train_stage", tmp_path, **{**training, **wrong})
+    lines = [line for line in str(error.value).splitlines() if line.strip()]
+    assert lines[-1].startswith(message) and len(lines) == 3  # a rule, the cell, the message

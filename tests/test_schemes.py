@@ -1,0 +1,129 @@
+"""Plans, schemes and the compression ratio."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llavolta import SCHEMES, AveragePool, PlanError, Scheme, Stage, compression_ratio, format_plan, parse_plan
+from llavolta.plan import tokens_per_layer
+from llavolta.schemes import scale_plan
+
+NAMES = ["single-stage", "heavy", "light", "three-stage", "four-stage-wider", "four-stage-deeper"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "stride", "published"), [(2, 8, 5.565), (16, 8, 1.778), (2, 2, 1.882), (16, 2, 1.333), (5, 1, 1.0)]
+)
+def test_compression_ratio_as_published(layer, stride, published):
+    ratio = compression_ratio(num_layers=32, num_tokens=576, layer=layer, stride=stride)
+    assert ratio == pytest.approx(published, abs=5e-4)
+
+
+def test_compression_ratio_counts_the_shorter_last_window():
+    assert compression_ratio(num_layers=2, num_tokens=10, layer=1, stride=4) == pytest.approx(20 / (10 + 3))
+
+
+@pytest.mark.parametrize(("layer", "stride"), [(32, 2), (-1, 2), (2, 0), (2, 1.5)])
+def test_compression_ratio_refuses(layer, stride):
+    with pytest.raises(ValueError):
+        compression_ratio(num_layers=32, num_tokens=576, layer=layer, stride=stride)
+
+
+def test_the_six_schemes_as_published():
+    assert list(SCHEMES) == NAMES
+    third = (Stage("2:avgpool:8", 1 / 3), Stage("16:avgpool:8", 1 / 3), Stage("none", 1 / 3))
+    assert SCHEMES["three-stage"].stages == third
+    plans = {name: [stage.plan for stage in scheme.stages] for name, scheme in SCHEMES.items()}
+    assert plans["four-stage-wider"] == ["2:avgpool:8", "2:avgpool:2", "16:avgpool:2", "none"]
+    assert plans["four-stage-deeper"] == ["2:avgpool:8", "16:avgpool:8", "16:avgpool:2", "none"]
+    assert plans["heavy"] == ["2:avgpool:8", "none"] and plans["light"] == ["16:avgpool:8", "none"]
+    assert all(plan[-1] == "none" for plan in plans.values())  # every scheme ends with standard training
+
+
+@pytest.mark.parametrize(("layers", "heavy", "light"), [(32, 2, 16), (8, 1, 4), (6, 1, 3), (40, 3, 20), (16, 1, 8)])
+def test_schemes_scale_to_any_depth(layers, heavy, light):
+    plans = [stage.plan for stage in SCHEMES["three-stage"].scaled(layers).stages]
+    assert plans == [f"{heavy}:avgpool:8", f"{light}:avgpool:8", "none"]
+
+
+def test_layer_zero_stays_zero_and_clashes_are_refused():
+    assert scale_plan("0:avgpool:2", 4) == "0:avgpool:2"
+    with pytest.raises(PlanError, match="both become layer 1"):
+        scale_plan("2:avgpool:2;4:avgpool:2", 8)
+
+
+def test_the_stage_is_a_function_of_the_step():
+    scheme = SCHEMES["three-stage"]
+    assert [scheme.stage_at(step, 9) for step in range(9)] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert SCHEMES["single-stage"].stage_at(8, 9) == 0
+    with pytest.raises(ValueError, match=r"0\.\.8"):
+        scheme.stage_at(9, 9)
+
+
+def test_pivots_as_in_the_public_script():
+    plans = [stage.plan for stage in SCHEMES["four-stage-wider"].stages]
+    scheme = Scheme.from_pivots("published", plans, [1300, 2600, 3900], 5200)
+    assert scheme.boundaries(5200) == (1300, 2600, 3900, 5200)
+    with pytest.raises(ValueError, match="pivots"):
+        Scheme.from_pivots("bad", plans, [1300, 1300, 3900], 5200)
+
+
+@given(weights=st.lists(st.floats(0.01, 1), min_size=1, max_size=6), extra=st.integers(0, 200), data=st.data())
+def test_every_stage_has_steps_and_they_cover_the_run(weights, extra, data):
+    total = len(weights) + extra
+    scheme = Scheme("any", tuple(Stage("none", weight / sum(weights)) for weight in weights))
+    ends = scheme.boundaries(total)
+    assert ends[-1] == total and all(b > a for a, b in zip((0, *ends), ends, strict=False))
+    step = data.draw(st.integers(0, total - 1))
+    stage = scheme.stage_at(step, total)
+    assert (0, *ends)[stage] <= step < ends[stage]
+
+
+def test_a_scheme_checks_itself():
+    with pytest.raises(ValueError, match=r"sum to 0\.5"):
+        Scheme("half", (Stage("none", 0.5),))
+    with pytest.raises(ValueError, match="share"):
+        Stage("none", 0)
+    with pytest.raises(PlanError):
+        Stage("2:avgpol:8", 1)
+    with pytest.raises(ValueError, match="too few"):
+        SCHEMES["three-stage"].boundaries(2)
+
+
+@given(
+    plan=st.dictionaries(st.integers(0, 40), st.integers(1, 50).map(AveragePool), max_size=4),
+)
+def test_plans_read_back_as_written(plan):
+    assert parse_plan(format_plan(plan)) == plan == parse_plan(plan)
+
+
+def test_plan_text():
+    assert parse_plan(" 2:avgpool:8 ") == {2: AveragePool(8)} == parse_plan("2:avgpool:stride=8")
+    assert parse_plan("none") == parse_plan(None) == parse_plan("") == {}
+    assert tokens_per_layer("1:avgpool:4;3:avgpool:2", 4, 18) == [18, 5, 5, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("avgpool:8", "cannot read 'avgpool:8'.*LAYER:COMPRESSOR:OPTION"),
+        ("2", "cannot read"),
+        ("two:avgpool:8", "cannot read"),
+        ("-1:avgpool:8", "whole number from 0"),
+        ("2:avgpool", "stride"),
+        ("2:avgpool:eight", "stride must be a whole number"),
+        ("2:avgpool:0", "at least 1, not 0"),
+        ("2:avgpool:2:3", "not more"),
+        ("2:avgpool:strid=3", "unknown or given twice"),
+        ("2:pool:3", "unknown compressor 'pool'.*known: .*avgpool"),
+        ("2:avgpool:8;2:avgpool:4", "twice"),
+        ("2:avgpool:8;", "cannot read ''"),
+        (8, "not int"),
+        ({2: 8}, "expected a Compressor"),
+    ],
+)
+def test_malformed_plans_say_what_is_wrong(text, match):
+    with pytest.raises(PlanError, match=match):
+        parse_plan(text)
