@@ -192,7 +192,8 @@ def pools_frames(base: nn.Module) -> bool:
 
 def _frame_tokens(base: nn.Module) -> int | None:
     """The tokens of one frame where a clip's frames follow each other in one piece; None if nothing tells."""
-    if not pools_frames(base):
+    stride = getattr(base.config, "spatial_pool_stride", 2 if pools_frames(base) else None)
+    if stride is None:
         return None
     vision = base.config.vision_config
-    return (-(-(vision.image_size // vision.patch_size) // 2)) ** 2
+    return (-(-(vision.image_size // vision.patch_size) // stride)) ** 2

@@ -270,6 +270,87 @@ def gemma3(side="right", attention="sdpa"):
     return family
 
 
+def llava_next_video(side="right", attention="sdpa"):
+    config = tf.LlavaNextVideoConfig(
+        vision_config=tf.CLIPVisionConfig(**_VISION, image_size=16, patch_size=4),
+        text_config=tf.LlamaConfig(**_TEXT),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=[[16, 32], [32, 32]],
+        tie_word_embeddings=False,
+    )
+    batch = {
+        "pixel_values": _pixels(1, 5, 3, 16, 16),
+        "image_sizes": torch.tensor([[32, 32]]),
+        "pixel_values_videos": _pixels(1, 3, 3, 16, 16),
+    }
+    family = Family(_build(tf.LlavaNextVideoForConditionalGeneration, config, attention), batch, [])
+    family.inputs([[3, ("image", [16, 8 * 9], 0), 4], [2, ("video", [4, 4, 4], 0), 6]], side)
+    return family
+
+
+def qwen2_vl(side="right", attention="sdpa"):
+    vision = dict(
+        depth=2,
+        embed_dim=16,
+        hidden_size=32,
+        mlp_ratio=2,
+        num_heads=2,
+        patch_size=4,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+    )
+    text = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+    family = _qwen(tf.Qwen2VLForConditionalGeneration, tf.Qwen2VLConfig, vision, text, side, attention)
+    family.inputs([[3, ("image", [8], 0), 4], [2, ("video", [8, 8], 0), 2, ("image", [4], 0), 6]], side)
+    return _types(family)
+
+
+def idefics3(side="right", attention="sdpa"):
+    config = tf.Idefics3Config(
+        vision_config=tf.Idefics3VisionConfig(**_VISION, image_size=32, patch_size=4),
+        text_config=tf.LlamaConfig(**_TEXT),
+        image_token_id=IMAGE,
+        scale_factor=2,
+        tie_word_embeddings=False,
+        pad_token_id=PAD,
+    )
+    pixels = _pixels(2, 2, 3, 32, 32)
+    pixels[0, 1] = 0
+    family = Family(_build(tf.Idefics3ForConditionalGeneration, config, attention), {"pixel_values": pixels}, [])
+    family.inputs([[3, ("image", [16], 0), 4], [2, ("image", [16], 0), 1, ("image", [16], 0), 6]], side)
+    return family
+
+
+def mistral3(side="right", attention="sdpa"):
+    vision = {**_VISION, "image_size": 32, "patch_size": 4}
+    config = tf.Mistral3Config(
+        vision_config=tf.PixtralVisionConfig(**vision),
+        text_config=tf.MistralConfig(**_TEXT),
+        image_token_index=IMAGE,
+        spatial_merge_size=2,
+        tie_word_embeddings=False,
+    )
+    batch = {"pixel_values": _pixels(3, 3, 32, 32), "image_sizes": torch.tensor([[32, 32], [16, 32], [32, 32]])}
+    family = Family(_build(tf.Mistral3ForConditionalGeneration, config, attention), batch, [])
+    family.inputs([[3, ("image", [16], 0), 4], [2, ("image", [8, 16], 0), 6]], side)
+    return family
+
+
+def aya_vision(side="right", attention="sdpa"):
+    config = tf.AyaVisionConfig(
+        vision_config=tf.SiglipVisionConfig(**_VISION, image_size=32, patch_size=4),
+        text_config=tf.Cohere2Config(**_TEXT, sliding_window=12),
+        image_token_index=IMAGE,
+        downsample_factor=2,
+        tie_word_embeddings=False,
+    )
+    model = _build(tf.AyaVisionForConditionalGeneration, config, attention)
+    family = Family(model, {"pixel_values": _pixels(3, 3, 32, 32)}, [])
+    family.inputs([[3, ("image", [16], 0), 4], [2, ("image", [16, 16], 0), 6]], side)
+    return family
+
+
 FAMILIES = {
     family.__name__: family
     for family in (
@@ -282,6 +363,11 @@ FAMILIES = {
         internvl,
         smolvlm,
         gemma3,
+        llava_next_video,
+        qwen2_vl,
+        idefics3,
+        mistral3,
+        aya_vision,
     )
 }
 
