@@ -13,7 +13,8 @@ from llavolta.compressors import (
     keep_tokens,
 )
 from llavolta.errors import UnsupportedModel
-from llavolta.patch import Compression, cache_bytes, compress
+from llavolta.masks import cache_bytes
+from llavolta.patch import Compression, compress
 from llavolta.plan import PlanError, format_plan, parse_plan, tokens_per_layer
 from llavolta.schemes import SCHEMES, Scheme, Stage, compression_ratio, plan_compression_ratio
 

@@ -25,7 +25,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import create_masks_for_generate
 
 from llavolta.compressors import CompressedTokens, Compressor, VisualTokens, keep_tokens
@@ -39,6 +38,7 @@ from llavolta.families import (
     pools_frames,
     visual_tokens,
 )
+from llavolta.masks import look_up_mask, sliding_window, whole_cache
 from llavolta.plan import VISION, Layer, Plan, check_layers, format_plan, parse_plan
 from llavolta.probe import LayerInput, LayerProbe
 
@@ -284,7 +284,7 @@ class Compression:
             mask = torch.cat([past, mask[:, -new:]], dim=1)
         elif mask is None and not first.valid.all():
             mask = torch.cat([first.valid, state.real], dim=1).long()
-        window = _sliding_window(self.parts.decoder.config)
+        window = sliding_window(self.parts.decoder.config)
         if window is not None and first.seen + new > window:
             raise UnsupportedModel(
                 f"a plan at layer 0 or 'vision' cannot continue a cache past the model's sliding window of {window} "
@@ -304,7 +304,7 @@ class Compression:
             config=self.parts.decoder.config,
             inputs_embeds=like,
             attention_mask=inputs.get("attention_mask"),
-            past_key_values=_whole_cache(state.cache, seen),
+            past_key_values=whole_cache(state.cache, seen),
             position_ids=None,
             token_type_ids=inputs.get("token_type_ids"),
         )
@@ -512,7 +512,7 @@ class Compression:
         )
 
     def _mask(self, mask, segment: int, number: int, state: _Pass):
-        """The stock attention ``mask`` of layer ``number`` for its rows and cached rows; see _look_up_mask."""
+        """The stock attention ``mask`` of layer ``number`` for its rows and cached rows; see look_up_mask."""
         if (segment, id(mask)) not in state.masks:
             rows = state.rows
             past = self._caches.get(state.cache, {}).get(segment) if state.cache is not None else None
@@ -526,9 +526,7 @@ class Compression:
             key_valid = torch.cat([before_valid, valid], dim=1)
             key, key_valid, first = _sliding_cache(state.cache, number, mask, key, key_valid, valid.shape[1], state)
             flat = "flash" in (self.parts.decoder.config._attn_implementation or "")
-            state.masks[segment, id(mask)] = _look_up_mask(
-                mask, query, key - first, key_valid, state.past - first, flat
-            )
+            state.masks[segment, id(mask)] = look_up_mask(mask, query, key - first, key_valid, state.past - first, flat)
         return state.masks[segment, id(mask)]
 
     def _rotary(self, stock, state: _Pass):
@@ -548,12 +546,6 @@ class Compression:
         return rows.rotary[id(stock)]
 
 
-def cache_bytes(cache) -> int:
-    """Bytes of the keys and values in a transformers cache, over all layers."""
-    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-    return sum(part.numel() * part.element_size() for layer in layers for part in (layer.keys, layer.values))
-
-
 def _columns(count: int, state: _Pass) -> Tensor:
     """(B, count) 0, 1, 2, ... in every row."""
     return torch.arange(count, device=state.real.device).expand(state.real.shape[0], -1)
@@ -567,24 +559,6 @@ def _with_position_ids(args: tuple, kwargs: dict, positions: Tensor) -> tuple[tu
     if "position_ids" in kwargs:
         return args, {**kwargs, "position_ids": positions}
     return (args[0], positions, *args[2:]), kwargs
-
-
-def _sliding_window(config) -> int | None:
-    kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
-    return getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
-
-
-def _whole_cache(cache, seen: int) -> Cache:
-    """A cache of the same kinds of layers as if it held every token; good for the sizes of masks only."""
-    layers = []
-    for layer in cache.layers:
-        if layer.is_sliding:
-            layers.append(DynamicSlidingWindowLayer(layer.sliding_window))
-            layers[-1].cumulative_length = seen
-        else:
-            layers.append(DynamicLayer())
-            layers[-1].keys, layers[-1].is_initialized = torch.empty(1, 1, seen, 1, device="meta"), True
-    return Cache(layers=layers)
 
 
 def _check(out: CompressedTokens, tokens: VisualTokens, where: str) -> CompressedTokens:
@@ -649,45 +623,3 @@ def _sliding_cache(cache, number: int, mask, key: Tensor, key_valid: Tensor, new
         )
     key, key_valid = key[:, -held:], key_valid[:, -held:]
     return key.clamp(min=first), key_valid & (key >= first), first
-
-
-def _look_up_mask(mask, query: Tensor, key: Tensor, key_valid: Tensor, past: int, flat: bool):
-    """The attention mask of a part of the tokens, looked up in the mask of them all.
-
-    mask: as the attention backend takes it: (B or 1, 1, T, S) bool or additive, a flex BlockMask, (B, S) for flash
-    attention, or None for plain causal attention. query (B, Q) and key (B, K): their rows and columns in it.
-    key_valid (B, K). past: the column of the first row's own token. flat: whether the backend takes (B, S) only.
-    """
-    everything = bool(key_valid.all())
-    if mask is None:
-        # Padding stands at the end of a row, where causal attention never looks, unless the rows came from a cache.
-        if key.shape[1] == query.shape[1] or everything:
-            return None
-        if flat:
-            return key_valid.long()
-        return (key_valid[:, None] & (key[:, None] <= query[..., None] + past))[:, None]
-    if isinstance(mask, Tensor) and mask.dim() == 4:
-        grid = mask.expand(query.shape[0], *mask.shape[1:])
-        batch = torch.arange(len(query), device=query.device)[:, None, None]
-        picked = grid[:, 0][batch, query[:, :, None], key[:, None, :]][:, None]
-        if everything:
-            return picked
-        hidden = ~key_valid[:, None, None, :]
-        if mask.dtype == torch.bool:
-            return picked & ~hidden
-        return picked.masked_fill(hidden, torch.finfo(mask.dtype).min)
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask.gather(1, key) * key_valid.to(mask.dtype)
-    if hasattr(mask, "mask_mod"):
-        return _look_up_block_mask(mask, query, key, key_valid)
-    raise UnsupportedModel(f"compress cannot shorten an attention mask of type {type(mask).__name__}")
-
-
-def _look_up_block_mask(mask, query: Tensor, key: Tensor, key_valid: Tensor):
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def seen(batch, head, row, column):
-        return mask.mask_mod(batch, head, query[batch, row], key[batch, column]) & key_valid[batch, column]
-
-    size = {"B": query.shape[0], "H": None, "Q_LEN": query.shape[1], "KV_LEN": key.shape[1]}
-    return create_block_mask(seen, **size, device=query.device, BLOCK_SIZE=mask.BLOCK_SIZE)

@@ -117,8 +117,8 @@ def _attention_module(layer: nn.Module) -> nn.Module:
     config = getattr(attention, "config", None)
     if hasattr(config, "no_rope_layers") or getattr(config, "model_type", "").startswith("cohere2"):
         raise UnsupportedModel(
-            f"{type(attention).__name__} rotates queries and keys in some layers only, so its attention scores cannot be "
-            "computed from outside; use a compressor that needs none, such as avgpool"
+            f"{type(attention).__name__} rotates queries and keys in some layers only, so its attention scores cannot "
+            "be computed from outside; use a compressor that needs none, such as avgpool"
         )
     needed = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "head_dim", "scaling")]
     if None in needed or not hasattr(layer, "input_layernorm"):

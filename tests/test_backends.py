@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from llavolta import compress
-from llavolta.patch import _look_up_mask
+from llavolta.masks import look_up_mask
 
 RAGGED = [[3, 4], [2, 0, 5], [6]]
 GREEDY = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None, suppress_tokens=[IMAGE])
@@ -111,12 +111,12 @@ def test_masks_are_looked_up_at_the_tokens_that_stay():
     valid = torch.tensor([[True, True, True], [True, False, True]])
     grid = torch.rand(2, 1, 4, 5) > 0.3
     expected = torch.stack([grid[b, 0][query[b]][:, key[b]] & valid[b] for b in range(2)])[:, None]
-    assert torch.equal(_look_up_mask(grid, query, key, valid, 0, False), expected)
-    added = _look_up_mask(torch.where(grid, 0.0, torch.finfo().min), query, key, valid, 0, False)
+    assert torch.equal(look_up_mask(grid, query, key, valid, 0, False), expected)
+    added = look_up_mask(torch.where(grid, 0.0, torch.finfo().min), query, key, valid, 0, False)
     assert torch.equal(added == 0, expected)
     flat = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
-    assert _look_up_mask(flat, query, key, valid, 0, True).tolist() == [[0, 1, 1], [1, 0, 1]]
-    assert _look_up_mask(None, query, key[:, 1:], valid[:, 1:], 0, True) is None
-    assert _look_up_mask(None, query, key, valid, 0, True).tolist() == valid.long().tolist()
-    causal = _look_up_mask(None, query, key, valid, 1, False)
+    assert look_up_mask(flat, query, key, valid, 0, True).tolist() == [[0, 1, 1], [1, 0, 1]]
+    assert look_up_mask(None, query, key[:, 1:], valid[:, 1:], 0, True) is None
+    assert look_up_mask(None, query, key, valid, 0, True).tolist() == valid.long().tolist()
+    causal = look_up_mask(None, query, key, valid, 1, False)
     assert causal[0, 0].tolist() == [[True, False, False], [True, True, False]]

@@ -93,6 +93,19 @@ def test_the_trainers_label_smoothing_stays_stock(plan, is_stock, tmp_path):
     assert torch.isfinite(losses[0]) and all(torch.equal(loss, losses[0]) for loss in losses)
 
 
+def test_labels_that_were_shifted_ahead_and_outputs_as_tuples():
+    """Sequence-parallel trainers pass shift_labels; then the logits stay whole and the loss is stock's."""
+    model, batch = tiny_llava().train(), ragged_batch(RAGGED)
+    shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+    with compress(model, "1:avgpool:3"):
+        loss = model(**batch).loss
+        whole = model(**batch, shift_labels=shifted)
+        as_tuple = model(**batch, return_dict=False)
+    assert whole.logits.shape[:2] == batch["labels"].shape
+    torch.testing.assert_close(whole.loss, loss)
+    assert torch.equal(as_tuple[0], loss)
+
+
 def test_gradient_accumulation_counts_the_items_of_the_whole_batch(tmp_path):
     """The Trainer's num_items_in_batch: two halves of a batch together give the whole batch's gradients."""
     batch = ragged_batch([[3, 4], [2, 5], [1, 9], [6, 2]])
