@@ -1,6 +1,19 @@
 """llavolta: train and study vision-language models with fewer visual tokens."""
 
-from llavolta.compressors import AveragePool, CompressedTokens, Compressor, VisualTokens
+from llavolta.compressors import (
+    AveragePool,
+    AveragePool2d,
+    CompressedTokens,
+    Compressor,
+    FastV,
+    KeepRatio,
+    PyramidDrop,
+    RandomDrop,
+    VisualTokens,
+    keep_tokens,
+)
+from llavolta.errors import UnsupportedModel
+from llavolta.masks import cache_bytes
 from llavolta.patch import Compression, compress
 from llavolta.plan import PlanError, format_plan, parse_plan, tokens_per_layer
 from llavolta.schemes import SCHEMES, Scheme, Stage, compression_ratio, plan_compression_ratio
@@ -9,16 +22,24 @@ __version__ = "0.1.0"
 __all__ = [
     "SCHEMES",
     "AveragePool",
+    "AveragePool2d",
     "CompressedTokens",
     "Compression",
     "Compressor",
+    "FastV",
+    "KeepRatio",
     "PlanError",
+    "PyramidDrop",
+    "RandomDrop",
     "Scheme",
     "Stage",
+    "UnsupportedModel",
     "VisualTokens",
+    "cache_bytes",
     "compress",
     "compression_ratio",
     "format_plan",
+    "keep_tokens",
     "parse_plan",
     "plan_compression_ratio",
     "tokens_per_layer",

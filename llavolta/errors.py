@@ -6,3 +6,7 @@ class UserError(Exception):
 
     def _render_traceback_(self) -> list[str]:  # IPython shows this instead of a traceback
         return [f"{type(self).__name__}: {self}"]
+
+
+class UnsupportedModel(UserError, TypeError):
+    """A model, or a way of calling one, that cannot be compressed; the message says why."""

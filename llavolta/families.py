@@ -1,17 +1,21 @@
-"""Where the parts are that compression needs, in any Hugging Face vision-language model: the adapter layer."""
+"""Where the parts are that compression needs, in any Hugging Face vision-language model: the adapter layer.
+
+What differs between families is found from the model's own structure, not from its name: placeholder ids from the
+config, the extent of each picture from the encoder's output, tiles from newline tokens and text between them, frames
+of a clip from 3-D positions. So a new family usually needs nothing here.
+"""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from llavolta.errors import UserError
+from llavolta.errors import UnsupportedModel
 
-
-class UnsupportedModel(UserError, TypeError):
-    """A model, or a way of calling one, that cannot be compressed; the message says why."""
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # by modality, the argument with the raw pictures
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,8 @@ class Parts:
     """The modules of a vision-language model.
 
     top: takes labels and returns the loss (None if the model has no head). base: joins pictures and text.
-    decoder: the language model; its ``layers`` and ``rotary_emb``. visual_ids: the placeholder tokens.
+    decoder: the language model; its ``layers`` and ``rotary_emb``. visual_ids: the placeholder token of "image",
+    "video". projector: maps the vision tower's tokens one by one to the decoder's width, None if it merges some.
     """
 
     top: nn.Module | None
@@ -27,7 +32,21 @@ class Parts:
     decoder: nn.Module
     layers: nn.ModuleList
     rotary: nn.Module
-    visual_ids: tuple[int, ...]
+    visual_ids: dict[str, int]
+    projector: nn.Module | None
+
+
+@dataclass
+class Pictures:
+    """Which tokens belong to which picture: an image, a tile of one, a frame of a clip.
+
+    rows (I, L): indices into the flat (B * T) sequence, and mask (I, L), False at padding. grid (I, 2): height and
+    width, (1, n) where n tokens are no known rectangle.
+    """
+
+    rows: Tensor
+    mask: Tensor
+    grid: Tensor
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -43,48 +62,138 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile wraps ``model`` or a part of it, as a new module or in place."""
+    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
+
+
 def find_parts(model: nn.Module) -> Parts:
     """The parts of ``model``, wrapped or not. Raises UnsupportedModel if it has no visual tokens or no decoder."""
     model = unwrap(model)
     name = type(model).__name__
     config = getattr(model, "config", None)
-    ids = [getattr(config, f"{kind}_token_{suffix}", None) for kind in ("image", "video") for suffix in ("id", "index")]
-    visual_ids = tuple(dict.fromkeys(token for token in ids if isinstance(token, int)))
-    if not visual_ids:
+    ids = {
+        kind: token
+        for kind in PIXELS
+        for suffix in ("index", "id")
+        if isinstance(token := getattr(config, f"{kind}_token_{suffix}", None), int)
+    }
+    if not ids:
         raise UnsupportedModel(f"{name} has no visual tokens: its config names no image_token_id or video_token_id")
     decoder = model.get_decoder()
     layers, rotary = getattr(decoder, "layers", None), getattr(decoder, "rotary_emb", None)
     if not isinstance(layers, nn.ModuleList) or rotary is None:
         raise UnsupportedModel(f"{name}: its decoder {type(decoder).__name__} has no .layers or no .rotary_emb")
     base = model.base_model
-    return Parts(model if base is not model else None, base, decoder, layers, rotary, visual_ids)
+    if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
+        raise UnsupportedModel(f"{name} takes no mm_encoder_outputs: its pictures do not enter as tokens of the text")
+    return Parts(model if base is not model else None, base, decoder, layers, rotary, ids, _projector(base))
 
 
-def has_pictures(inputs: dict) -> bool:
-    """Whether the model's forward was given pictures, as pixels or encoded ahead (as ``generate`` does)."""
-    return bool(inputs.get("mm_encoder_outputs")) or inputs.get("pixel_values") is not None
+def _projector(base: nn.Module) -> nn.Module | None:
+    """The projector, if it works token by token; those with weights of their own (Gemma 3) or by other names pool."""
+    projector = getattr(base, "multi_modal_projector", None)
+    if projector is None or any(True for _ in projector.parameters(recurse=False)):
+        return None
+    return projector
 
 
-def image_rows(visual: Tensor, inputs: dict) -> tuple[Tensor, Tensor]:
-    """Which tokens belong to which image.
+def encode_pictures(base: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """The arguments of the base model with its pictures encoded ahead, as ``generate`` hands them over too.
 
-    visual: (B, T) True at placeholder tokens. inputs: what the model's forward was given.
-    Returns rows (I, L), indices into the flat (B * T) sequence, and mask (I, L), False at padding.
+    Then the encoder's output tells how many tokens each picture fills, whatever the family makes of its pixels.
     """
-    flat = visual.reshape(-1).nonzero().squeeze(1)
-    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
-    pixels = inputs.get("pixel_values")
-    if encoded is not None:
-        lengths = torch.tensor([len(features) for features in encoded.pooler_output], device=flat.device)
-    elif pixels is not None and len(flat) % pixels.shape[0] == 0:
-        lengths = flat.new_full((pixels.shape[0],), len(flat) // pixels.shape[0])
-    else:
-        raise UnsupportedModel(
-            f"cannot tell the {len(flat)} visual tokens of this batch apart by image: pass pixel_values with them"
-        )
-    if lengths.sum() != len(flat):
-        raise UnsupportedModel(f"the batch holds {len(flat)} visual tokens, but its images fill {int(lengths.sum())}")
-    mask = torch.arange(int(lengths.max()), device=flat.device) < lengths[:, None]
+    names = inspect.signature(base.forward).parameters
+    inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+    encoded = {kind: output for kind, output in (inputs.get("mm_encoder_outputs") or {}).items() if output is not None}
+    for kind, pixels in PIXELS.items():
+        if inputs.get(pixels) is not None and len(inputs[pixels]):
+            encode = getattr(base, f"get_{kind}_features")
+            wanted = [name for name in inspect.signature(encode).parameters if inputs.get(name) is not None]
+            encoded[kind] = encode(**{name: inputs[name] for name in wanted}, return_dict=True)
+            del inputs[pixels]
+    return {**inputs, "mm_encoder_outputs": encoded} if encoded else inputs
+
+
+def visual_tokens(parts: Parts, inputs: dict) -> dict[str, Tensor]:
+    """(B, T) bool by modality: the placeholders that pictures fill. Without pictures they are ordinary tokens."""
+    ids = inputs.get("input_ids")
+    if ids is None:
+        raise UnsupportedModel("compress needs input_ids to find the visual tokens; pass them, not inputs_embeds")
+    encoded = inputs.get("mm_encoder_outputs") or {}
+    return {kind: ids == token for kind, token in parts.visual_ids.items() if kind in encoded}
+
+
+def find_pictures(base: nn.Module, visual: dict[str, Tensor], encoded: dict, positions: Tensor) -> Pictures:
+    """The pictures of a batch, in the order of their tokens.
+
+    visual: (B, T) bool by modality. encoded: the encoder's output by modality. positions: (B, T, A).
+
+    A newline token at the end of each row of a high-resolution grid counts as the grid's last column. One that stands
+    alone behind a picture is no part of it and stays, as text does.
+    """
+    flat, start, lines = (torch.cat(part) for part in zip(*_marks(base, visual, encoded), strict=True))
+    order = flat.argsort()
+    flat, start, lines = flat[order], start[order], lines[order]
+    start |= torch.nn.functional.pad(flat[1:] != flat[:-1] + 1, (1, 0), value=True)  # text stands between
+    positions = positions.reshape(-1, positions.shape[-1])[flat]
+    if positions.shape[1] > 1:  # (time, height, width): a new frame starts where the height falls back
+        start[1:] |= positions[1:, 1] < positions[:-1, 1]
+
+    number = start.cumsum(0) - 1
+    count = number.bincount()
+    mask = torch.arange(int(count.max()), device=flat.device) < count[:, None]
     rows = flat.new_zeros(mask.shape)
     rows[mask] = flat
-    return rows, mask
+
+    def per_picture(values: Tensor, reduce: str) -> Tensor:
+        return values.new_zeros(len(count)).scatter_reduce(0, number, values, reduce, include_self=False)
+
+    height = per_picture(lines.long(), "sum")
+    if positions.shape[1] > 1:
+        height = per_picture(positions[:, 1], "amax") - per_picture(positions[:, 1], "amin") + 1
+    side = count.double().sqrt().round().long()
+    height = torch.where(height > 0, height, torch.where(side * side == count, side, 1))
+    height = torch.where((count % height == 0) & (height < count), height, 1)
+    return Pictures(rows, mask, torch.stack([height, count // height], dim=1))
+
+
+def _marks(base: nn.Module, visual: dict[str, Tensor], encoded: dict):
+    """By modality, for the n tokens of its pictures: flat indices, where a picture starts, which ones end a line."""
+    newline = getattr(base, "image_newline", None)
+    for kind, where in visual.items():
+        flat = where.reshape(-1).nonzero().squeeze(1)
+        features = list(encoded[kind].pooler_output)
+        lengths = [len(feature) for feature in features]
+        if sum(lengths) != len(flat):
+            raise UnsupportedModel(f"the batch holds {len(flat)} {kind} tokens, but its {kind}s fill {sum(lengths)}")
+        starts, lines, kept = [], flat.new_zeros(len(flat), dtype=torch.bool), torch.ones_like(flat, dtype=torch.bool)
+        frame = _frame_tokens(base) if kind == "video" else None
+        first = 0
+        for feature, length in zip(features, lengths, strict=True):
+            starts += range(first, first + length, frame or length)
+            if newline is not None:
+                ends = (feature == newline.to(feature)).all(-1).nonzero().squeeze(1).tolist()
+                if len(ends) == 1:
+                    kept[first + ends[0]] = False
+                elif ends:  # a base tile, then the grid of the others, each of its rows with a newline
+                    starts.append(first + ends[0] + 1 - (ends[1] - ends[0]))
+                    lines[[first + end for end in ends]] = True
+            first += length
+        start = torch.zeros_like(kept)
+        start[[place for place in starts if place < len(start)]] = True
+        yield flat[kept], start[kept], lines[kept]
+
+
+def pools_frames(base: nn.Module) -> bool:
+    """Whether the model halves each frame of a clip behind the projector, as LLaVA-OneVision does."""
+    return hasattr(base, "apply_pooling")
+
+
+def _frame_tokens(base: nn.Module) -> int | None:
+    """The tokens of one frame where a clip's frames follow each other in one piece; None if nothing tells."""
+    stride = getattr(base.config, "spatial_pool_stride", 2 if pools_frames(base) else None)
+    if stride is None:
+        return None
+    vision = base.config.vision_config
+    return (-(-(vision.image_size // vision.patch_size) // stride)) ** 2

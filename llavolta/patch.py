@@ -2,8 +2,8 @@
 
 What happens in one forward pass, with a compressor at the input of decoder layer K:
 
-1. The hook on the base model notes which tokens are visual and which image each belongs to.
-2. The hook on layer K hands each image's hidden states to the compressor, and rebuilds the sequence from the text
+1. The hook on the base model encodes the pictures (as ``generate`` does too) and notes which tokens are visual.
+2. The hook on layer K hands each picture's hidden states to the compressor, and rebuilds the sequence from the text
    tokens (untouched) and what the compressor left. Padding goes too; rows of the batch that end up shorter are
    padded at their end.
 3. The hooks on layers K, K+1, ... exchange the attention mask and the rotary embeddings for those of the shorter
@@ -11,29 +11,49 @@ What happens in one forward pass, with a compressor at the input of decoder laye
    (causal, sliding window, padding, a cache) is kept. Text tokens keep their positions.
 4. The hook on the decoder's output gives back one row per input token, so that the head, the loss and ``generate``
    see the shape they expect; in training with labels only the rows that predict a label (see ``compress``).
+
+The plan's "vision" entry works at the projector instead: the hook before it shortens each picture, the hook behind it
+puts what is left at its anchors among the placeholders' rows and marks the others, and layer 0 drops the marked ones.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import create_masks_for_generate
 
-from llavolta.compressors import CompressedTokens, Compressor, VisualTokens
-from llavolta.families import UnsupportedModel, find_parts, has_pictures, image_rows
-from llavolta.plan import Plan, check_layers, format_plan, parse_plan
+from llavolta.compressors import CompressedTokens, Compressor, VisualTokens, keep_tokens
+from llavolta.errors import UnsupportedModel
+from llavolta.families import (
+    Pictures,
+    encode_pictures,
+    find_parts,
+    find_pictures,
+    is_compiled,
+    pools_frames,
+    visual_tokens,
+)
+from llavolta.masks import look_up_mask, sliding_window, whole_cache
+from llavolta.plan import VISION, Layer, Plan, check_layers, format_plan, parse_plan
+from llavolta.probe import LayerInput, LayerProbe
 
 IGNORED = -100  # the label of tokens without loss, as everywhere in transformers
+BLENDED = (
+    "this model blends neighbouring tokens behind the projector, so 'vision' cannot drop any before it; use layer 0"
+)
+DROPPED = torch.nan  # marks the features of tokens that a compressor before the projector removed
 
 _active: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_plain = torch.compiler.disable  # these steps depend on data, so the graph would break in them anyway
 
 
 def compress(
-    model: nn.Module, plan: str | Mapping[int, Compressor] | None, *, labelled_only: bool | None = None
+    model: nn.Module, plan: str | Mapping[Layer, Compressor] | None, *, labelled_only: bool | None = None
 ) -> Compression:
     """Compress the visual tokens of ``model`` by ``plan`` until the returned handle is removed or its block ends.
 
@@ -47,8 +67,13 @@ def compress(
     ``labelled_only=False`` keeps the full logits in training too, ``True`` spares them also under a plan that
     removes nothing (which otherwise leaves the model untouched, bit for bit).
 
-    Raises PlanError for a plan that does not fit, UnsupportedModel for a model without visual tokens, RuntimeError
-    if the model is being compressed already.
+    torch.compile: pass the compiled model, not the one inside it; it is compiled anew when compression starts and
+    when it ends, and the graph breaks where a compressor works.
+
+    A plan with "vision" leaves NaN in ``image_hidden_states``, at tokens that do not exist any more.
+
+    Raises PlanError for a plan that does not fit, UnsupportedModel for a model without visual tokens or one that
+    cannot do what the plan asks, RuntimeError if the model is being compressed already.
     """
     return Compression(model, plan, labelled_only)
 
@@ -58,16 +83,17 @@ class _Rows:
     """What the rows (B, T) of the hidden states stand for, from one compressed layer to the next.
 
     index: the column of this pass's stock attention mask. later: the column that the same token will have in the
-    stock masks of later passes on the same cache. valid: False at padding. positions: (B, T, A). images (I, L) and
-    image_mask: the flat rows of each image's tokens. rotary: the rotary embeddings that replace a stock one.
+    stock masks of later passes on the same cache. valid: False at padding. positions: (B, T, A). pictures: the flat
+    rows of each picture's tokens. deepstack: features (I, L, C) that are due after a layer. rotary: the rotary
+    embeddings that replace a stock one.
     """
 
     index: Tensor
     later: Tensor
     valid: Tensor
     positions: Tensor
-    images: Tensor
-    image_mask: Tensor
+    pictures: Pictures
+    deepstack: dict[int, Tensor] = field(default_factory=dict)
     rotary: dict[int, object] = field(default_factory=dict)
 
 
@@ -75,16 +101,22 @@ class _Rows:
 class _Pass:
     """The state of one forward pass."""
 
-    visual: Tensor  # (B, T) bool
-    images: Tensor | None = None  # (I, L); None in a pass without images
-    image_mask: Tensor | None = None
-    real: Tensor | None = None  # (B, T) bool, False at padding
+    by_kind: dict[str, Tensor]  # (B, T) bool, where the pictures of each modality go
+    encoded: dict  # their features
+    real: Tensor  # (B, T) bool, False at padding
     cache: object | None = None
-    past: int = 0  # columns that the stock mask holds before this pass's own
+    past: int = 0  # tokens that the cache's first layer holds, as the stock masks count them
+    whole: bool = False  # whether the masks were made for a cache that holds every token
+    deepstack: dict[int, Tensor] = field(default_factory=dict)  # (visual tokens, C), due after a layer
     rotary: list[tuple[tuple, dict, object]] = field(default_factory=list)
+    previous: LayerInput | None = None
     rows: _Rows | None = None
     masks: dict[tuple[int, int], object] = field(default_factory=dict)  # by layer of the plan and stock mask
     cached: dict[int, _CachedRows] = field(default_factory=dict)  # what the cache will hold, by layer of the plan
+
+    @property
+    def has_pictures(self) -> bool:
+        return any(bool(where.any()) for where in self.by_kind.values())
 
 
 @dataclass
@@ -97,21 +129,47 @@ class _CachedRows:
     seen: int  # how many tokens, compressed or not, this cache was shown
 
 
+@dataclass(frozen=True)
+class _DropMarked(Compressor):
+    """Drops the tokens that the compressor before the projector removed."""
+
+    def __call__(self, tokens: VisualTokens) -> CompressedTokens:
+        left = keep_tokens(tokens, ~tokens.hidden[..., 0].isnan())
+        if not left.mask.any(1).all():
+            raise UnsupportedModel(BLENDED)
+        return left
+
+    def num_tokens(self, num_tokens: int) -> int:
+        return num_tokens
+
+
 class Compression:
     """The handle that ``compress`` returns: a context manager with ``remove()``. ``plan`` is the parsed plan."""
 
     def __init__(self, model: nn.Module, plan, labelled_only: bool | None):
         self.parts = find_parts(model)
+        self._compiled = is_compiled(model)
         self.plan: Plan = check_layers(parse_plan(plan), len(self.parts.layers))
-        self.working: Plan = {layer: c for layer, c in self.plan.items() if not c.is_identity}
-        self.labelled_only = labelled_only if labelled_only is not None else bool(self.working)
+        working = {layer: c for layer, c in self.plan.items() if not c.is_identity}
+        self._vision: Compressor | None = working.pop(VISION, None)
+        if self._vision is not None and self.parts.projector is None:
+            raise UnsupportedModel(
+                f"plan {format_plan(self.plan)!r}: the projector of {type(self.parts.base).__name__} merges tokens "
+                "itself, so nothing can be compressed before it; use layer 0, which is behind it"
+            )
+        self._steps: dict[int, list[Compressor]] = {layer: [c] for layer, c in working.items()}
+        if self._vision is not None:
+            self._steps[0] = [_DropMarked(), *self._steps.get(0, [])]
+        self._captured = {layer - 1 for layer, c in working.items() if "previous_layer" in c.needs}
+        self.labelled_only = labelled_only if labelled_only is not None else bool(self._steps)
         self._pass: _Pass | None = None
+        self._labels: Tensor | None = None
         self._labelled: tuple[Tensor, Tensor] | None = None
         self._caches: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._hooks: list = []
         if self.parts.decoder in _active:
             raise RuntimeError("this model is being compressed already; remove() the first handle or leave its block")
-        if self.working or self.labelled_only:
+        if self._steps or self.labelled_only:
             self._install()
 
     def __repr__(self) -> str:
@@ -127,32 +185,41 @@ class Compression:
         """Take every hook off the model; calling it again does nothing."""
         for hook in self._hooks:
             hook.remove()
+        if self._hooks and self._compiled:
+            torch.compiler.reset()
         self._hooks.clear()
         _active.discard(self.parts.decoder)
 
     def _install(self) -> None:
         parts, add = self.parts, self._hooks.append
         _active.add(parts.decoder)
-        if parts.top is not None and self.labelled_only:
+        if self._compiled:
+            torch.compiler.reset()  # compiled code does not notice that hooks come or go
+        if parts.top is not None:
             add(parts.top.register_forward_pre_hook(self._before_top, with_kwargs=True))
             add(parts.top.register_forward_hook(self._after_top, always_call=True))
         add(parts.decoder.register_forward_hook(self._after_decoder))
-        if not self.working:
+        if not self._steps:
             return
         add(parts.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
         add(parts.base.register_forward_hook(self._after_base, always_call=True))
         add(parts.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
         add(parts.rotary.register_forward_hook(self._after_rotary, with_kwargs=True))
-        for number in range(min(self.working), len(parts.layers)):
-            segment = max(layer for layer in self.working if layer <= number)
+        for number in range(min(self._steps.keys() | self._captured), len(parts.layers)):
+            segment = max((layer for layer in self._steps if layer <= number), default=None)
             hook = partial(self._before_layer, number, segment)
             add(parts.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
+        if self._vision is not None:
+            kept: list[tuple[CompressedTokens, int]] = []
+            add(parts.projector.register_forward_pre_hook(partial(self._before_projector, kept)))
+            add(parts.projector.register_forward_hook(partial(self._after_projector, kept)))
 
     # --- around the whole model: labels ---
 
+    @_plain
     def _before_top(self, module, args, kwargs):
-        labels = kwargs.get("labels")
-        if labels is None or not module.training or kwargs.get("shift_labels") is not None:
+        self._labels = labels = kwargs.get("labels")
+        if labels is None or not self.labelled_only or not module.training or kwargs.get("shift_labels") is not None:
             return None
         row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)  # column: of the token that predicts
         self._labelled = (row, column)
@@ -161,60 +228,137 @@ class Compression:
         return args, {**kwargs, "labels": short}
 
     def _after_top(self, module, args, output):
-        self._labelled = None
+        self._labels = self._labelled = None
 
     # --- around the base model: which tokens are visual ---
 
+    @_plain
     def _before_base(self, module, args, kwargs):
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is None:
-            raise UnsupportedModel("compress needs input_ids to find the visual tokens; pass them, not inputs_embeds")
-        visual = torch.zeros_like(ids, dtype=torch.bool)
-        if has_pictures(kwargs):  # else a placeholder is an ordinary token, as for the stock model
-            for token in self.parts.visual_ids:
-                visual |= ids == token
-        state = _Pass(visual)
-        if visual.any():
-            state.images, state.image_mask = image_rows(visual, kwargs)
-        mask = kwargs.get("attention_mask")
+        inputs = encode_pictures(self.parts.base, args, kwargs)
+        by_kind = visual_tokens(self.parts, inputs)
+        if self._vision is not None and "video" in by_kind and pools_frames(self.parts.base):
+            raise UnsupportedModel(BLENDED)
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        real = torch.ones_like(ids, dtype=torch.bool)
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            state.real = mask[:, -ids.shape[1] :].bool()
-        else:
-            state.real = torch.ones_like(visual)
-        self._pass = state
+            real = mask[:, -ids.shape[1] :].bool()
+        self._pass = state = _Pass(by_kind, inputs.get("mm_encoder_outputs") or {}, real)
+        state.cache = inputs.get("past_key_values")
+        if state.cache is not None:
+            inputs = self._continue(state, inputs)
+        return (), inputs
 
     def _after_base(self, module, args, output):
         self._pass = None
 
+    def _continue(self, state: _Pass, inputs: dict) -> dict:
+        """``inputs`` for a cache whose first layer is a compressed one: stock code takes lengths from that layer."""
+        if getattr(state.cache, "is_compileable", False):
+            raise UnsupportedModel(
+                f"compress cannot fill a {type(state.cache).__name__} of fixed size; use a DynamicCache (the default)"
+            )
+        state.past = state.cache.get_seq_length()
+        if state.past == 0:
+            self._caches.pop(state.cache, None)  # new, or emptied by reset()
+        held = self._caches.get(state.cache, {})
+        if held and len(set(getattr(self.parts.decoder.config, "layer_types", None) or ())) > 1:
+            return self._with_whole_masks(state, inputs, max(rows.seen for rows in held.values()))
+        first = held.get(0)
+        seen = state.past if first is None else first.seen
+        new, mask, positions = state.real.shape[1], inputs.get("attention_mask"), inputs.get("position_ids")
+        claimed = seen  # what the caller takes the cache to have seen
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            claimed = mask.shape[1] - new
+        elif first is not None and positions is not None and positions.dim() == 2:
+            claimed = int(positions[0, 0])
+        if claimed != seen:
+            raise UnsupportedModel(
+                f"the cache was shown {seen} tokens, but the attention_mask or position_ids of this pass speak of "
+                f"{claimed}. Continue a cache under the compress() that filled it; and with a plan at layer 0 or "
+                "'vision', pass only the new input_ids, with the attention_mask of the whole conversation"
+            )
+        if first is None:
+            return inputs
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            past = mask.gather(1, first.original) * first.valid.to(mask.dtype)
+            mask = torch.cat([past, mask[:, -new:]], dim=1)
+        elif mask is None and not first.valid.all():
+            mask = torch.cat([first.valid, state.real], dim=1).long()
+        window = sliding_window(self.parts.decoder.config)
+        if window is not None and first.seen + new > window:
+            raise UnsupportedModel(
+                f"a plan at layer 0 or 'vision' cannot continue a cache past the model's sliding window of {window} "
+                "tokens; use layer 1 or use_cache=False"
+            )
+        return self._with_positions({**inputs, "attention_mask": mask}, first.seen, state)
+
+    def _with_whole_masks(self, state: _Pass, inputs: dict, seen: int) -> dict:
+        """``inputs`` with masks as if the cache held every token it was shown.
+
+        Models with several kinds of layers take each kind's mask sizes from its first layer, compressed or not.
+        """
+        state.past, state.whole = seen, True
+        like = torch.empty(*state.real.shape, 1, dtype=self.parts.decoder.dtype, device=state.real.device)
+        make = getattr(self.parts.top, "create_masks_for_generate", create_masks_for_generate)
+        masks = make(
+            config=self.parts.decoder.config,
+            inputs_embeds=like,
+            attention_mask=inputs.get("attention_mask"),
+            past_key_values=whole_cache(state.cache, seen),
+            position_ids=None,
+            token_type_ids=inputs.get("token_type_ids"),
+        )
+        return self._with_positions({**inputs, "attention_mask": masks}, seen, state)
+
+    def _with_positions(self, inputs: dict, seen: int, state: _Pass) -> dict:
+        new, position_ids = state.real.shape[1], inputs.get("position_ids")
+        if position_ids is None:
+            if hasattr(self.parts.base, "rope_deltas"):
+                raise UnsupportedModel("with a plan at layer 0, pass the position_ids of the new tokens with the cache")
+            position_ids = torch.arange(seen, seen + new, device=state.real.device)[None]
+        return {**inputs, "position_ids": position_ids}
+
+    # --- around the projector ---
+
+    def _before_projector(self, kept: list, module, args):
+        hidden = args[0]
+        if hidden.dim() != 3:
+            raise UnsupportedModel(f"'vision' needs the projector to get (pictures, tokens, width), not {hidden.shape}")
+        images, length, width = hidden.shape
+        mask = torch.ones(images, length, dtype=torch.bool, device=hidden.device)
+        positions = torch.arange(length, device=hidden.device)[None, :, None].expand(images, -1, -1)
+        side = round(length**0.5)
+        grid = torch.tensor((side, side) if side * side == length else (1, length), device=hidden.device)
+        tokens = VisualTokens(hidden, mask, positions, grid.expand(images, -1), module.training)
+        out = _check(self._vision(tokens), tokens, f"compressor {self._vision} at 'vision'")
+        kept.append((out, length))
+        return (out.hidden, *args[1:])
+
+    def _after_projector(self, kept: list, module, args, output):
+        out, length = kept.pop()
+        if output.shape[:2] != out.mask.shape:
+            raise UnsupportedModel("'vision' needs a projector that maps token by token; use layer 0, behind it")
+        # Padding goes to a row to spare.
+        index = out.anchor.masked_fill(~out.mask, length)[..., None].expand_as(output)
+        rows = output.new_full((output.shape[0], length + 1, output.shape[2]), DROPPED)
+        return rows.scatter(1, index, output)[:, :length]
+
     # --- around the decoder ---
 
     def _before_decoder(self, module, args, kwargs):
-        state = self._pass
-        if state is None:
+        state, first = self._pass, min(self._steps)
+        deepstack = kwargs.get("deepstack_visual_embeds")
+        if state is None or deepstack is None or len(deepstack) <= first:
             return None
-        state.cache = kwargs.get("past_key_values")
-        if state.cache is None:
-            return None
-        state.past = state.cache.get_seq_length()
-        first = self._caches.get(state.cache, {}).get(0)
-        if first is None:
-            return None
-        # Layer 0's cache is a compressed one, and the stock code takes mask and positions from its length.
-        kwargs = dict(kwargs)
-        new, mask = state.visual.shape[1], kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            past = mask.gather(1, first.original) * first.valid.to(mask.dtype)
-            kwargs["attention_mask"] = torch.cat([past, mask[:, -new:]], dim=1)
-        elif mask is None and not first.valid.all():
-            kwargs["attention_mask"] = torch.cat([first.valid, torch.ones_like(state.visual)], dim=1).long()
-        if kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = torch.arange(first.seen, first.seen + new, device=state.visual.device)[None]
-        return args, kwargs
+        # The model adds these to the visual tokens after each early layer; from layer ``first`` on we must.
+        state.deepstack = dict(list(enumerate(deepstack))[first:])
+        return args, {**kwargs, "deepstack_visual_embeds": deepstack[:first]}
 
     def _after_rotary(self, module, args, kwargs, output):
         if self._pass is not None:
             self._pass.rotary.append((args, kwargs, output))
 
+    @_plain
     def _after_decoder(self, module, args, output):
         state = self._pass
         if state is not None and state.cache is not None and state.cached:
@@ -223,7 +367,7 @@ class Compression:
         hidden = output[0]
         if rows is None and self._labelled is None:
             return None
-        back = None if rows is None else _rows_of_inputs(rows, state.visual.shape)
+        back = None if rows is None else _rows_of_inputs(rows, state.real.shape)
         if self._labelled is not None:
             row, column = self._labelled
             picked = hidden[row, column if back is None else back[row, column]]
@@ -237,52 +381,64 @@ class Compression:
 
     # --- at a decoder layer ---
 
-    def _before_layer(self, number: int, segment: int, module, args, kwargs):
-        """The pre-forward hook of layer ``number``, whose rows the compressor at layer ``segment`` made."""
+    @_plain
+    def _before_layer(self, number: int, segment: int | None, module, args, kwargs):
+        """The pre-forward hook of layer ``number``, whose rows the compressors at layer ``segment`` made."""
         state = self._pass
         if state is None:
             return None
-        if "hidden_states" in kwargs:
-            args, kwargs = (kwargs["hidden_states"], *args), {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        hidden = args[0]
-        state.cache = kwargs.get("past_key_values")
-        if number == segment and state.images is not None:
-            hidden = self._shrink(self.working[number], number, hidden, state)
-        if number == segment and state.cache is not None:
-            self._note_cache(number, state)
-        if state.rows is None and segment not in state.cached:
-            return None
         kwargs = dict(kwargs)
-        kwargs["attention_mask"] = self._mask(kwargs.get("attention_mask"), segment, state)
+        hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
+        state.cache = kwargs.get("past_key_values")
+        stock_rotary, stock_mask = kwargs.get("position_embeddings"), kwargs.get("attention_mask")
+        if state.rows is not None and number - 1 in state.rows.deepstack:
+            hidden = _add_deepstack(hidden, state.rows, number - 1)
+        if number in self._steps:
+            if state.has_pictures:
+                for compressor in self._steps[number]:
+                    at = LayerInput(module, hidden, self._rotary(stock_rotary, state))
+                    hidden = self._shrink(compressor, number, at, state)
+            if state.cache is not None:
+                self._note_cache(number, state)
         if state.rows is not None:
-            kwargs["position_embeddings"] = self._position_embeddings(kwargs.get("position_embeddings"), state)
+            kwargs["position_embeddings"] = self._rotary(stock_rotary, state)
             kwargs["position_ids"] = None  # the attention code takes gaps in them for packed sequences
+        if state.rows is not None or segment in state.cached:
+            kwargs["attention_mask"] = self._mask(stock_mask, segment, number, state)
+        if number in self._captured:
+            state.previous = LayerInput(module, hidden, kwargs.get("position_embeddings"))
         return (hidden, *args[1:]), kwargs
 
-    def _shrink(self, compressor: Compressor, number: int, hidden: Tensor, state: _Pass) -> Tensor:
+    def _shrink(self, compressor: Compressor, number: int, at: LayerInput, state: _Pass) -> Tensor:
         """hidden (B, T, C) -> (B, T', C) after ``compressor``; state.rows then describes the new rows."""
         rows = state.rows or self._first_rows(state)
-        batch, length, width = hidden.shape
-        flat = hidden.reshape(batch * length, width)
+        batch, length, width = at.hidden.shape
+        pictures, flat = rows.pictures, at.hidden.reshape(batch * length, width)
         positions = rows.positions.reshape(batch * length, -1)
-        out = compressor(VisualTokens(flat[rows.images], rows.image_mask, positions[rows.images]))
-        where = f"compressor {compressor} at layer {number}"
-        anchor = _check(out, rows, width, where)
+        tokens = VisualTokens(
+            flat[pictures.rows],
+            pictures.mask,
+            positions[pictures.rows],
+            pictures.grid,
+            self.parts.decoder.training,
+            self._probe(at, rows, state),
+        )
+        out = _check(compressor(tokens), tokens, f"compressor {compressor} at layer {number}")
 
         # The token that an anchor stands for is the only visual token that stays.
-        anchor_rows = rows.images.gather(1, anchor)  # (I, M) flat
+        anchor_rows = pictures.rows.gather(1, out.anchor)  # (I, M) flat
         visual = torch.zeros_like(rows.valid).view(-1)
-        visual[rows.images[rows.image_mask]] = True
-        keep = rows.valid.view(-1) & ~visual
+        visual[pictures.rows[pictures.mask]] = True
+        keep = rows.valid.reshape(-1) & ~visual
         keep[anchor_rows[out.mask]] = True
         keep = keep.view(batch, length)
 
         count = keep.sum(1)
         new_length = int(count.max())
         take = torch.argsort(~keep, dim=1, stable=True)[:, :new_length]  # kept columns first, in their order
-        valid = torch.arange(new_length, device=hidden.device) < count[:, None]
+        valid = torch.arange(new_length, device=keep.device) < count[:, None]
         take = torch.where(valid, take, take[:, :1])
-        start = torch.arange(batch, device=hidden.device)[:, None]
+        start = torch.arange(batch, device=keep.device)[:, None]
         source = (take + start * length).view(-1)
         target = (keep.cumsum(1) - 1 + start * new_length).view(-1)[anchor_rows]  # (I, M) flat, new rows
 
@@ -292,45 +448,62 @@ class Compression:
         later = rows.later.gather(1, take)
         if number == 0:  # later stock masks have the columns that are left here
             later = _columns(new_length, state)
+        left = out.mask.sum(1)
+        grid = out.grid if out.grid is not None else torch.stack([torch.ones_like(left), left], dim=1)
         state.rows = _Rows(
             rows.index.gather(1, take),
             later,
             valid,
             new_positions.view(batch, new_length, -1),
-            target,
-            out.mask,
+            Pictures(target, out.mask, grid),
+            {layer: _merge_like(out, features, pictures.mask) for layer, features in rows.deepstack.items()},
         )
         return new.view(batch, new_length, width)
 
     def _first_rows(self, state: _Pass) -> _Rows:
-        batch, length = state.visual.shape
+        batch, length = state.real.shape
         index = _columns(length, state)
         position_ids = _position_ids(*state.rotary[0][:2])
         if position_ids.dim() == 2:
             positions = position_ids.expand(batch, -1)[..., None]
         else:  # (A, B, T)
             positions = position_ids.expand(-1, batch, -1).permute(1, 2, 0)
-        return _Rows(index, index, state.real, positions, state.images, state.image_mask)
+        pictures = find_pictures(self.parts.base, state.by_kind, state.encoded, positions)
+        rows = _Rows(index, index, state.real, positions, pictures)
+        for layer, features in state.deepstack.items():
+            rows.deepstack[layer] = features.new_zeros(*pictures.mask.shape, features.shape[-1])
+            rows.deepstack[layer][pictures.mask] = features
+        return rows
+
+    def _probe(self, at: LayerInput, rows: _Rows, state: _Pass) -> LayerProbe:
+        answers = labelled = None
+        if self._labels is not None:
+            labelled = torch.nn.functional.pad(self._labels != IGNORED, (0, 1), value=False)
+            answers = (labelled[:, 1:] & ~labelled[:, :-1]).gather(1, rows.index)
+            labelled = labelled[:, :-1].gather(1, rows.index)
+        pictures = rows.pictures
+        return LayerProbe(at, state.previous, rows.valid, pictures.rows, pictures.mask, answers, labelled)
 
     def _note_cache(self, segment: int, state: _Pass) -> None:
         """Describe the rows of the cache that layers from ``segment`` on will hold after this pass."""
-        length = state.visual.shape[1]
+        length = state.real.shape[1]
         past = self._caches.get(state.cache, {}).get(segment)
+        held, expected = state.cache.get_seq_length(segment), state.past if past is None else past.valid.shape[1]
+        if held != expected:
+            raise UnsupportedModel(
+                f"the cache holds {held} tokens at layer {segment}, not the {expected} that compress left there; "
+                "one that was cropped, copied, or filled under another compress() cannot be continued"
+            )
         if past is None and state.rows is None:
             return
         if past is None:  # so far the cache holds every token
             before = _columns(state.past, state)
             past = _CachedRows(before, before, torch.ones_like(before, dtype=torch.bool), state.past)
-        held = state.cache.get_seq_length(segment)
-        if held != past.valid.shape[1]:
-            raise RuntimeError(
-                f"the cache holds {held} tokens at layer {segment}, not the {past.valid.shape[1]} that compress left "
-                "there; a cache that was cropped or edited cannot be continued"
-            )
         rows = state.rows
-        index, later, valid = (
-            (rows.index, rows.later, rows.valid) if rows else (_columns(length, state),) * 2 + (state.real,)
-        )
+        index = later = _columns(length, state)
+        valid = state.real
+        if rows is not None:
+            index, later, valid = rows.index, rows.later, rows.valid
         state.cached[segment] = _CachedRows(
             torch.cat([past.later, later + state.past], dim=1),
             torch.cat([past.original, index + past.seen], dim=1),
@@ -338,27 +511,34 @@ class Compression:
             past.seen + length,
         )
 
-    def _mask(self, mask, segment: int, state: _Pass):
-        """The stock attention ``mask`` for the rows and cached rows of ``segment``; see _look_up_mask."""
+    def _mask(self, mask, segment: int, number: int, state: _Pass):
+        """The stock attention ``mask`` of layer ``number`` for its rows and cached rows; see look_up_mask."""
         if (segment, id(mask)) not in state.masks:
-            rows, past = state.rows, self._caches.get(state.cache, {}).get(segment) if state.cache else None
-            index = _columns(state.visual.shape[1], state) if rows is None else rows.index
-            valid = torch.ones_like(index, dtype=torch.bool) if rows is None else rows.valid
-            before = _columns(state.past, state) if past is None else past.later
+            rows = state.rows
+            past = self._caches.get(state.cache, {}).get(segment) if state.cache is not None else None
+            query = _columns(state.real.shape[1], state) if rows is None else rows.index
+            valid = torch.ones_like(query, dtype=torch.bool) if rows is None else rows.valid
+            before = _columns(state.past, state)
+            if past is not None:
+                before = past.original if state.whole else past.later
             before_valid = torch.ones_like(before, dtype=torch.bool) if past is None else past.valid
-            key = torch.cat([before, index + state.past], dim=1)
+            key = torch.cat([before, query + state.past], dim=1)
             key_valid = torch.cat([before_valid, valid], dim=1)
-            state.masks[segment, id(mask)] = _look_up_mask(mask, index, key, key_valid)
+            key, key_valid, first = _sliding_cache(state.cache, number, mask, key, key_valid, valid.shape[1], state)
+            flat = "flash" in (self.parts.decoder.config._attn_implementation or "")
+            state.masks[segment, id(mask)] = look_up_mask(mask, query, key - first, key_valid, state.past - first, flat)
         return state.masks[segment, id(mask)]
 
-    def _position_embeddings(self, stock, state: _Pass):
+    def _rotary(self, stock, state: _Pass):
+        """The rotary embeddings of the present rows in place of the model's."""
         rows = state.rows
+        if rows is None:
+            return stock
         if id(stock) not in rows.rotary:
-            for args, kwargs, output in state.rotary:
-                if output is stock:
-                    break
-            else:
+            call = next((call for call in state.rotary if call[2] is stock), None)
+            if call is None:
                 raise UnsupportedModel("a decoder layer got rotary embeddings that its rotary_emb did not make")
+            args, kwargs, _ = call
             positions = rows.positions.permute(2, 0, 1)
             like = _position_ids(args, kwargs)
             args, kwargs = _with_position_ids(args, kwargs, positions if like.dim() == 3 else positions[0])
@@ -368,7 +548,7 @@ class Compression:
 
 def _columns(count: int, state: _Pass) -> Tensor:
     """(B, count) 0, 1, 2, ... in every row."""
-    return torch.arange(count, device=state.visual.device).expand(state.visual.shape[0], -1)
+    return torch.arange(count, device=state.real.device).expand(state.real.shape[0], -1)
 
 
 def _position_ids(args: tuple, kwargs: dict) -> Tensor:
@@ -381,20 +561,43 @@ def _with_position_ids(args: tuple, kwargs: dict, positions: Tensor) -> tuple[tu
     return (args[0], positions, *args[2:]), kwargs
 
 
-def _check(out: CompressedTokens, rows: _Rows, width: int, where: str) -> Tensor:
-    """The anchors, clamped at padding, of a compressor's output that has been found sound."""
-    images, length = rows.image_mask.shape
+def _check(out: CompressedTokens, tokens: VisualTokens, where: str) -> CompressedTokens:
+    """A compressor's output that has been found sound, its anchors clamped at padding."""
+    pictures, length, width = tokens.hidden.shape
     kept = tuple(out.mask.shape)
-    if out.hidden.shape != (*kept, width) or kept[0] != images or out.anchor.expand(out.mask.shape).shape != kept:
+    fits = out.hidden.shape == (*kept, width) and kept[0] == pictures
+    if not fits or tuple(out.anchor.shape) not in (kept, (1, *kept[1:]), kept[1:]):
         raise ValueError(
             f"{where} returned hidden {tuple(out.hidden.shape)}, mask {kept}, anchor {tuple(out.anchor.shape)} for "
-            f"{images} images of width {width}; expected ({images}, M, {width}), ({images}, M), ({images}, M)"
+            f"{pictures} pictures of width {width}; expected ({pictures}, M, {width}), ({pictures}, M), ({pictures}, M)"
         )
     if not out.mask.any(1).all():
         raise ValueError(f"{where} left an image with no token; every image must keep at least one")
-    if not torch.isfinite(out.hidden).all():
+    anchor = out.anchor.expand(kept).clamp(0, length - 1)
+    if not ((anchor.diff(dim=1) > 0) | ~out.mask[:, 1:]).all() or not tokens.mask.gather(1, anchor)[out.mask].all():
+        raise ValueError(f"{where} returned anchors that do not rise, or that stand at padding")
+    if not torch.isfinite(out.hidden[out.mask]).all():
         raise FloatingPointError(f"{where} returned NaN or infinite values; check the compressor and the learning rate")
-    return out.anchor.expand(kept).clamp(0, length - 1)
+    return replace(out, anchor=anchor)
+
+
+def _merge_like(out: CompressedTokens, features: Tensor, mask: Tensor) -> Tensor:
+    """features (I, L, C) of the tokens before a compressor -> (I, M, C), merged or dropped as the tokens were."""
+    if out.group is None:
+        return features.gather(1, out.anchor[..., None].expand(-1, -1, features.shape[-1]))
+    images, windows = out.mask.shape
+    group = out.group.masked_fill(~mask, windows)[..., None]  # padding goes to a window to spare
+    total = features.new_zeros(images, windows + 1, features.shape[-1], dtype=torch.float32)
+    total = total.scatter_add(1, group.expand_as(features), features.float())[:, :-1]
+    count = total.new_zeros(images, windows + 1, 1).scatter_add(1, group, torch.ones_like(group, dtype=total.dtype))
+    return (total / count[:, :-1].clamp(min=1)).to(features.dtype)
+
+
+def _add_deepstack(hidden: Tensor, rows: _Rows, layer: int) -> Tensor:
+    """hidden (B, T, C) plus the features that the model adds to its visual tokens after ``layer``."""
+    pictures, features = rows.pictures, rows.deepstack[layer].to(hidden.dtype)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return flat.index_add(0, pictures.rows[pictures.mask], features[pictures.mask]).view_as(hidden)
 
 
 def _rows_of_inputs(rows: _Rows, shape: tuple[int, int]) -> Tensor:
@@ -405,27 +608,18 @@ def _rows_of_inputs(rows: _Rows, shape: tuple[int, int]) -> Tensor:
     return (remaining[:, :length].cumsum(1) - 1).clamp(min=0)
 
 
-def _look_up_mask(mask, query: Tensor, key: Tensor, key_valid: Tensor):
-    """The attention mask of a part of the tokens, looked up in the mask of them all.
-
-    mask: as the attention backend takes it: (B or 1, 1, T, S) bool or additive, (B, S) for flash attention, or None
-    for plain causal attention. query (B, Q) and key (B, K): their rows and columns in it. key_valid (B, K).
-    """
-    if mask is None:
-        # Padding stands at the end of a row, where causal attention never looks, unless the rows came from a cache.
-        if key.shape[1] == query.shape[1] or bool(key_valid.all()):
-            return None
-        return key_valid[:, None, None, :].expand(-1, 1, query.shape[1], -1)
-    if isinstance(mask, Tensor) and mask.dim() == 4:
-        grid = mask.expand(query.shape[0], *mask.shape[1:])
-        batch = torch.arange(len(query), device=query.device)[:, None, None]
-        picked = grid[:, 0][batch, query[:, :, None], key[:, None, :]][:, None]
-        if bool(key_valid.all()):
-            return picked
-        hidden = ~key_valid[:, None, None, :]
-        if mask.dtype == torch.bool:
-            return picked & ~hidden
-        return picked.masked_fill(hidden, torch.finfo(mask.dtype).min)
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask.gather(1, key) * key_valid.to(mask.dtype)
-    raise UnsupportedModel(f"compress cannot shorten an attention mask of type {type(mask).__name__}")
+def _sliding_cache(cache, number: int, mask, key: Tensor, key_valid: Tensor, new: int, state: _Pass):
+    """``key`` and ``key_valid`` without what a sliding-window cache has let go, and the stock mask's first column."""
+    layer = cache.layers[number] if cache is not None and number < len(cache.layers) else None
+    if not getattr(layer, "is_sliding", False):
+        return key, key_valid, 0
+    held = (layer.keys.shape[-2] if layer.get_seq_length() else 0) + new
+    first = state.past + state.real.shape[1] - mask.shape[-1] if isinstance(mask, Tensor) else 0
+    gone, gone_valid = key[:, :-held], key_valid[:, :-held]
+    if bool((gone_valid & (gone >= first)).any()):
+        raise UnsupportedModel(
+            "rows of this batch that compress made unequally long crowd each other out of a sliding-window cache; "
+            "pass past_key_values=DynamicCache(), which keeps every token, or one row at a time"
+        )
+    key, key_valid = key[:, -held:], key_valid[:, -held:]
+    return key.clamp(min=first), key_valid & (key >= first), first

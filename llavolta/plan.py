@@ -1,7 +1,8 @@
 """Plans: which compressor sits at the input of which decoder layer, as a dict or as text.
 
 ``"2:avgpool:8"`` is ``{2: AveragePool(stride=8)}``; several entries are joined by ``;``, options after the name
-are given in order or as ``option=value``; ``"none"`` is the empty plan.
+are given in order or as ``option=value``; ``"none"`` is the empty plan. Layer ``"vision"`` stands for the vision
+tower's output, before the projector; layer 0 is the decoder's input, after it.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from dataclasses import fields
 from llavolta.compressors import COMPRESSORS, Compressor
 from llavolta.errors import UserError
 
-Plan = dict[int, Compressor]
+VISION = "vision"
+Layer = int | str  # a decoder layer from 0, or VISION
+Plan = dict[Layer, Compressor]
 
 
 class PlanError(UserError, ValueError):
     """A plan that cannot be read or does not fit the model."""
 
 
-def parse_plan(plan: str | Mapping[int, Compressor] | None) -> Plan:
-    """A checked plan, layers in rising order. Raises PlanError, which quotes the part that is wrong."""
+def parse_plan(plan: str | Mapping[Layer, Compressor] | None) -> Plan:
+    """A checked plan, "vision" first, then layers in rising order. Raises PlanError, which quotes what is wrong."""
     if plan is None:
         return {}
     if isinstance(plan, Mapping):
@@ -36,16 +39,20 @@ def parse_plan(plan: str | Mapping[int, Compressor] | None) -> Plan:
     else:
         raise PlanError(f"a plan is text such as '2:avgpool:8', a dict or None, not {type(plan).__name__}")
     for layer, _ in entries:
-        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-            raise PlanError(f"plan {plan!r}: a layer is a whole number from 0, not {layer!r}")
+        if layer != VISION and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
+            raise PlanError(f"plan {plan!r}: a layer is a whole number from 0, or 'vision', not {layer!r}")
     if len(dict(entries)) < len(entries):
         raise PlanError(f"plan {plan!r} names a layer twice; one compressor a layer")
-    return dict(sorted(entries))
+    return dict(sorted(entries, key=_depth))
 
 
-def _parse_entry(entry: str, plan: str) -> tuple[int, Compressor]:
+def _depth(entry: tuple[Layer, Compressor]) -> int:
+    return -1 if entry[0] == VISION else entry[0]
+
+
+def _parse_entry(entry: str, plan: str) -> tuple[Layer, Compressor]:
     layer, *rest = (part.strip() for part in entry.split(":"))
-    if not rest or not layer.lstrip("-").isdecimal():
+    if not rest or not (layer == VISION or layer.lstrip("-").isdecimal()):
         raise PlanError(f"cannot read {entry!r} in plan {plan!r}; write LAYER:COMPRESSOR:OPTION, as in '2:avgpool:8'")
     name, *options = rest
     if name not in COMPRESSORS:
@@ -63,7 +70,7 @@ def _parse_entry(entry: str, plan: str) -> tuple[int, Compressor]:
             raise PlanError(f"option {key!r} of {name!r} in plan {plan!r} is unknown or given twice; options: {names}")
         given[key] = _number_or_text(value)
     try:
-        return int(layer), kind(**given)
+        return layer if layer == VISION else int(layer), kind(**given)
     except (TypeError, ValueError) as error:
         raise PlanError(f"plan {plan!r}: {error}") from None
 
@@ -79,26 +86,31 @@ def _number_or_text(value: str) -> int | float | bool | str:
     return value
 
 
-def format_plan(plan: Mapping[int, Compressor]) -> str:
+def format_plan(plan: Mapping[Layer, Compressor]) -> str:
     """The text that ``parse_plan`` reads back as ``plan``."""
-    return ";".join(f"{layer}:{compressor}" for layer, compressor in sorted(plan.items())) or "none"
+    return ";".join(f"{layer}:{compressor}" for layer, compressor in sorted(plan.items(), key=_depth)) or "none"
 
 
 def check_layers(plan: Plan, num_layers: int) -> Plan:
     """``plan``, if its layers exist in a model of ``num_layers`` decoder layers; else PlanError."""
     for layer in plan:
-        if layer >= num_layers:
+        if layer != VISION and layer >= num_layers:
             raise PlanError(
                 f"plan {format_plan(plan)!r} names layer {layer}, but this model's {num_layers} decoder layers "
                 f"are 0..{num_layers - 1}"
             )
+    for layer, compressor in plan.items():
+        if "previous_layer" in compressor.needs and layer in (VISION, 0):
+            raise PlanError(
+                f"plan {format_plan(plan)!r}: {compressor.name} ranks by the layer before it, so from layer 1"
+            )
     return plan
 
 
-def tokens_per_layer(plan: str | Mapping[int, Compressor] | None, num_layers: int, num_tokens: int) -> list[float]:
+def tokens_per_layer(plan: str | Mapping[Layer, Compressor] | None, num_layers: int, num_tokens: int) -> list[float]:
     """Visual tokens of one image of ``num_tokens`` tokens that each of ``num_layers`` layers works on."""
     plan = check_layers(parse_plan(plan), num_layers)
-    counts, left = [], num_tokens
+    counts, left = [], plan[VISION].num_tokens(num_tokens) if VISION in plan else num_tokens
     for layer in range(num_layers):
         if layer in plan:
             left = plan[layer].num_tokens(left)

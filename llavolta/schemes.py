@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from llavolta.plan import PlanError, check_layers, format_plan, parse_plan, tokens_per_layer
+from llavolta.plan import VISION, PlanError, check_layers, format_plan, parse_plan, tokens_per_layer
 
 REFERENCE_LAYERS = 32  # the depth (Vicuna-7B) that the published layers K refer to
 
@@ -100,7 +100,9 @@ def scale_plan(plan: str, num_layers: int, reference_layers: int = REFERENCE_LAY
     """``plan`` moved from a model of ``reference_layers`` layers to one of ``num_layers``; see Scheme.scaled."""
     scaled = {}
     for layer, compressor in parse_plan(plan).items():
-        new = max(min(layer, 1), math.floor(layer * num_layers / reference_layers + 0.5))
+        new = layer
+        if layer != VISION:
+            new = max(min(layer, 1), math.floor(layer * num_layers / reference_layers + 0.5))
         if new in scaled:
             raise PlanError(f"plan {plan!r} has two layers that both become layer {new} of {num_layers}")
         scaled[new] = compressor

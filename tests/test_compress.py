@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import IMAGE, oracle, ragged_batch, tiny_llava
 
 from llavolta import AveragePool, CompressedTokens, Compressor, PlanError, compress
-from llavolta.families import UnsupportedModel
+from llavolta.errors import UnsupportedModel
 
 RAGGED = [[3, 4], [2, 0, 5], [6], [1, 3, 2]]  # one image, two in a row, none, two apart
 
@@ -138,7 +138,7 @@ def test_gradient_checkpointing_gives_equal_gradients():
     model, batch = tiny_llava().train(), ragged_batch(RAGGED)
     with compress(model, "1:avgpool:3"):
         plain = gradients(model, batch)
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
         checkpointed = gradients(model, batch)
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 

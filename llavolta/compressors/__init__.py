@@ -1,6 +1,29 @@
 """Compressors of visual tokens, one method a file. Importing one registers its name."""
 
 from llavolta.compressors.avgpool import AveragePool
-from llavolta.compressors.base import COMPRESSORS, CompressedTokens, Compressor, VisualTokens
+from llavolta.compressors.avgpool2d import AveragePool2d
+from llavolta.compressors.base import (
+    COMPRESSORS,
+    CompressedTokens,
+    Compressor,
+    KeepRatio,
+    VisualTokens,
+    keep_tokens,
+)
+from llavolta.compressors.fastv import FastV
+from llavolta.compressors.pyramiddrop import PyramidDrop
+from llavolta.compressors.random_drop import RandomDrop
 
-__all__ = ["COMPRESSORS", "AveragePool", "CompressedTokens", "Compressor", "VisualTokens"]
+__all__ = [
+    "COMPRESSORS",
+    "AveragePool",
+    "AveragePool2d",
+    "CompressedTokens",
+    "Compressor",
+    "FastV",
+    "KeepRatio",
+    "PyramidDrop",
+    "RandomDrop",
+    "VisualTokens",
+    "keep_tokens",
+]

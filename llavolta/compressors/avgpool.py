@@ -49,4 +49,5 @@ class AveragePool(Compressor):
 
         start = torch.arange(windows, device=mask.device) * stride
         anchor = start + (count - 1).clamp(min=0) // 2  # the token that stands at the mean position
-        return CompressedTokens((total / at_least_one).to(tokens.hidden.dtype), count > 0, anchor, positions)
+        group = (torch.arange(length, device=mask.device) // stride).expand(images, -1)
+        return CompressedTokens((total / at_least_one).to(tokens.hidden.dtype), count > 0, anchor, positions, group)

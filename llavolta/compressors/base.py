@@ -4,40 +4,90 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
+
+from llavolta.probe import LayerProbe
 
 COMPRESSORS: dict[str, type[Compressor]] = {}
 
 
 @dataclass
 class VisualTokens:
-    """The visual tokens of a batch at one layer, one row per image (or tile, or clip).
+    """The visual tokens of a batch at one layer, one row per picture: an image, a tile of one, a frame of a clip.
 
-    hidden: (I, L, C) in raster order; rows of images with fewer than L tokens are padded at the end.
+    hidden: (I, L, C) in raster order; rows of pictures with fewer than L tokens are padded at the end.
     mask: (I, L) True where a token is real.
     positions: (I, L, A) integer rotary positions; A is 1, or 3 where the model has 3-D positions.
+    grid: (I, 2) height and width in tokens; (1, n) where the n tokens are not (or no longer) a known rectangle.
+    training: whether the model is in training mode.
+    probe: what computes ``attention``, ``keys`` and ``question`` when they are asked for; None on the vision
+    tower's output, where there is no decoder layer yet.
     """
 
     hidden: Tensor
     mask: Tensor
     positions: Tensor
+    grid: Tensor | None = None
+    training: bool = False
+    probe: LayerProbe | None = None
+
+    def __post_init__(self):
+        if self.grid is None:
+            count = self.mask.sum(1)
+            self.grid = torch.stack([torch.ones_like(count), count], dim=1)
+
+    def attention(self, query: Literal["last", "instruction"] = "last", previous: bool = False) -> Tensor:
+        """(I, L) attention that each visual token gets, the mean over heads (and queries), in float32, no gradient.
+
+        query: "last", the last real token of each row of the batch; or "instruction", the tokens just before each
+        answer where labels are given, else the last. previous: in the layer before this one, as it computed it
+        (a compressor that asks for it lists "previous_layer" in ``needs``); else in this layer, from its own input
+        norm, query and key projections and rotary embeddings. The softmax is over all earlier tokens of this pass,
+        also in layers with a sliding window, and not over an older part of a conversation in the cache.
+        """
+        return self._probe().attention(query, previous)
+
+    def keys(self) -> Tensor:
+        """(I, L, D) keys of this layer, all heads side by side, before rotation; no gradient."""
+        return self._probe().keys()
+
+    @property
+    def question(self) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, Q, C) of each row's text, without answers where labels are given, and mask (B, Q)."""
+        return self._probe().question()
+
+    @property
+    def row(self) -> Tensor:
+        """(I,) the row of the batch that each picture stands in."""
+        return self._probe().row()
+
+    def _probe(self) -> LayerProbe:
+        if self.probe is None:
+            raise ValueError("attention, keys, question and row exist at decoder layers only, not at 'vision'")
+        return self.probe
 
 
 @dataclass
 class CompressedTokens:
-    """What a compressor leaves of each image.
+    """What a compressor leaves of each picture.
 
-    hidden: (I, M, C). mask: (I, M) True where a token is real.
+    hidden: (I, M, C). mask: (I, M) True where a token is real; padding stands at the end.
     anchor: (I, M) which of the L input tokens each one takes the place of; strictly rising over the real ones.
     positions: (I, M, A) integer rotary positions, or None for those of the anchors.
+    group: (I, L) the output token into which each input token was averaged, or None where tokens were only kept or
+    dropped. Features that the model adds to visual tokens in later layers (deep-stack) are merged in the same way.
+    grid: (I, 2) height and width of what is left, or None if that is no rectangle.
     """
 
     hidden: Tensor
     mask: Tensor
     anchor: Tensor
     positions: Tensor | None = None
+    group: Tensor | None = None
+    grid: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -46,9 +96,11 @@ class Compressor(ABC):
 
     Write a frozen dataclass whose fields are the options in the order of the plan text
     (``"2:avgpool:8"`` -> ``AveragePool(8)``), check them in ``__post_init__``, and write ``__call__``.
+    ``needs``: "previous_layer" for ``tokens.attention(previous=True)``.
     """
 
     name: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -57,11 +109,11 @@ class Compressor(ABC):
 
     @abstractmethod
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
-        """Compress every image of the batch; at least one token of each image must stay."""
+        """Compress every picture of the batch; at least one token of each must stay."""
 
     @abstractmethod
     def num_tokens(self, num_tokens: int) -> float:
-        """How many tokens (their mean, if it depends on the image) are left of ``num_tokens``."""
+        """How many tokens (their mean, if it depends on the picture) are left of ``num_tokens``."""
 
     @property
     def is_identity(self) -> bool:
@@ -71,6 +123,47 @@ class Compressor(ABC):
     def __str__(self) -> str:
         """The plan text, such as ``avgpool:8``."""
         return ":".join([self.name, *(str(getattr(self, field.name)) for field in fields(self))])
+
+
+@dataclass(frozen=True)
+class KeepRatio(Compressor):
+    """Base of the compressors that keep the ``keep`` * n best-scored of a picture's n tokens, at least one.
+
+    A subclass writes ``scores(tokens) -> (I, L)``. Each picture keeps its own share, also each tile of one image.
+    """
+
+    keep: float = 0.5
+
+    def __post_init__(self):
+        if isinstance(self.keep, bool) or not isinstance(self.keep, int | float) or not 0 < self.keep <= 1:
+            raise ValueError(f"{self.name}: keep must be above 0 and at most 1, not {self.keep!r}")
+
+    @property
+    def is_identity(self) -> bool:
+        return self.keep == 1
+
+    def num_tokens(self, num_tokens: int) -> int:
+        return max(1, round(num_tokens * self.keep))
+
+    @abstractmethod
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        """(I, L), higher is kept first; entries at padding are ignored."""
+
+    def __call__(self, tokens: VisualTokens) -> CompressedTokens:
+        scores = self.scores(tokens).masked_fill(~tokens.mask, -torch.inf)
+        count = (tokens.mask.sum(1).double() * self.keep).round().clamp(min=1)
+        rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        return keep_tokens(tokens, rank < count[:, None])
+
+
+def keep_tokens(tokens: VisualTokens, keep: Tensor) -> CompressedTokens:
+    """The tokens where ``keep`` (I, L) is True, in their order, and nothing else."""
+    keep = keep & tokens.mask
+    count = keep.sum(1)
+    longest = int(count.max())
+    anchor = torch.argsort(~keep, dim=1, stable=True)[:, :longest]
+    hidden = tokens.hidden.gather(1, anchor[..., None].expand(-1, -1, tokens.hidden.shape[-1]))
+    return CompressedTokens(hidden, torch.arange(longest, device=keep.device) < count[:, None], anchor)
 
 
 def require_int(owner: str, name: str, value: int, at_least: int) -> None:

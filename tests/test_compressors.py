@@ -1,0 +1,375 @@
+"""Every registered compressor through the same tests, and each method against a slow reference of its own."""
+
+from __future__ import annotations
+
+import re
+from contextlib import nullcontext
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from families_tiny import FAMILIES
+from tiny import IMAGE, ragged_batch, tiny_llava
+
+from llavolta import (
+    AveragePool2d,
+    Compressor,
+    FastV,
+    KeepRatio,
+    PlanError,
+    PyramidDrop,
+    RandomDrop,
+    UnsupportedModel,
+    VisualTokens,
+    compress,
+    format_plan,
+    keep_tokens,
+    parse_plan,
+    tokens_per_layer,
+)
+from llavolta.compressors import COMPRESSORS
+from llavolta.schemes import scale_plan
+
+RAGGED = [[3, 4], [2, 0, 5], [6], [1, 3, 2]]  # one image, two in a row, none, two apart
+NO_GRID = ("video_llava", "mistral3")  # a class token among each frame's tokens; rectangles of unknown sides
+NO_ATTENTION = ("aya_vision",)  # Cohere 2 rotates in its sliding-window layers only
+GREEDY = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None, suppress_tokens=[IMAGE])
+
+
+# The README's compressor in twenty lines, as it stands there.
+README = (Path(__file__).parent.parent / "README.md").read_text()
+exec(re.search(r"```python\n([^`]*class KeepLoudest(?:[^`]|`(?!``))*)```", README).group(1))
+
+
+def example(name: str) -> Compressor:
+    """The compressor with its defaults, and 2 for options without one."""
+    kind = COMPRESSORS[name]
+    return kind(**{f.name: 2 for f in fields(kind) if f.default is MISSING})
+
+
+every_compressor = pytest.mark.parametrize("name", sorted(COMPRESSORS))
+
+
+class Watched(Compressor):
+    """Another compressor, with what it got and returned."""
+
+    name = ""
+
+    def __init__(self, inner: Compressor):
+        object.__setattr__(self, "inner", inner)
+        object.__setattr__(self, "calls", [])
+
+    @property
+    def needs(self):
+        return self.inner.needs
+
+    def __call__(self, tokens):
+        out = self.inner(tokens)
+        self.calls.append((tokens, out))
+        return out
+
+    def num_tokens(self, num_tokens):
+        return self.inner.num_tokens(num_tokens)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llava()
+
+
+def test_the_matrix_has_every_compressor_of_the_package_and_a_users():
+    assert {"avgpool", "avgpool2d", "random", "fastv", "pyramiddrop", "loudest"} <= COMPRESSORS.keys()
+    assert parse_plan("2:loudest:7") == {2: COMPRESSORS["loudest"](7)}
+
+
+@every_compressor
+def test_plan_text_and_bad_options(name):
+    plan = {2: example(name)}
+    assert parse_plan(format_plan(plan)) == plan
+    for bad in ("-1", "0", "many") if name != "loudest" else ("1:1",):  # the README leaves checks out
+        with pytest.raises(PlanError, match=name):
+            parse_plan(f"2:{name}:{bad}")
+
+
+@every_compressor
+def test_what_is_left_of_each_picture(model, name):
+    watched = Watched(example(name))
+    with compress(model, {1: watched}):
+        out = model(**ragged_batch(RAGGED))
+    [(tokens, left)] = watched.calls
+    count = left.mask.sum(1)
+    assert tokens.hidden.shape[:2] == (5, 16) and count.min() >= 1 and count.max() < 16
+    assert count.double().mean() == pytest.approx(watched.num_tokens(16))
+    assert (left.mask.long().diff(dim=1) <= 0).all()  # padding at the end
+    for picture, (anchor, mask) in enumerate(zip(left.anchor, left.mask, strict=True)):
+        assert (anchor[mask].diff() > 0).all() and anchor[mask].max() < 16
+        if left.positions is not None:
+            old, new = tokens.positions[picture], left.positions[picture][mask]
+            assert old.min() <= new.min() and new.max() <= old.max() and (new.diff(dim=0) >= 0).all()
+    assert torch.isfinite(out.logits).all()
+
+
+@every_compressor
+def test_text_before_the_first_image_is_untouched_and_rows_do_not_mix(model, name):
+    batch = ragged_batch([[3, 4], [3, 0, 5]])
+    alone = {key: value[:1] for key, value in batch.items()}
+    stock = model(**batch).logits
+    with compress(model, {1: example(name)}):
+        out = model(**batch).logits
+        torch.testing.assert_close(model(**alone).logits[0], out[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out[:, :3], stock[:, :3], rtol=1e-5, atol=1e-5)
+    assert (out[:, -1] - stock[:, -1]).abs().max() > 1e-3
+
+
+@every_compressor
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_reaches_projector_and_repeats_under_a_seed(name, dtype):
+    model, batch = tiny_llava(dtype=dtype).train(), ragged_batch(RAGGED, dtype=dtype)
+
+    def step(seed):
+        torch.manual_seed(seed)
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+        return gradients
+
+    with compress(model, {1: example(name), 3: example(name) if name != "avgpool2d" else RandomDrop(0.5)}):
+        first, second = step(0), step(0)
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    assert first["model.multi_modal_projector.linear_1.weight"].abs().max() > 0
+
+
+@every_compressor
+def test_generation(model, name):
+    batch = ragged_batch([[3, 4], [2, 0, 5]], side="left")
+    del batch["labels"]
+    with compress(model, {1: example(name)}):
+        torch.manual_seed(0)
+        first = model.generate(**batch, **GREEDY)
+        assert torch.equal(model.generate(**batch, **GREEDY), first)
+        sampled = model.generate(**batch, **{**GREEDY, "do_sample": True})
+        beams = model.generate(**batch, **GREEDY, num_beams=3)
+    assert first.shape == sampled.shape == beams.shape == (2, batch["input_ids"].shape[1] + 5)
+
+
+@every_compressor
+def test_on_every_family(name):
+    """The compressors that need attention meet every kind of norm and rotary embedding; what cannot work says so."""
+    for family in FAMILIES.values():
+        tiny, refused = family("left"), None
+        if name == "avgpool2d" and family.__name__ in NO_GRID:
+            refused = pytest.raises(ValueError, match="rectangle")
+        if name in ("fastv", "pyramiddrop") and family.__name__ in NO_ATTENTION:
+            refused = pytest.raises(UnsupportedModel, match="some layers only")
+        with compress(tiny.model.train(), {1: example(name)}), refused or nullcontext():
+            tiny.model(**tiny.batch).loss.backward()
+        gradients = [p.grad for p in tiny.model.parameters() if p.grad is not None]
+        assert bool(gradients) != bool(refused) and all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("kind", [RandomDrop, FastV, PyramidDrop])
+def test_keeping_everything_is_stock(model, kind):
+    batch = ragged_batch(RAGGED)
+    with compress(model, {1: kind(1.0)}):
+        assert torch.equal(model(**batch).logits, tiny_llava()(**batch).logits)
+
+
+# --- each method against a reference of its own ---
+
+
+def test_average_pooling_in_squares_by_hand():
+    torch.manual_seed(0)
+    height, width, k = 5, 7, 3
+    hidden, positions = torch.randn(2, 40, 8), torch.arange(100, 140)[None, :, None].expand(2, -1, 2).clone()
+    mask = torch.arange(40) < torch.tensor([[height * width], [4]])
+    grid = torch.tensor([[height, width], [2, 2]])
+    out = AveragePool2d(k)(VisualTokens(hidden, mask, positions, grid))
+    windows = []
+    for top in range(0, height, k):
+        for left in range(0, width, k):
+            down, across = range(top, min(top + k, height)), range(left, min(left + k, width))
+            windows.append([row * width + column for row in down for column in across])
+    assert out.mask.sum(1).tolist() == [len(windows), 1] and out.grid.tolist() == [[2, 3], [1, 1]]
+    for place, window in enumerate(windows):
+        torch.testing.assert_close(out.hidden[0, place], hidden[0, window].mean(0))
+        assert out.positions[0, place, 0] == sum(100 + w for w in window) // len(window)
+        assert out.anchor[0, place] in window and all(out.group[0, w] == place for w in window)
+    torch.testing.assert_close(out.hidden[1, 0], hidden[1, :4].mean(0))
+
+
+def test_squares_stay_a_grid_for_the_next_layer(model):
+    last = Watched(AveragePool2d(2))
+    with compress(model, {0: AveragePool2d(2), 1: last}):
+        model(**ragged_batch(RAGGED))
+    [(tokens, out)] = last.calls
+    assert tokens.grid.tolist() == [[2, 2]] * 5 and out.mask.shape == (5, 1)
+
+
+def test_plans_before_the_projector():
+    plan = parse_plan("2:random:0.5;vision:avgpool2d:2")
+    assert list(plan) == ["vision", 2] and format_plan(plan) == "vision:avgpool2d:2;2:random:0.5:0"
+    assert parse_plan(plan) == plan
+    assert tokens_per_layer(plan, 4, 576) == [144, 144, 72, 72]
+    assert scale_plan("vision:avgpool:2;16:avgpool:8", 8) == "vision:avgpool:2;4:avgpool:8"
+    for bad in ("video:avgpool:2", "vision:avgpool:2;vision:random:0.5"):
+        with pytest.raises(PlanError):
+            parse_plan(bad)
+
+
+def test_squares_need_a_rectangle(model):
+    with compress(model, "0:avgpool:2;1:avgpool2d:2"), pytest.raises(ValueError, match="rectangle"):
+        model(**ragged_batch(RAGGED))
+
+
+def kept_columns(model, batch, plan, layer) -> list[list[int]]:
+    """Per picture the columns of the input that the compressor at ``layer`` keeps."""
+    watched = Watched(plan[layer])
+    with compress(model, {**plan, layer: watched}, labelled_only=False):
+        model(**batch)
+    tokens, out = watched.calls[-1]
+    first = tokens.probe.images % batch["input_ids"].shape[1]
+    return [f[a[m]].tolist() for f, a, m in zip(first, out.anchor, out.mask, strict=True)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", [FastV, PyramidDrop])
+def test_ranking_by_attention_equals_ranking_by_the_stock_attention_maps(kind, side):
+    model, layer = tiny_llava(attention="eager"), 2
+    batch = ragged_batch([[3, 4], [2, 0, 5], [1, 3, 2]], side=side)
+    maps = model(**batch, output_attentions=True).attentions[layer - 1 if kind is FastV else layer].mean(1)
+    labelled = batch.pop("labels") != -100
+    got = kept_columns(model, batch, {layer: kind(0.5)}, layer)
+    expected = by_attention(batch, maps, lambda row: [max(batch["attention_mask"][row].nonzero()).item()])
+    assert got == expected
+    if kind is PyramidDrop:  # with labels: the tokens just before each answer
+        batch["labels"] = torch.where(labelled, batch["input_ids"], -100)
+        batch["labels"][0, -2:-1] = -100  # two answers in the first row
+        answers = batch["labels"] != -100
+        queries = lambda row: [c - 1 for c in range(1, answers.shape[1]) if answers[row, c] and not answers[row, c - 1]]  # noqa: E731
+        assert kept_columns(model, batch, {layer: kind(0.5)}, layer) == by_attention(batch, maps, queries)
+
+
+def by_attention(batch, maps, queries) -> list[list[int]]:
+    kept = []
+    for row, ids in enumerate(batch["input_ids"].tolist()):
+        columns = [column for column, token in enumerate(ids) if token == IMAGE]
+        score = sum(maps[row, query] for query in queries(row))
+        for first in range(0, len(columns), 16):
+            picture = columns[first : first + 16]
+            kept.append(sorted(sorted(picture, key=lambda column: -score[column].item())[:8]))
+    return kept
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("gemma3", *NO_ATTENTION)])
+def test_attention_rows_equal_the_stock_maps_of_every_family(family):
+    """Also behind query and key norms and 3-D rotary positions. Gemma 3's layer 0 has a sliding window."""
+    tiny = FAMILIES[family]("left", "eager")
+    maps = [layer.mean(1) for layer in tiny.model(**tiny.batch, output_attentions=True).attentions]
+    watched = Watched(FastV(0.5))
+    with compress(tiny.model, {2: watched}):
+        tiny.model(**tiny.batch)
+        [(tokens, _)] = watched.calls
+        for previous in (True, False):
+            got = tokens.attention("last", previous=previous)
+            expected = maps[1 if previous else 2][:, -1].reshape(-1)[tokens.probe.images]
+            torch.testing.assert_close(got[tokens.mask], expected[tokens.mask], rtol=1e-4, atol=1e-6)
+
+
+def test_a_random_subset_is_fresh_in_training_and_fixed_in_evaluation(model):
+    batch = ragged_batch([[3, 4], [2, 0, 5]])
+    plan = {1: RandomDrop(0.25, seed=3)}
+    fixed = kept_columns(model, batch, plan, 1)
+    assert fixed == kept_columns(model, batch, plan, 1) != kept_columns(model, batch, {1: RandomDrop(0.25, seed=4)}, 1)
+    assert [len(picture) for picture in fixed] == [4, 4, 4]
+    model.train()
+    torch.manual_seed(0)
+    draws = [kept_columns(model, batch, plan, 1) for _ in range(3)]
+    torch.manual_seed(0)
+    assert draws[0] == kept_columns(model, batch, plan, 1) and draws[0] != draws[1] != draws[2]
+    model.eval()
+
+
+def test_what_a_compressor_may_ask_for(model):
+    batch, seen = ragged_batch(RAGGED, side="left"), []
+
+    @dataclass(frozen=True)
+    class Asks(KeepRatio):
+        def scores(self, tokens):
+            hidden, mask = tokens.question
+            seen.append((tokens.keys(), hidden, mask, tokens.row))
+            return tokens.attention("instruction")
+
+    with compress(model, {2: Asks(0.5)}):
+        model(**batch)
+    keys, question, mask, row = seen[0]
+    assert row.tolist() == [0, 1, 1, 3, 3] and keys.shape == (5, 16, 2 * 8)
+    text = (batch["input_ids"] != IMAGE) & batch["attention_mask"].bool() & (batch["labels"] == -100)
+    assert mask.sum(1).tolist() == text.sum(1).tolist()
+    states = model(**batch, output_hidden_states=True).hidden_states[2]
+    torch.testing.assert_close(question[mask], states[text], rtol=1e-4, atol=1e-4)
+    layer = model.model.language_model.layers[2]
+    visual = states[batch["input_ids"] == IMAGE].view(5, 16, -1)
+    torch.testing.assert_close(keys, layer.self_attn.k_proj(layer.input_layernorm(visual)), rtol=1e-4, atol=1e-4)
+
+
+def test_compressors_that_need_the_decoder_say_where_they_can_stand(model):
+    for plan in ("0:fastv:0.5", "vision:fastv:0.5"):
+        with pytest.raises(PlanError, match="from layer 1"):
+            compress(model, plan)
+    with compress(model, "vision:pyramiddrop:0.5"), pytest.raises(ValueError, match="decoder layers only"):
+        model(**ragged_batch(RAGGED))
+
+    class Forgets(FastV):
+        name = ""
+        needs = frozenset()
+
+    with compress(model, {1: Forgets(0.5)}), pytest.raises(ValueError, match="previous_layer"):
+        model(**ragged_batch(RAGGED))
+
+
+def test_different_numbers_of_tokens_for_each_image(model):
+    """Rows of the batch are padded again, and equal what each gives alone."""
+
+    @dataclass(frozen=True)
+    class AboveMean(Compressor):
+        def num_tokens(self, num_tokens):
+            return num_tokens / 2
+
+        def __call__(self, tokens):
+            norm = tokens.hidden.norm(dim=-1)
+            return keep_tokens(tokens, norm >= norm.mean(1, keepdim=True))
+
+    batch, watched = ragged_batch([[3, 4], [4, 3]]), Watched(AboveMean())
+    alone = [{key: value[row : row + 1] for key, value in batch.items()} for row in range(2)]
+    with compress(model, {1: watched}):
+        both, single = model(**batch).logits, [model(**row).logits[0] for row in alone]
+        slow = model.generate(**{k: v for k, v in batch.items() if k != "labels"}, **GREEDY, use_cache=False)
+        fast = model.generate(**{k: v for k, v in batch.items() if k != "labels"}, **GREEDY)
+    counts = watched.calls[0][1].mask.sum(1)
+    assert counts[0] != counts[1] and torch.equal(slow, fast)
+    torch.testing.assert_close(both, torch.stack(single), rtol=1e-4, atol=1e-4)
+
+
+def test_results_of_the_wrong_kind(model):
+    class Broken(Compressor):
+        def __init__(self, change):
+            object.__setattr__(self, "change", change)
+
+        def __call__(self, tokens):
+            return self.change(keep_tokens(tokens, torch.arange(16).expand_as(tokens.mask) % 2 == 0))
+
+        def num_tokens(self, num_tokens):
+            return num_tokens
+
+    def fails(change, error, match):
+        with compress(model, {1: Broken(change)}), pytest.raises(error, match=match):
+            model(**ragged_batch(RAGGED))
+
+    fails(lambda out: replace(out, hidden=out.hidden[:, :3]), ValueError, "returned hidden")
+    fails(lambda out: replace(out, anchor=out.anchor.T), ValueError, "returned hidden")
+    fails(lambda out: replace(out, anchor=out.anchor.flip(1)), ValueError, "do not rise")
+    fails(lambda out: replace(out, mask=out.mask & (out.anchor > 99)), ValueError, "no token")
+    fails(lambda out: replace(out, hidden=out.hidden / 0), FloatingPointError, "NaN")

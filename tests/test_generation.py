@@ -1,0 +1,154 @@
+"""Key-value caches under compression: chats over several turns, beams, sampling, and what cannot be continued."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from families_tiny import FAMILIES, VIDEO
+from tiny import IMAGE, ragged_batch, tiny_llava
+from transformers import DynamicCache, StaticCache
+
+from llavolta import UnsupportedModel, cache_bytes, compress
+
+GREEDY = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None, suppress_tokens=[IMAGE, VIDEO])
+PLANS = ["0:avgpool:3", "2:avgpool:3", "1:avgpool:2;3:avgpool:2", "vision:avgpool:2;2:avgpool:2"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llava()
+
+
+def prompt(rows=((3, 4), (2, 0, 5), (6,)), **settings) -> dict:
+    batch = ragged_batch([list(row) for row in rows], side="left", **settings)
+    del batch["labels"]
+    return batch
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("how", [dict(num_beams=3), dict(num_beams=2, num_return_sequences=2), dict(do_sample=True)])
+def test_beams_and_samples_are_those_without_a_cache(model, plan, how):
+    found = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        with compress(model, plan):
+            found.append(model.generate(**prompt(), **{**GREEDY, **how}, use_cache=use_cache))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("picture", [False, True])
+def test_a_chat_goes_on_over_turns_on_one_cache(model, plan, picture):
+    first, cache = prompt(), DynamicCache(config=model.config.get_text_config())
+    with compress(model, plan):
+        told = model.generate(**first, **GREEDY, past_key_values=cache)
+        asked = prompt([[1, 3], [2, 2], [2, 0, 2]] if picture else [[4], [4], [4]], seed=7)
+        whole = {"input_ids": torch.cat([told, asked["input_ids"]], dim=1)}
+        padding = [first["attention_mask"], torch.ones_like(told[:, first["input_ids"].shape[1] :])]
+        whole["attention_mask"] = torch.cat([*padding, asked["attention_mask"]], dim=1)
+        new = {"pixel_values": asked["pixel_values"]} if picture else {}
+        # generate() finds by itself what the cache holds, unless layer 0's is a compressed one: then only what is new.
+        start = told.shape[1] - 1 if plan[0] in "0v" else 0
+        ids = whole["input_ids"][:, start:]
+        again = model.generate(**{**whole, "input_ids": ids}, **new, **GREEDY, past_key_values=cache)
+
+        # From scratch, with the pictures of both turns in the order of the rows.
+        counts = [[1, 2, 0], [1, 1, 2]] if picture else [[1, 2, 0]]
+        turns = [part["pixel_values"].split(n) for part, n in zip([first, asked], counts, strict=False)]
+        pixels = torch.cat([images for row in zip(*turns, strict=True) for images in row])
+        scratch = model.generate(**whole, pixel_values=pixels, **GREEDY, use_cache=False)
+    assert torch.equal(again[:, -6:], scratch[:, -6:])
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("picture", [False, True])
+def test_a_second_chunk_by_calling_the_model(model, plan, picture):
+    """Also at layer 0, where generate() cannot tell what the cache has seen."""
+    first, second = prompt([[3, 4], [2, 5]]), prompt([[2, 3], [1, 4]] if picture else [[5], [5]], seed=3)
+    mask = torch.cat([first["attention_mask"], second["attention_mask"]], dim=1)
+    ids = torch.cat([first["input_ids"], second["input_ids"]], dim=1)
+    pixels, new = first["pixel_values"], second["input_ids"].shape[1]
+    if picture:
+        pixels = torch.stack([first["pixel_values"], second["pixel_values"]], dim=1).flatten(0, 1)
+    with compress(model, plan):
+        whole = model(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
+        cache = model(**first, use_cache=True).past_key_values
+        out = model(**{**second, "attention_mask": mask}, past_key_values=cache)
+        torch.testing.assert_close(out.logits, whole[:, -new:], rtol=1e-4, atol=1e-4)
+        # And once more, one token, without a mask.
+        token = torch.full((2, 1), 9)
+        longer = model(input_ids=torch.cat([ids, token], dim=1), pixel_values=pixels).logits[:, -1:]
+        out = model(input_ids=token, past_key_values=cache)
+        torch.testing.assert_close(out.logits, longer, rtol=1e-4, atol=1e-4)
+
+
+def test_chat_on_one_cache_with_3d_positions():
+    """Qwen2.5-VL: a second turn of text."""
+    family = FAMILIES["qwen2_5_vl"]("left")
+    model, first = family.model, {k: v for k, v in family.batch.items() if k != "labels"}
+    cache = DynamicCache(config=model.config.get_text_config())
+    with compress(model, "1:avgpool:3"):
+        told = model.generate(**first, **GREEDY, past_key_values=cache)
+        ids = torch.cat([told, torch.full((2, 3), 9)], dim=1)
+        mask = torch.cat([first["attention_mask"], torch.ones_like(ids[:, first["input_ids"].shape[1] :])], dim=1)
+        again = model.generate(input_ids=ids, attention_mask=mask, **GREEDY, past_key_values=cache)
+        types = torch.nn.functional.pad(first["mm_token_type_ids"], (0, ids.shape[1] - first["input_ids"].shape[1]))
+        whole = {**first, "input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types}
+        assert torch.equal(again, model.generate(**whole, **GREEDY, use_cache=False))
+
+
+@pytest.mark.parametrize(("plan", "layers"), [("1:avgpool:4", 3), ("0:avgpool:4", 4), ("2:random:0.25", 2)])
+def test_the_cache_shrinks_by_the_compression_ratio(model, plan, layers):
+    batch, text = prompt([[3, 4], [2, 5]]), 7
+    with compress(model, plan):
+        small = cache_bytes(model(**batch, use_cache=True).past_key_values)
+    stock = cache_bytes(model(**batch, use_cache=True).past_key_values)
+    rows = 2 * (2 * 2 * 8 * 4)  # batch, keys and values, key heads, width of a head, bytes
+    assert stock == 4 * (16 + text) * rows and small == ((4 - layers) * (16 + text) + layers * (4 + text)) * rows
+
+
+class TestCachesThatCannotBeContinued:
+    def test_of_fixed_size(self, model):
+        with compress(model, "1:avgpool:3"), pytest.raises(UnsupportedModel, match="StaticCache"):
+            model.generate(**prompt(), **GREEDY, cache_implementation="static")
+        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
+        with compress(model, "0:avgpool:3"), pytest.raises(UnsupportedModel, match="fixed size"):
+            model(**prompt(), past_key_values=cache)
+
+    def test_cropped(self, model):
+        with compress(model, "1:avgpool:3"):
+            cache = model(**prompt([[3, 4]]), use_cache=True).past_key_values
+            for layer in cache.layers[2:]:
+                layer.crop(-2)
+            cache.layers[1].crop(-1)
+            with pytest.raises(UnsupportedModel, match="cropped"):
+                model(input_ids=torch.tensor([[9]]), past_key_values=cache)
+
+    @pytest.mark.parametrize("plan", ["0:avgpool:3", "1:avgpool:3"])
+    @torch.no_grad()
+    def test_copied_or_from_another_handle(self, model, plan):
+        batch = prompt([[3, 4]])
+        token = dict(input_ids=torch.tensor([[9]]), attention_mask=torch.ones(1, 24, dtype=torch.long))
+        with compress(model, plan):
+            cache = model(**batch, use_cache=True).past_key_values
+            with pytest.raises(UnsupportedModel, match="another compress|under the compress"):
+                model(**token, past_key_values=copy.deepcopy(cache))
+        with compress(model, plan), pytest.raises(UnsupportedModel, match="another compress|under the compress"):
+            model(**token, past_key_values=cache)
+
+    def test_generate_again_at_layer_0(self, model):
+        cache = DynamicCache(config=model.config.get_text_config())
+        with compress(model, "0:avgpool:3"):
+            told = model.generate(**prompt([[3, 4]]), **GREEDY, past_key_values=cache)
+            with pytest.raises(UnsupportedModel, match="only the new input_ids"):
+                model.generate(input_ids=told, **GREEDY, past_key_values=cache)
+
+    def test_but_one_that_was_reset_can(self, model):
+        batch = prompt([[3, 4]])
+        with compress(model, "1:avgpool:3"):
+            cache = model(**batch, use_cache=True).past_key_values
+            first = cache_bytes(cache)
+            cache.reset()
+            assert cache_bytes(model(**batch, past_key_values=cache).past_key_values) == first
