@@ -67,6 +67,10 @@ class LlavaData(Dataset):
         images = [open_image(self.folder, path, name, self.pad) for path in _paths(entry)]
         return Example(_messages(entry), images, name)
 
+    def image_paths(self, index: int) -> list[Path]:
+        """The files of an entry's pictures."""
+        return [self.folder / path for path in _paths(self.entries[index])]
+
     def questions(self) -> Iterator[dict]:
         """Every turn as a question of its own: index (of the entry), type, question, answer."""
         for index, entry in enumerate(self.entries):

@@ -15,27 +15,48 @@ def _normal(text: str) -> str:
     return " ".join(text.strip().rstrip(".").lower().split())
 
 
+def render(processor, question: str, images: int) -> str:
+    """The prompt that asks ``question`` about so many pictures, by the processor's chat template."""
+    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def prompts(model, processor, asked: list[tuple[str, list]], padding_side: str = "left"):
+    """A batch for ``model`` from pairs of a question and its opened pictures."""
+    texts = [render(processor, question, len(images)) for question, images in asked]
+    images = [image for _, pictures in asked for image in pictures]
+    batch = processor(text=texts, images=images or None, padding=True, padding_side=padding_side, return_tensors="pt")
+    return batch.to(model.device, model.dtype)
+
+
 @torch.no_grad()
-def answer(model, processor, data: LlavaData, questions: list[dict], max_new_tokens: int = 4) -> list[str]:
-    """The model's greedy answers to ``questions`` (see LlavaData.questions), asked one by one, in one batch."""
-    texts, images = [], []
-    for question in questions:
-        example = data[question["index"]]
-        content = [{"type": "image"}] * len(example.images) + [{"type": "text", "text": question["question"]}]
-        message = [{"role": "user", "content": content}]
-        texts.append(processor.apply_chat_template(message, add_generation_prompt=True))
-        images += example.images
-    batch = processor(text=texts, images=images or None, padding=True, padding_side="left", return_tensors="pt")
-    batch = batch.to(model.device)
+def greedy(model, processor, batch, max_new_tokens: int = 4, **options):
+    """What ``model.generate`` returns for a batch padded on the left, decoding greedily; options go to generate."""
     tokenizer = processor.tokenizer
-    ids = model.generate(
+    return model.generate(
         **batch,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        **options,
     )
+
+
+def answer(model, processor, batch, max_new_tokens: int = 4) -> list[str]:
+    """The model's greedy answers to a batch of ``prompts``."""
+    ids = greedy(model, processor, batch, max_new_tokens)
     return processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def pictured(data: LlavaData, questions: list[dict]) -> list[tuple[str, list]]:
+    """Each of ``questions`` (see LlavaData.questions) with its opened pictures."""
+    return [(question["question"], data[question["index"]].images) for question in questions]
+
+
+def is_right(prediction: str, truth: str) -> bool:
+    """Exact match but for case, blanks and a full stop."""
+    return _normal(prediction) == _normal(truth)
 
 
 def evaluate(
@@ -57,11 +78,11 @@ def evaluate(
     predictions: list[str] = []
     with compress(model, plan):
         for start in tqdm(range(0, len(questions), batch_size), desc="answering", disable=not progress, leave=False):
-            predictions += answer(model, processor, data, questions[start : start + batch_size])
+            asked = pictured(data, questions[start : start + batch_size])
+            predictions += answer(model, processor, prompts(model, processor, asked))
     model.train(training)
     frame = pd.DataFrame(questions).assign(prediction=predictions)
-    pairs = zip(frame.answer, frame.prediction, strict=True)
-    return frame.assign(correct=[_normal(truth) == _normal(guess) for truth, guess in pairs])
+    return frame.assign(correct=list(map(is_right, frame.prediction, frame.answer)))
 
 
 def interval(correct: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:

@@ -43,7 +43,7 @@ class LayerProbe:
         if previous and self.before is None:
             raise ValueError('the attention of the previous layer needs "previous_layer" in needs, and a layer above 0')
         rows, mask = self._queries(query)
-        weights = _attention_rows(self.before if previous else self.here, rows, self.valid)  # (B, Q, T)
+        weights = attention_rows(self.before if previous else self.here, rows, self.valid)  # (B, Q, T)
         weights = (weights * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return weights.reshape(-1)[self.images]
 
@@ -87,7 +87,7 @@ def _take(values: Tensor, rows: Tensor) -> Tensor:
     return values.expand(len(rows), -1, -1).gather(1, rows[..., None].expand(-1, -1, values.shape[-1]))
 
 
-def _attention_rows(at: LayerInput, rows: Tensor, valid: Tensor) -> Tensor:
+def attention_rows(at: LayerInput, rows: Tensor, valid: Tensor) -> Tensor:
     """(B, Q, T) attention of rows (B, Q) to all tokens: softmax(q k^T * scale) over earlier ones, mean over heads."""
     attention = _attention_module(at.layer)
     rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)

@@ -1,25 +1,514 @@
-"""Studies of where visual tokens go and how much they matter."""
+"""The paper's two studies of redundancy, and where each visual token goes.
+
+Study 1: accuracy against the share of visual tokens kept, by layer and stride (``redundancy_sweep``).
+Study 2: how much of the answer's attention goes to visual tokens, by layer (``answer_attention``).
+Source of both: LLaVolta, arXiv 2406.20092, section 3.
+"""
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import inspect
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import torch
+import transformers
+from torch import Tensor
+from tqdm.auto import tqdm
 
-from llavolta.compressors import VisualTokens
-from llavolta.plan import parse_plan
+from llavolta import compressors, evaluate, families, masks, patch, probe
+from llavolta.compressors import CompressedTokens, Compressor, VisualTokens
+from llavolta.cost import step_cost
+from llavolta.data import LlavaData
+from llavolta.errors import UserError
+from llavolta.plan import check_layers, format_plan, parse_plan, tokens_per_layer
+from llavolta.schemes import plan_compression_ratio
+
+KINDS = ("visual", "system and prompt", "question")
+PUBLISHED = Path(__file__).resolve().parent.parent / "papers" / "llavolta" / "published.csv"
 
 
-def token_groups(plan, num_tokens: int) -> np.ndarray:
-    """(num_tokens,) for each visual token of an image the number of the token it ends in under ``plan``; -1 if dropped.
+class StudyError(UserError, ValueError):
+    """A study that cannot be made with these settings or data."""
 
-    For compressors that go by place alone; it follows one-hot tokens through them.
+
+# --- study 1: accuracy against the share of visual tokens kept ---
+
+
+def redundancy_sweep(
+    model,
+    processor,
+    data: LlavaData,
+    layers: Sequence[int],
+    strides: Sequence[int],
+    limit: int | None = None,
+    cache: str | Path | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Answers to the first ``limit`` questions with average pooling at each layer K with each stride S, at test time.
+
+    One row per point and question: layer, stride, kept (the share of an image's visual tokens that layer K and those
+    behind it work on), question, type, answer, prediction, correct; equal to ``evaluate(plan="K:avgpool:S")``.
+    Stride 1 is the model without compression, at whatever layer.
+
+    Pictures and the layers below K are computed once per batch, for all strides and deeper layers. With ``cache``, a
+    folder, every point is a JSON file there, brought up to date after each batch and kept per model weights, questions,
+    pictures and code, so that an interrupted sweep continues. Raises StudyError, PlanError, DataError.
     """
-    hidden = torch.eye(num_tokens)[None]
-    mask = torch.ones(1, num_tokens, dtype=torch.bool)
-    positions = torch.arange(num_tokens)[None, :, None]
-    for compressor in parse_plan(plan).values():
-        out = compressor(VisualTokens(hidden, mask, positions))
-        hidden, mask = out.hidden, out.mask
-        positions = positions[:, out.anchor.expand(mask.shape)[0]] if out.positions is None else out.positions
-    share = hidden[0]  # (M, L) how much of each token is in what is left
-    return torch.where(share.sum(0) > 0, share.argmax(0), -1).numpy()
+    if not layers or not strides or limit is not None and limit < 1:
+        raise StudyError("a sweep needs at least one layer, one stride and one question")
+    depth = len(families.find_parts(model).layers)
+    points = {(layer, stride): _plan(layer, stride) for layer in layers for stride in strides}
+    for layer, stride in points:
+        check_layers(parse_plan(f"{layer}:avgpool:{stride}"), depth)
+    questions = list(data.questions())[:limit]
+    plans = sorted(set(points.values()), key=lambda plan: (min(parse_plan(plan), default=depth), plan))
+    folder = Path(cache) / _fingerprint(model, processor, data, questions) if cache else None
+    answers = {plan: _read_point(folder, plan) for plan in plans}
+
+    def missing(plan: str, start: int) -> bool:
+        return any(number not in answers[plan] for number in batches[start])
+
+    batches = {s: range(s, min(s + batch_size, len(questions))) for s in range(0, len(questions), batch_size)}
+    training = model.training
+    model.eval()
+    todo = [(start, [plan for plan in plans if missing(plan, start)]) for start in batches]
+    with tqdm(total=sum(len(rest) for _, rest in todo), desc="sweep", disable=not progress, leave=False) as bar:
+        for start, rest in todo:
+            if not rest:
+                continue
+            asked = evaluate.pictured(data, [questions[number] for number in batches[start]])
+            for plan, said in _answers_by_plan(model, processor, asked, rest):
+                answers[plan] |= dict(zip(batches[start], said, strict=True))
+                _write_point(folder, plan, answers[plan])
+                bar.set_postfix_str(plan)
+                bar.update()
+    model.train(training)
+    frames = [
+        _point_frame(questions, answers[plan]).assign(layer=layer, stride=stride, kept=_kept(model, stride))
+        for (layer, stride), plan in points.items()
+    ]
+    columns = ["layer", "stride", "kept", "question", "type", "answer", "prediction", "correct"]
+    return pd.concat(frames, ignore_index=True)[columns]
+
+
+def _plan(layer: int, stride: int) -> str:
+    return "none" if stride == 1 else f"{layer}:avgpool:{stride}"
+
+
+def _point_frame(questions: list[dict], answers: dict[int, str]) -> pd.DataFrame:
+    frame = pd.DataFrame(questions)[["type", "answer"]]
+    frame["question"] = range(len(frame))
+    frame["prediction"] = [answers[number] for number in frame.question]
+    return frame.assign(correct=list(map(evaluate.is_right, frame.prediction, frame.answer)))
+
+
+def _kept(model, stride: int) -> float:
+    """The share of an image's tokens that pooling leaves; where their number varies, but for the last window."""
+    tokens = getattr(families.unwrap(model).config, "image_seq_length", None)
+    return math.ceil(tokens / stride) / tokens if tokens else 1 / stride
+
+
+def _answers_by_plan(model, processor, asked, plans: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """(plan, answers) for one batch; ``plans`` from the shallowest to the deepest."""
+    batch = evaluate.prompts(model, processor, asked)
+    with torch.no_grad():
+        batch = families.encode_pictures(families.find_parts(model).base, (), dict(batch))
+    with shared_layers(model) as shared:
+        for plan in plans:
+            shared.below = min(parse_plan(plan), default=shared.depth)
+            with patch.compress(model, plan):
+                yield plan, evaluate.answer(model, processor, batch)
+
+
+@contextmanager
+def shared_layers(model) -> Iterator[SimpleNamespace]:
+    """While it is open, decoder layers under ``.below`` compute the first pass of one and the same batch only once.
+
+    For several generations on one batch under different plans, each with ``below`` set to the plan's first layer: what
+    stands below that layer is the stock model's, whatever comes after. Later passes, on a cache that holds something,
+    are computed as ever.
+    """
+    modules = families.find_parts(model).layers
+    shared = SimpleNamespace(below=0, depth=len(modules))
+    memory: dict[int, tuple] = {}
+
+    def once(number: int, forward):
+        def recall(*args, **kwargs):
+            cache = kwargs.get("past_key_values")
+            if number >= shared.below or cache is None or cache.get_seq_length(number):
+                return forward(*args, **kwargs)
+            if number not in memory:
+                output = forward(*args, **kwargs)
+                memory[number] = output, copy.copy(cache.layers[number])  # updates replace its tensors
+            output, held = memory[number]
+            cache.layers[number : number + 1] = [copy.copy(held)]
+            return output
+
+        return recall
+
+    for number, module in enumerate(modules):
+        module.forward = once(number, module.forward)
+    try:
+        yield shared
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _fingerprint(model, processor, data: LlavaData, questions: list[dict]) -> str:
+    """A name for everything that the answers depend on."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name, weight in families.unwrap(model).state_dict().items():
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(processor.to_json_string().encode())
+    digest.update(json.dumps([processor.tokenizer.get_vocab(), processor.chat_template], sort_keys=True).encode())
+    digest.update(json.dumps([questions, data.pad]).encode())
+    for index in dict.fromkeys(question["index"] for question in questions):
+        for path in data.image_paths(index):
+            digest.update(path.read_bytes())
+    for module in (compressors.avgpool, compressors.base, evaluate, families, masks, patch):
+        digest.update(inspect.getsource(module).encode())
+    digest.update(f"{torch.__version__} {transformers.__version__}".encode())
+    return digest.hexdigest()
+
+
+def _point_file(folder: Path, plan: str) -> Path:
+    return folder / f"{plan.replace(':', '-')}.json"
+
+
+def _read_point(folder: Path | None, plan: str) -> dict[int, str]:
+    file = folder and _point_file(folder, plan)
+    return (
+        {int(number): said for number, said in json.loads(file.read_text()).items()} if file and file.exists() else {}
+    )
+
+
+def _write_point(folder: Path | None, plan: str, answers: dict[int, str]) -> None:
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    part = _point_file(folder, plan).with_suffix(f".part{os.getpid()}")
+    part.write_text(json.dumps(answers))
+    part.replace(_point_file(folder, plan))  # at once, so that an interruption leaves no half file
+
+
+def sweep_table(sweep: pd.DataFrame) -> pd.DataFrame:
+    """Per type (and "overall"), layer and stride: kept, questions, accuracy and its 95% bootstrap interval."""
+    both = pd.concat([sweep.assign(type="overall"), sweep], ignore_index=True)
+    rows = []
+    for (kind, layer, stride), part in both.groupby(["type", "layer", "stride"]):
+        low, high = evaluate.interval(part.correct)
+        row = dict(type=kind, layer=layer, stride=stride, kept=part.kept.iloc[0], questions=len(part))
+        rows.append({**row, "accuracy": part.correct.mean(), "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+def accuracy_lost(sweep: pd.DataFrame, removed: float = 0.7) -> pd.DataFrame:
+    """Per layer: accuracy with every visual token, with the share ``removed`` of them gone, and the loss (0 to 1).
+
+    Between the two nearest strides each question's result is interpolated linearly in the share kept, and the 95%
+    interval is that of the paired differences, by bootstrap over the questions. Raises StudyError where the strides do
+    not reach from no compression to that share.
+    """
+    rows = []
+    for layer, part in sweep.groupby("layer"):
+        grid = part.pivot_table(index="question", columns="kept", values="correct", aggfunc="first").astype(float)
+        kept = grid.columns.to_numpy()
+        if kept[0] > 1 - removed or kept[-1] < 1:
+            raise StudyError(
+                f"strides {sorted(set(part.stride))} do not reach from 1 to {removed:.0%} of the tokens removed"
+            )
+        upper = int(np.searchsorted(kept, 1 - removed))
+        lower = max(upper - 1, 0)
+        weight = 1.0 if upper == lower else (1 - removed - kept[lower]) / (kept[upper] - kept[lower])
+        less = weight * grid[kept[upper]] + (1 - weight) * grid[kept[lower]]
+        lost = grid[1.0] - less
+        low, high = evaluate.interval(lost)
+        rows.append(
+            dict(layer=layer, full=grid[1.0].mean(), compressed=less.mean(), lost=lost.mean(), low=low, high=high)
+        )
+    return pd.DataFrame(rows).set_index("layer")
+
+
+def published_reading() -> dict[str, float]:
+    """The paper's headline: {"removed": share of visual tokens, "lost": share of accuracy on GQA}."""
+    table = pd.read_csv(PUBLISHED).query("claim == 'redundancy'").set_index("quantity").value.astype(float) / 100
+    return {"removed": table["visual tokens removed at test time"], "lost": table["accuracy lost on GQA"]}
+
+
+def headline(sweep: pd.DataFrame) -> str:
+    """Study 1 in words, from its figures: what is lost at each layer when the published share of tokens goes."""
+    paper = published_reading()
+    lost = accuracy_lost(sweep, paper["removed"])
+    lines = [f"With {paper['removed']:.0%} of the visual tokens pooled away at test time, accuracy changes"]
+    for layer, row in lost.iterrows():
+        lines.append(
+            f"- at layer {layer}: from {row.full:.1%} to {row.compressed:.1%}, "
+            f"**{-100 * row.lost:+.1f} points** (95% interval {-100 * row.high:+.1f} to {-100 * row.low:+.1f})"
+        )
+    return "\n".join(lines) + f"\n\nPublished, LLaVA-1.5-7B on GQA: {-100 * paper['lost']:+.0f}%."
+
+
+# --- study 2: where the answer's attention goes ---
+
+
+@torch.no_grad()
+def attention_shares(model, batch, query: Tensor, kinds: Tensor) -> Tensor:
+    """(N, B, G) per decoder layer, the share of the attention of column ``query`` (B,) that goes to each kind of token.
+
+    kinds: (B, T) the kind, 0 .. G - 1, of each token of ``batch``. Mean over heads, in float32. One row of attention
+    is computed per layer and example, from the layer's own norm, projections and rotary embeddings, and summed at once;
+    no map is kept, and the model runs with whatever attention it has. Raises UnsupportedModel as ``LayerProbe`` does.
+    In layers with a sliding window all earlier tokens count.
+    """
+    parts = families.find_parts(model)
+    valid = batch["attention_mask"].bool()
+    groups = torch.nn.functional.one_hot(kinds).float()  # (B, T, G)
+    shares: list[Tensor] = []
+
+    def look(layer, args, kwargs):
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        at = probe.LayerInput(layer, hidden, kwargs["position_embeddings"])
+        weights = probe.attention_rows(at, query[:, None], valid)  # (B, 1, T)
+        shares.append((weights @ groups)[:, 0])
+
+    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in parts.layers]
+    try:
+        parts.base(**batch)  # without the head
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(shares)
+
+
+def answer_attention(
+    model, processor, data: LlavaData, limit: int | None = None, batch_size: int = 64, progress: bool = True
+) -> pd.DataFrame:
+    """The share of attention that goes from the answer position to each kind of token, per layer and question.
+
+    The answer position [ANS] is the last token of the prompt, which predicts the answer's first token. Columns:
+    question, layer, kind ("visual", "system and prompt", "question"), share (the three sum to 1), tokens (how many of
+    the kind the prompt holds). See ``attention_shares``.
+    """
+    questions = list(data.questions())[:limit]
+    ids = set(families.find_parts(model).visual_ids.values())
+    training, frames = model.training, []
+    model.eval()
+    for start in tqdm(range(0, len(questions), batch_size), desc="attention", disable=not progress, leave=False):
+        asked = evaluate.pictured(data, questions[start : start + batch_size])
+        batch = evaluate.prompts(model, processor, asked, padding_side="right")
+        last = batch["attention_mask"].sum(1) - 1
+        rows = zip(asked, batch["input_ids"].cpu(), (last + 1).tolist(), strict=True)
+        kinds = torch.stack([_kinds(processor, *pair, ids, row, length) for pair, row, length in rows]).to(last.device)
+        shares = attention_shares(model, batch, last, kinds).cpu()
+        counts = (torch.nn.functional.one_hot(kinds, 3) * batch["attention_mask"][..., None]).sum(1).cpu()
+        layer, row, kind = (axis.ravel() for axis in np.indices(shares.shape))
+        frames.append(
+            pd.DataFrame(
+                {
+                    "question": start + row,
+                    "layer": layer,
+                    "kind": np.array(KINDS)[kind],
+                    "share": shares.numpy().ravel(),
+                    "tokens": counts[row, kind],
+                }
+            )
+        )
+    model.train(training)
+    return pd.concat(frames, ignore_index=True)
+
+
+def _kinds(processor, question: str, images: list, visual: set[int], ids: Tensor, length: int) -> Tensor:
+    """(T,) the index in KINDS of each token of one prompt of ``length`` tokens, padded on the right."""
+    text = evaluate.render(processor, question, len(images))
+    first = text.rindex(question) if question in text else -1
+    if first < 0:
+        raise StudyError(f"the chat template rewrites the question {question!r}; its tokens cannot be found")
+    plain = processor.tokenizer(text, return_offsets_mapping=True)
+    # Counted from the end: the processor changes the text only where pictures stand, before the question.
+    tail = [n for n, (_, end) in enumerate(reversed(plain["offset_mapping"]), start=1) if end > first]
+    tail = [n for n in tail if plain["offset_mapping"][-n][0] < first + len(question)]
+    if ids[length - max(tail) : length].tolist() != plain["input_ids"][-max(tail) :]:
+        raise StudyError(f"the processor rewrites the question {question!r}; its tokens cannot be found")
+    kinds = torch.full_like(ids, KINDS.index("system and prompt"))
+    kinds[torch.isin(ids, torch.tensor(sorted(visual)))] = KINDS.index("visual")
+    kinds[length - torch.tensor(tail)] = KINDS.index("question")
+    return kinds
+
+
+def attention_table(attention: pd.DataFrame) -> pd.DataFrame:
+    """Per layer and kind: the mean share of attention, its 95% bootstrap interval, and the share of the tokens."""
+    rows = []
+    total = attention.groupby(["question", "layer"]).tokens.transform("sum")
+    for (layer, kind), part in attention.assign(of=attention.tokens / total).groupby(["layer", "kind"]):
+        low, high = evaluate.interval(part.share)
+        rows.append(
+            dict(layer=layer, kind=kind, share=part.share.mean(), low=low, high=high, tokens_share=part.of.mean())
+        )
+    return pd.DataFrame(rows)
+
+
+def attention_headline(attention: pd.DataFrame) -> str:
+    """Study 2 in words, from its figures."""
+    visual = attention_table(attention).query("kind == 'visual'").set_index("layer")
+    first, last = visual.index[0], visual.index[-1]
+    low, high = visual.share.idxmin(), visual.share.idxmax()
+    return (
+        f"Visual tokens are {visual.tokens_share[first]:.0%} of the prompt. They get {visual.share[first]:.0%} of the "
+        f"answer position's attention in layer {first} and {visual.share[last]:.0%} in layer {last}; most "
+        f"({visual.share[high]:.0%}) in layer {high}, least ({visual.share[low]:.0%}) in layer {low}. "
+        "Published, LLaVA-1.5-7B: the share falls with depth."
+    )
+
+
+# --- where each token goes ---
+
+
+@dataclass(frozen=True)
+class _Recorder(Compressor):
+    """Does what ``inner`` does, and notes where each token went."""
+
+    inner: Compressor
+    seen: list = field(default_factory=list, compare=False)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.inner.needs
+
+    @property
+    def is_identity(self) -> bool:
+        return self.inner.is_identity
+
+    def num_tokens(self, num_tokens: int) -> float:
+        return self.inner.num_tokens(num_tokens)
+
+    def __str__(self) -> str:
+        return str(self.inner)
+
+    def __call__(self, tokens: VisualTokens) -> CompressedTokens:
+        out = self.inner(tokens)
+        self.seen.append(_destination(out, tokens))
+        return out
+
+
+def _destination(out: CompressedTokens, tokens: VisualTokens) -> Tensor:
+    """(I, L) the output token that each input token ended in; -1 for dropped ones and padding."""
+    if out.group is not None:
+        return out.group.expand(tokens.mask.shape).masked_fill(~tokens.mask, -1)
+    anchor = out.anchor.expand(out.mask.shape)
+    number = torch.where(out.mask, torch.arange(anchor.shape[1], device=anchor.device), -1)
+    where = torch.full_like(tokens.mask, -1, dtype=torch.long)
+    return where.scatter(1, anchor.masked_fill(~out.mask, 0), -1).scatter_reduce(1, anchor.clamp(min=0), number, "amax")
+
+
+@contextmanager
+def recording(model, plan) -> Iterator[dict]:
+    """``compress(model, plan)`` that notes where tokens go: {layer: (I, L)}, see ``token_map``; of the first pass."""
+    plan = {layer: _Recorder(compressor) for layer, compressor in parse_plan(plan).items()}
+    maps: dict = {}
+    with patch.compress(model, plan):
+        yield maps
+    where = None
+    for layer, recorder in plan.items():
+        if not recorder.seen:  # it removes nothing, so compress left it out
+            continue
+        step = recorder.seen[0]
+        if where is None:
+            where = step
+        else:
+            padded = torch.nn.functional.pad(step, (0, 1), value=-1)  # -1 looks up the last column
+            where = padded.gather(1, where.masked_fill(where < 0, step.shape[1]))
+        maps[layer] = where.cpu().numpy()
+
+
+@torch.no_grad()
+def token_map(model, batch, plan) -> dict[int | str, np.ndarray]:
+    """{layer: (I, L)} for each compressed layer of ``plan`` and each picture of ``batch`` the token that each of its L
+    visual tokens is in behind that layer, counted from 0; -1 where it was dropped, and at padding.
+
+    Taken from a real forward pass of ``model``, so it is right for compressors that look at content, too. Tokens of
+    entries that remove nothing are left out; {} if nothing is removed at all.
+    """
+    with recording(model, plan) as maps:
+        families.find_parts(model).base(**batch)
+    return maps
+
+
+# --- one plan and one question ---
+
+
+@dataclass(frozen=True)
+class View:
+    """What one plan does with one question.
+
+    plan: its text. maps: see ``token_map``. tokens: how many visual tokens each decoder layer works on. patches: the
+    visual tokens of one picture. ratio: the compression ratio. flops: those of a training step relative to no
+    compression; NaN where cost.step_cost does not know the model. answer: the model's greedy answer. guesses: the five
+    likeliest first tokens of the answer and their probabilities.
+    """
+
+    plan: str
+    maps: dict[int | str, np.ndarray]
+    tokens: list[float]
+    ratio: float
+    flops: float
+    answer: str
+    guesses: dict[str, float]
+    patches: int
+
+    def grid(self, layer=None) -> np.ndarray:
+        """(rows, columns) of the first picture's map behind ``layer``, by default the plan's last; for plots."""
+        count = self.patches
+        side = math.isqrt(count)
+        shape = (side, side) if side * side == count else (1, count)
+        if not self.maps:
+            return np.arange(count).reshape(shape)
+        return self.maps[layer if layer is not None else list(self.maps)[-1]][0][:count].reshape(shape)
+
+
+def view(model, processor, question: str, images: list, plan: str, text_tokens: float = 64) -> View:
+    """Ask ``question`` about opened ``images`` under ``plan``. text_tokens: of the training example that FLOPs are of.
+
+    Raises PlanError, UnsupportedModel, or a compressor's own ValueError.
+    """
+    parts = families.find_parts(model)
+    batch = evaluate.prompts(model, processor, [(question, images)])
+    length = batch["input_ids"].shape[1]
+    visual = sum(int((batch["input_ids"] == token).sum()) for token in parts.visual_ids.values())
+    training = model.training
+    model.eval()
+    with recording(model, plan) as maps:
+        out = evaluate.greedy(model, processor, batch, return_dict_in_generate=True, output_logits=True)
+    model.train(training)
+    likeliest = out.logits[0][0].float().softmax(-1).topk(5)
+    pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    return View(
+        plan=format_plan(parse_plan(plan)),
+        maps=maps,
+        tokens=tokens_per_layer(plan, len(parts.layers), visual),
+        ratio=plan_compression_ratio(plan, len(parts.layers), visual),
+        flops=_relative_flops(families.unwrap(model).config, plan, text_tokens),
+        answer=processor.decode(out.sequences[0, length:], skip_special_tokens=True).strip(),
+        guesses={processor.tokenizer.decode([token]).strip() or "(blank)": chance for token, chance in pairs},
+        patches=visual // max(len(images), 1),
+    )
+
+
+def _relative_flops(config, plan, text_tokens: float) -> float:
+    try:
+        return step_cost(config, plan, text_tokens).total / step_cost(config, "none", text_tokens).total
+    except AttributeError:  # a vision tower without a fixed number of patches
+        return math.nan
