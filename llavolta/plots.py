@@ -132,10 +132,10 @@ def token_map(picture: np.ndarray, groups: np.ndarray, ax=None, title: str = "")
     alpha = np.where(groups < 0, 0.85, 0.4 if len(np.unique(groups)) < groups.size else 0.0)
     ax.imshow(np.where(groups[..., None] < 0, 0.0, tint), extent=extent, alpha=alpha, interpolation="nearest")
     # A border wherever two neighbouring patches end in different tokens.
-    for row, column in zip(*np.nonzero(groups[:, 1:] != groups[:, :-1]), strict=True):
-        ax.plot([column + 1] * 2, [row, row + 1], color="white", linewidth=1)
-    for row, column in zip(*np.nonzero(groups[1:] != groups[:-1]), strict=True):
-        ax.plot([column, column + 1], [row + 1] * 2, color="white", linewidth=1)
+    row, column = np.nonzero(groups[:, 1:] != groups[:, :-1])
+    ax.vlines(column + 1, row, row + 1, color="white", linewidth=1)
+    row, column = np.nonzero(groups[1:] != groups[:-1])
+    ax.hlines(row + 1, column, column + 1, color="white", linewidth=1)
     ax.set(xticks=[], yticks=[], title=title)
     ax.grid(visible=False)
     return ax
@@ -145,6 +145,121 @@ def stage_token_maps(picture: np.ndarray, maps: dict[str, np.ndarray]) -> Figure
     """Token maps of several plans side by side on one picture; a map's groups as in ``token_map``."""
     figure, axes = plt.subplots(1, len(maps), figsize=(3.3 * len(maps), 3.6), squeeze=False, layout="constrained")
     for ax, (name, groups) in zip(axes[0], maps.items(), strict=True):
-        left = len(np.unique(groups[groups >= 0]))
-        token_map(picture, groups, ax, f"{name}\n{left} of {groups.size} tokens")
+        token_map(picture, groups, ax, f"{name}\n{_left(groups)} of {groups.size} tokens")
+    return figure
+
+
+LAYER_MARKERS = "osD^vP*X"
+
+
+def accuracy_curves(table: pd.DataFrame, constant: pd.Series | None = None) -> Figure:
+    """Accuracy against the share of visual tokens kept, a curve per layer, a point per stride, a panel per type.
+
+    table: from studies.sweep_table. constant: per type, the accuracy of the best constant answer, drawn as a line.
+    """
+    kinds = ["overall", *sorted(set(table.type) - {"overall"})]
+    kinds = kinds[:1] if len(kinds) == 2 else kinds  # one type is the whole
+    figure, axes = plt.subplots(1, len(kinds), figsize=(1 + 3 * len(kinds), 3.6), sharey=True, layout="constrained")
+    layers = sorted(set(table.layer))
+    for ax, kind in zip(np.atleast_1d(axes), kinds, strict=True):
+        for number, layer in enumerate(layers):
+            part = table.query("type == @kind and layer == @layer").sort_values("kept")
+            middle = 100 * part.accuracy.to_numpy()
+            error = np.abs(100 * part[["low", "high"]].to_numpy().T - middle)
+            ax.errorbar(
+                100 * part.kept,
+                middle,
+                yerr=error,
+                color=COLOURS[number % len(COLOURS)],
+                marker=LAYER_MARKERS[number % len(LAYER_MARKERS)],
+                markersize=5,
+                linewidth=1.5,
+                capsize=2,
+                elinewidth=1,
+                label=f"layer {layer}",
+            )
+        if constant is not None:
+            ax.axhline(100 * constant[kind], color="0.5", linestyle=":", label="best constant answer")
+        ax.set_xscale("log")
+        ticks = sorted({round(100 * kept, 1) for kept in table.kept})
+        ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], fontsize=8)
+        ax.set_xticks([], minor=True)
+        ax.set(title=f"{kind} (n={part.questions.iloc[0]})", xlabel="visual tokens kept (%)", ylim=(0, 102))
+    np.atleast_1d(axes)[0].set_ylabel("accuracy (%)")
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), frameon=False)
+    return figure
+
+
+def attention_lines(table: pd.DataFrame) -> Figure:
+    """The share of the answer position's attention per kind of token against the layer; see studies.attention_table.
+
+    Dotted: the share of the prompt's tokens that are of the kind.
+    """
+    figure, ax = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    for number, (kind, part) in enumerate(table.groupby("kind", sort=False)):
+        colour, marker = COLOURS[number], LAYER_MARKERS[number]
+        ax.plot(part.layer, 100 * part.share, color=colour, marker=marker, label=kind)
+        ax.fill_between(part.layer, 100 * part.low, 100 * part.high, color=colour, alpha=0.2)
+        ax.axhline(100 * part.tokens_share.mean(), color=colour, linestyle=":", linewidth=1.2)
+    ax.plot([], [], color="0.4", linestyle=":", label="share of the tokens")
+    ax.set(xlabel="decoder layer", ylabel="share of the answer\nposition's attention (%)", ylim=(0, 102))
+    ax.set_xticks(sorted(set(table.layer))[:: max(1, table.layer.nunique() // 16)])
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def picture_with_tokens(picture, view) -> Figure:
+    """What the first explorer shows: the token map of a studies.View over its picture, and the model's guesses."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.4), layout="constrained", width_ratios=(1, 1.1))
+    _view_map(picture, view, left)
+    words, chances = list(view.guesses), [100 * chance for chance in view.guesses.values()]
+    bars = right.barh(range(len(words)), chances, color=COLOURS[0])
+    right.bar_label(bars, fmt="%.0f", padding=3, fontsize=9)
+    right.set_yticks(range(len(words)), words)
+    right.invert_yaxis()
+    right.set(xlim=(0, 112), xlabel="probability (%)", title="first token of the answer")
+    right.grid(axis="y", visible=False)
+    return figure
+
+
+def picture_with_layers(picture, view) -> Figure:
+    """What the second explorer shows: the token map of a studies.View, and the tokens that each layer works on."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.4), layout="constrained", width_ratios=(1, 1.1))
+    _view_map(picture, view, left)
+    right.barh(range(len(view.tokens)), view.tokens, color=COLOURS[0], height=0.8)
+    right.set_yticks(range(0, len(view.tokens), max(1, len(view.tokens) // 8)))
+    right.set(
+        xlabel="visual tokens", ylabel="decoder layer", xlim=(0, view.grid().size * 1.05), title=f"CR {view.ratio:.2f}"
+    )
+    right.grid(axis="y", visible=False)
+    return figure
+
+
+def _view_map(picture, view, ax) -> None:
+    groups = view.grid()
+    token_map(np.asarray(picture), groups, ax, f"{view.plan}\n{_left(groups)} of {groups.size} tokens")
+    ax.title.set_fontsize(11)
+
+
+def _left(groups: np.ndarray) -> int:
+    return len(np.unique(groups[groups >= 0]))
+
+
+def layer_maps(picture, view) -> Figure:
+    """The token map of a studies.View behind each layer that compresses."""
+    return stage_token_maps(np.asarray(picture), {f"behind layer {layer}": view.grid(layer) for layer in view.maps})
+
+
+def design_grid(table: pd.DataFrame) -> Figure:
+    """Compression ratio and training FLOPs by layer K and stride S as two heat maps; see studies.design_table."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for ax, column, title, form in (
+        (axes[0], "ratio", "compression ratio", ".2f"),
+        (axes[1], "flops", "training FLOPs (% of no compression)", ".0f"),
+    ):
+        grid = table.pivot(index="layer", columns="stride", values=column) * (100 if column == "flops" else 1)
+        sns.heatmap(grid, annot=True, fmt=form, cmap="cividis", ax=ax, annot_kws={"size": 9}, cbar=False)
+        ax.set(title=title, xlabel="stride S (wider: to the left)", ylabel="layer K (deeper: down)")
+        ax.tick_params(axis="y", rotation=0)
     return figure

@@ -400,7 +400,7 @@ class _Recorder(Compressor):
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
         out = self.inner(tokens)
-        self.seen.append(_destination(out, tokens))
+        self.seen.append((_destination(out, tokens), tuple(tokens.grid[0].tolist())))
         return out
 
 
@@ -415,36 +415,39 @@ def _destination(out: CompressedTokens, tokens: VisualTokens) -> Tensor:
 
 
 @contextmanager
-def recording(model, plan) -> Iterator[dict]:
-    """``compress(model, plan)`` that notes where tokens go: {layer: (I, L)}, see ``token_map``; of the first pass."""
+def recording(model, plan) -> Iterator[SimpleNamespace]:
+    """``compress(model, plan)`` that notes where tokens go in its first pass, ready when the block ends.
+
+    maps: see ``token_map``. shape: rows and columns of the first picture, None if nothing was removed.
+    """
     plan = {layer: _Recorder(compressor) for layer, compressor in parse_plan(plan).items()}
-    maps: dict = {}
+    record = SimpleNamespace(maps={}, shape=None)
     with patch.compress(model, plan):
-        yield maps
+        yield record
     where = None
     for layer, recorder in plan.items():
         if not recorder.seen:  # it removes nothing, so compress left it out
             continue
-        step = recorder.seen[0]
+        step, shape = recorder.seen[0]
         if where is None:
-            where = step
+            where, record.shape = step, shape
         else:
-            padded = torch.nn.functional.pad(step, (0, 1), value=-1)  # -1 looks up the last column
+            padded = torch.nn.functional.pad(step, (0, 1), value=-1)  # what is gone looks up the last column
             where = padded.gather(1, where.masked_fill(where < 0, step.shape[1]))
-        maps[layer] = where.cpu().numpy()
+        record.maps[layer] = where.cpu().numpy()
 
 
 @torch.no_grad()
 def token_map(model, batch, plan) -> dict[int | str, np.ndarray]:
-    """{layer: (I, L)} for each compressed layer of ``plan`` and each picture of ``batch`` the token that each of its L
-    visual tokens is in behind that layer, counted from 0; -1 where it was dropped, and at padding.
+    """{layer: (I, L)} behind each compressed layer of ``plan``: of each picture of ``batch``, for each of its L visual
+    tokens, which token it is in by then, counted from 0; -1 where it was dropped, and at padding.
 
     Taken from a real forward pass of ``model``, so it is right for compressors that look at content, too. Tokens of
     entries that remove nothing are left out; {} if nothing is removed at all.
     """
-    with recording(model, plan) as maps:
+    with recording(model, plan) as record:
         families.find_parts(model).base(**batch)
-    return maps
+    return record.maps
 
 
 # --- one plan and one question ---
@@ -454,8 +457,8 @@ def token_map(model, batch, plan) -> dict[int | str, np.ndarray]:
 class View:
     """What one plan does with one question.
 
-    plan: its text. maps: see ``token_map``. tokens: how many visual tokens each decoder layer works on. patches: the
-    visual tokens of one picture. ratio: the compression ratio. flops: those of a training step relative to no
+    plan: its text. maps: see ``token_map``. tokens: how many visual tokens each decoder layer works on. shape: rows
+    and columns of the first picture. ratio: the compression ratio. flops: those of a training step relative to no
     compression; NaN where cost.step_cost does not know the model. answer: the model's greedy answer. guesses: the five
     likeliest first tokens of the answer and their probabilities.
     """
@@ -467,16 +470,25 @@ class View:
     flops: float
     answer: str
     guesses: dict[str, float]
-    patches: int
+    shape: tuple[int, int]
 
     def grid(self, layer=None) -> np.ndarray:
         """(rows, columns) of the first picture's map behind ``layer``, by default the plan's last; for plots."""
-        count = self.patches
-        side = math.isqrt(count)
-        shape = (side, side) if side * side == count else (1, count)
         if not self.maps:
-            return np.arange(count).reshape(shape)
-        return self.maps[layer if layer is not None else list(self.maps)[-1]][0][:count].reshape(shape)
+            return np.arange(math.prod(self.shape)).reshape(self.shape)
+        where = self.maps[list(self.maps)[-1] if layer is None else layer][0]
+        return where[: math.prod(self.shape)].reshape(self.shape)
+
+
+def choose(data: LlavaData, number: int) -> tuple[dict, list]:
+    """Question ``number`` of ``data`` (see LlavaData.questions) and its opened pictures. Raises StudyError."""
+    questions = list(data.questions())
+    if number not in range(len(questions)):
+        raise StudyError(f"{data.file.name} has questions 0..{len(questions) - 1}, not {number!r}")
+    images = data[questions[number]["index"]].images
+    if not images:
+        raise StudyError(f"question {number} of {data.file.name} has no picture; choose another")
+    return questions[number], images
 
 
 def view(model, processor, question: str, images: list, plan: str, text_tokens: float = 64) -> View:
@@ -490,21 +502,38 @@ def view(model, processor, question: str, images: list, plan: str, text_tokens: 
     visual = sum(int((batch["input_ids"] == token).sum()) for token in parts.visual_ids.values())
     training = model.training
     model.eval()
-    with recording(model, plan) as maps:
+    with recording(model, plan) as record:
         out = evaluate.greedy(model, processor, batch, return_dict_in_generate=True, output_logits=True)
     model.train(training)
     likeliest = out.logits[0][0].float().softmax(-1).topk(5)
     pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
     return View(
         plan=format_plan(parse_plan(plan)),
-        maps=maps,
+        maps=record.maps,
         tokens=tokens_per_layer(plan, len(parts.layers), visual),
         ratio=plan_compression_ratio(plan, len(parts.layers), visual),
         flops=_relative_flops(families.unwrap(model).config, plan, text_tokens),
         answer=processor.decode(out.sequences[0, length:], skip_special_tokens=True).strip(),
         guesses={processor.tokenizer.decode([token]).strip() or "(blank)": chance for token, chance in pairs},
-        patches=visual // max(len(images), 1),
+        shape=record.shape or _square(visual // max(len(images), 1)),
     )
+
+
+def design_table(config, layers: Sequence[int], strides: Sequence[int], text_tokens: float = 64) -> pd.DataFrame:
+    """One row per layer K and stride S of average pooling: compression ratio, and training FLOPs relative to none."""
+    depth, tokens = config.get_text_config().num_hidden_layers, config.image_seq_length
+    rows = []
+    for layer in layers:
+        for stride in strides:
+            plan = f"{layer}:avgpool:{stride}"
+            flops = _relative_flops(config, plan, text_tokens)
+            rows.append((layer, stride, plan_compression_ratio(plan, depth, tokens), flops))
+    return pd.DataFrame(rows, columns=["layer", "stride", "ratio", "flops"])
+
+
+def _square(count: int) -> tuple[int, int]:
+    side = math.isqrt(count)
+    return (side, side) if side * side == count else (1, count)
 
 
 def _relative_flops(config, plan, text_tokens: float) -> float:
@@ -512,3 +541,9 @@ def _relative_flops(config, plan, text_tokens: float) -> float:
         return step_cost(config, plan, text_tokens).total / step_cost(config, "none", text_tokens).total
     except AttributeError:  # a vision tower without a fixed number of patches
         return math.nan
+
+
+def views_table(views: Sequence[View]) -> pd.DataFrame:
+    """A row per view: plan, tokens left behind its last compressor, compression ratio, FLOPs relative to none, answer."""
+    rows = [(view.plan, view.tokens[-1], view.ratio, view.flops, view.answer) for view in views]
+    return pd.DataFrame(rows, columns=["plan", "tokens left", "ratio", "flops", "answer"]).set_index("plan")

@@ -1,0 +1,227 @@
+"""Sliders for JupyterLab: one question about one picture, under whatever compressor the registry knows.
+
+An explorer only collects a plan, a picture and a question. What it shows comes from ``studies.view`` and a function
+of ``plots``, which can be called without it just as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import typing
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import ipywidgets as ui
+import matplotlib.pyplot as plt
+from IPython.display import display
+from PIL import Image
+
+from llavolta import plots, studies
+from llavolta.compressors import COMPRESSORS
+from llavolta.data import LlavaData, open_image
+from llavolta.errors import UserError
+from llavolta.families import find_parts
+
+WIDE = ui.Layout(width="420px")
+STYLE = {"description_width": "90px"}
+
+
+class Explorer:
+    """Controls of one plan, picture and question, and what the model makes of them; display it, or its ``box``.
+
+    layer, compressor, options (name -> widget), entry, question, path, upload: the controls. view: the studies.View on
+    show, None while ``message`` shows an error. draw: (picture, view) -> figure.
+    """
+
+    def __init__(self, model, processor, data: LlavaData, draw: Callable, layer: int, compressor: str, **options):
+        self.model, self.processor, self.data, self.draw = model, processor, data, draw
+        self.view: studies.View | None = None
+        self._own: list[Image.Image] = []  # pictures that are not of ``data``; the last is in use while ``_use_own``
+        self._use_own = False
+        self._quiet = False
+        self._asked = {}
+        for question in data.questions():
+            self._asked.setdefault(question["index"], []).append(question)
+        self._compute = lru_cache(256)(self._view)
+
+        depth = len(find_parts(model).layers)
+        self.layer = ui.IntSlider(
+            layer, 0, depth - 1, continuous_update=False, description="layer K", layout=WIDE, style=STYLE
+        )
+        names = sorted(COMPRESSORS)
+        self.compressor = ui.Dropdown(options=names, value=compressor, description="compressor", style=STYLE)
+        self.options: dict[str, ui.Widget] = {}
+        self._option_box = ui.VBox()
+        self.entry = ui.Dropdown(options=self._entries(), description="picture", layout=WIDE, style=STYLE)
+        self.question = ui.Combobox(description="question", layout=WIDE, style=STYLE, continuous_update=False)
+        self.path = ui.Text(
+            description="image path", placeholder="a picture file", layout=WIDE, style=STYLE, continuous_update=False
+        )
+        self.upload = ui.FileUpload(accept="image/*", description="upload a picture")
+        self.message = ui.HTML()
+        self.image = ui.Image(format="png")
+        controls = [self.compressor, self.layer, self._option_box, self.entry, self.question, self.path, self.upload]
+        self.box = ui.HBox([ui.VBox([*controls, self.message]), self.image], layout=ui.Layout(flex_flow="row wrap"))
+
+        self._show_options(**options)
+        self._choose_entry()
+        self.refresh()
+        self.compressor.observe(self._on_compressor, "value")
+        self.layer.observe(self.refresh, "value")
+        self.entry.observe(self._on_entry, "value")
+        self.question.observe(self.refresh, "value")
+        self.path.observe(self._on_path, "value")
+        self.upload.observe(self._on_upload, "value")
+
+    def _ipython_display_(self) -> None:
+        display(self.box)
+
+    @property
+    def plan(self) -> str:
+        """The plan that the controls say."""
+        given = [f"{name}={control.value}" for name, control in self.options.items()]
+        return ":".join([str(self.layer.value), self.compressor.value, *given])
+
+    @property
+    def picture(self) -> Image.Image:
+        return self._own[-1] if self._use_own else self.data[self.entry.value].images[0]
+
+    def refresh(self, change=None) -> None:
+        """Compute and draw what the controls say, or say in one line why that cannot be."""
+        if self._quiet:
+            return
+        try:
+            self.view = self._compute(self.plan, self.question.value, self.entry.value, self._own_number)
+        except (UserError, ValueError) as error:
+            self.view = None
+            self.message.value = f"<b style='color:#a00'>{type(error).__name__}: {_escape(str(error))}</b>"
+            self.image.value = b""
+            return
+        self.message.value = self._text(self.view)
+        self.image.value = png(self.draw(self.picture, self.view))
+
+    @property
+    def _own_number(self) -> int | None:
+        return len(self._own) if self._use_own else None
+
+    def _view(self, plan: str, question: str, entry: int, own: int | None) -> studies.View:
+        images = self.data[entry].images if own is None else [self._own[-1]]
+        return studies.view(self.model, self.processor, question, images, plan)
+
+    def _text(self, view: studies.View) -> str:
+        truth = (
+            ""
+            if self._use_own
+            else next((q["answer"] for q in self._here() if q["question"] == self.question.value), "")
+        )
+        rows = {
+            "answer": f"<b>{_escape(view.answer)}</b>" + (f" (right: {_escape(truth)})" if truth else ""),
+            "compression ratio": f"{view.ratio:.3f}",
+            "training FLOPs": f"{view.flops:.1%} of no compression",
+        }
+        return "<br>".join(f"{name}: {value}" for name, value in rows.items())
+
+    def _here(self) -> list[dict]:
+        return self._asked.get(self.entry.value, [])
+
+    def _entries(self, most: int = 200) -> list[tuple[str, int]]:
+        """The first entries with a picture, by id."""
+        pictured = [index for index in self._asked if self.data.has_image[index]][:most]
+        if not pictured:
+            raise studies.StudyError(f"{self.data.file.name} has no entry with a picture to explore")
+        return [(str(self.data.entries[index].get("id", index)), index) for index in pictured]
+
+    def _choose_entry(self) -> None:
+        asked = [question["question"] for question in self._here()]
+        self.question.options = list(dict.fromkeys(asked))
+        if self.question.value not in asked:
+            self.question.value = asked[0]
+
+    def _show_options(self, **values) -> None:
+        kind = COMPRESSORS[self.compressor.value]
+        types = typing.get_type_hints(kind)
+        tokens = getattr(self.model.config, "image_seq_length", None) or 576
+        self.options = {}
+        for option in dataclasses.fields(kind):
+            default = None if option.default is dataclasses.MISSING else option.default
+            control = _control(option.name, types.get(option.name), values.get(option.name, default), tokens)
+            control.observe(self.refresh, "value")
+            self.options[option.name] = control
+        self._option_box.children = list(self.options.values())
+
+    def _on_compressor(self, change) -> None:
+        self._show_options()
+        self.refresh()
+
+    def _on_entry(self, change) -> None:
+        self._use_own, self._quiet = False, True
+        self._choose_entry()
+        self._quiet = False
+        self.refresh()
+
+    def _on_path(self, change) -> None:
+        file = Path(self.path.value.strip()).expanduser()
+        try:
+            self._show_own(open_image(file.parent, file.name, "image path") if self.path.value.strip() else None)
+        except UserError as error:
+            self.message.value = f"<b style='color:#a00'>{_escape(str(error))}</b>"
+
+    def _on_upload(self, change) -> None:
+        if not self.upload.value:
+            return
+        try:
+            self._show_own(Image.open(io.BytesIO(self.upload.value[0]["content"])).convert("RGB"))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            self.message.value = f"<b style='color:#a00'>the upload is no picture: {_escape(str(error))}</b>"
+
+    def _show_own(self, picture: Image.Image | None) -> None:
+        self._use_own = picture is not None
+        if picture is not None:
+            self._own.append(picture)
+        self.refresh()
+
+
+def redundancy_explorer(
+    model, processor, data: LlavaData, layer: int = 2, compressor: str = "avgpool", **options
+) -> Explorer:
+    """Sliders for layer and compressor; shows token map, ratio, FLOPs, answer and how sure the model is of it.
+
+    options: of the compressor, such as ``stride=8``.
+    """
+    return Explorer(model, processor, data, plots.picture_with_tokens, layer, compressor, **options)
+
+
+def design_explorer(
+    model, processor, data: LlavaData, layer: int = 2, compressor: str = "avgpool", **options
+) -> Explorer:
+    """The same controls; shows token map, ratio, FLOPs, answer and the tokens that each layer works on."""
+    return Explorer(model, processor, data, plots.picture_with_layers, layer, compressor, **options)
+
+
+def _control(name: str, kind, value, tokens: int) -> ui.Widget:
+    """The control for one option of a compressor, from its type and default; whole numbers run up to ``tokens``."""
+    common = dict(description=name, layout=WIDE, style=STYLE)
+    if kind is bool:
+        return ui.Checkbox(bool(value), **common)
+    if kind is int:
+        least = 0 if value == 0 else 1
+        start = min(8, tokens) if value is None else value
+        return ui.IntSlider(start, least, max(tokens, start), continuous_update=False, **common)
+    if kind is float:
+        start = 0.5 if value is None else value
+        return ui.FloatSlider(start, min=0.01, max=max(1.0, start), step=0.01, continuous_update=False, **common)
+    return ui.Text("" if value is None else str(value), continuous_update=False, **common)
+
+
+def png(figure) -> bytes:
+    """A figure as PNG; the figure is closed, so that the notebook does not show it once more."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=80)
+    plt.close(figure)
+    return out.getvalue()
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")
