@@ -119,13 +119,12 @@ def step_time_bars(times: pd.DataFrame, labels: Sequence[str] | None = None) -> 
 
 
 def token_map(picture: np.ndarray, groups: np.ndarray, ax=None, title: str = ""):
-    """A picture (H, W, 3) under its patch grid, tinted by the token that each patch ends in.
+    """A picture, (H, W, 3) or PIL's, under its patch grid, tinted by the token that each patch ends in.
 
     groups: (rows, columns) for each patch the number of its output token; -1 where it was dropped (drawn dark).
     """
     ax = ax or plt.subplots(figsize=(3.4, 3.4), layout="constrained")[1]
     rows, columns = groups.shape
-    height, width = picture.shape[:2]
     extent = (0, columns, rows, 0)
     ax.imshow(picture, extent=extent, interpolation="nearest")
     tint = np.array([COLOURS[number % len(COLOURS)] for number in groups.ravel()]).reshape(rows, columns, 3)
@@ -238,7 +237,7 @@ def picture_with_layers(picture, view) -> Figure:
 
 def _view_map(picture, view, ax) -> None:
     groups = view.grid()
-    token_map(np.asarray(picture), groups, ax, f"{view.plan}\n{_left(groups)} of {groups.size} tokens")
+    token_map(picture, groups, ax, f"{view.plan}\n{_left(groups)} of {groups.size} tokens")
     ax.title.set_fontsize(11)
 
 
@@ -248,7 +247,7 @@ def _left(groups: np.ndarray) -> int:
 
 def layer_maps(picture, view) -> Figure:
     """The token map of a studies.View behind each layer that compresses."""
-    return stage_token_maps(np.asarray(picture), {f"behind layer {layer}": view.grid(layer) for layer in view.maps})
+    return stage_token_maps(picture, {f"behind layer {layer}": view.grid(layer) for layer in view.maps})
 
 
 def design_grid(table: pd.DataFrame) -> Figure:
