@@ -128,7 +128,9 @@ def token_map(picture: np.ndarray, groups: np.ndarray, ax=None, title: str = "")
     extent = (0, columns, rows, 0)
     ax.imshow(picture, extent=extent, interpolation="nearest")
     tint = np.array([COLOURS[number % len(COLOURS)] for number in groups.ravel()]).reshape(rows, columns, 3)
-    alpha = np.where(groups < 0, 0.85, 0.4 if len(np.unique(groups)) < groups.size else 0.0)
+    _, token, count = np.unique(groups, return_inverse=True, return_counts=True)
+    merged = count[token].reshape(groups.shape) > 1  # a token of one patch keeps the picture's own colours
+    alpha = np.where(groups < 0, 0.85, np.where(merged, 0.4, 0.0))
     ax.imshow(np.where(groups[..., None] < 0, 0.0, tint), extent=extent, alpha=alpha, interpolation="nearest")
     # A border wherever two neighbouring patches end in different tokens.
     row, column = np.nonzero(groups[:, 1:] != groups[:, :-1])

@@ -289,20 +289,22 @@ def headline(sweep: pd.DataFrame) -> str:
 def attention_shares(model, batch, query: Tensor, kinds: Tensor) -> Tensor:
     """(N, B, G) per decoder layer, the share of the attention of column ``query`` (B,) that goes to each kind of token.
 
-    kinds: (B, T) the kind, 0 .. G - 1, of each token of ``batch``. Mean over heads, in float32. One row of attention
+    kinds: (B, T) the kind, 0 .. G - 1, of each token of ``batch``, padded on the right. Mean over heads, in float32. One row of attention
     is computed per layer and example, from the layer's own norm, projections and rotary embeddings, and summed at once;
     no map is kept, and the model runs with whatever attention it has. Raises UnsupportedModel as ``LayerProbe`` does.
-    In layers with a sliding window all earlier tokens count.
     """
     parts = families.find_parts(model)
     valid = batch["attention_mask"].bool()
     groups = torch.nn.functional.one_hot(kinds).float()  # (B, T, G)
+    column = torch.arange(valid.shape[1], device=valid.device)
     shares: list[Tensor] = []
 
     def look(layer, args, kwargs):
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         at = probe.LayerInput(layer, hidden, kwargs["position_embeddings"])
-        weights = probe.attention_rows(at, query[:, None], valid)  # (B, 1, T)
+        window = getattr(layer.self_attn, "sliding_window", masks.sliding_window(parts.decoder.config))
+        near = valid if window is None else valid & (column > query[:, None] - window)
+        weights = probe.attention_rows(at, query[:, None], near)  # (B, 1, T)
         shares.append((weights @ groups)[:, 0])
 
     hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in parts.layers]

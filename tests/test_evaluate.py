@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llavolta import bench, evaluate, studies
+from llavolta import bench, evaluate
 from llavolta.data import Collator, LlavaData
 from llavolta.train import load_model
 
@@ -53,9 +53,3 @@ def test_step_times_are_ratios_to_the_uncompressed_step(scenes, small_model):
     assert times.plan.tolist() == ["none", "1:avgpool:8"]
     assert times.ratio[0] == times.flops_ratio[0] == 1 and times.flops_ratio[1] < 0.6 and times.ratio[1] < 1
     assert all((before[name] == value).all() for name, value in model.state_dict().items())
-
-
-def test_token_groups_follow_windows():
-    assert studies.token_groups("1:avgpool:4", 10).tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
-    assert studies.token_groups("none", 3).tolist() == [0, 1, 2]
-    assert studies.token_groups("1:avgpool:2;3:avgpool:2", 6).tolist() == [0, 0, 0, 0, 1, 1]
