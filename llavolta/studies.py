@@ -289,9 +289,10 @@ def headline(sweep: pd.DataFrame) -> str:
 def attention_shares(model, batch, query: Tensor, kinds: Tensor) -> Tensor:
     """(N, B, G) per decoder layer, the share of the attention of column ``query`` (B,) that goes to each kind of token.
 
-    kinds: (B, T) the kind, 0 .. G - 1, of each token of ``batch``, padded on the right. Mean over heads, in float32. One row of attention
-    is computed per layer and example, from the layer's own norm, projections and rotary embeddings, and summed at once;
-    no map is kept, and the model runs with whatever attention it has. Raises UnsupportedModel as ``LayerProbe`` does.
+    kinds: (B, T) the kind, 0 .. G - 1, of each token of ``batch``, which is padded on the right. Mean over heads, in
+    float32. One row of attention is computed per layer and example, from the layer's own norm, projections and rotary
+    embeddings; no map is kept, and the model runs with whatever attention it has. Raises UnsupportedModel as
+    ``LayerProbe`` does.
     """
     parts = families.find_parts(model)
     valid = batch["attention_mask"].bool()

@@ -1,0 +1,157 @@
+"""The explorers in a real JupyterLab, in a real browser, moved by keyboard."""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+
+from llavolta import plots, studies, widgets
+from llavolta.data import LlavaData
+from llavolta.train import load_model
+
+ROOT = Path(__file__).parent.parent
+SCREENSHOTS = ROOT / "data" / "screenshots"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+MINUTE = 60_000  # milliseconds
+
+pytestmark = pytest.mark.browser
+if CHROMIUM is None:
+    pytest.skip("no chromium; apt-get install chromium", allow_module_level=True)
+playwright = pytest.importorskip("playwright.sync_api", reason="no playwright; pip install playwright")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, scenes, small_model):
+    """(url, folder) of a JupyterLab whose folder holds both notebooks, with parameters that run in seconds."""
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copy(ROOT / "notebooks" / "my_compressor.py", folder)
+    common = dict(model=str(small_model), questions=str(scenes / "heldout.json"))
+    for name, settings in {
+        "01_redundancy": dict(layers=[0, 2], strides=[1, 8], limit=8, output=str(folder / "sweep")),
+        "02_compressor_design": dict(strides=[1, 8]),
+    }.items():
+        notebook = load_notebook_node(str(ROOT / "notebooks" / f"{name}.ipynb"))
+        nbformat.write(parameterize_notebook(notebook, {**common, **settings}), folder / f"{name}.ipynb")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
+    command += ["--ServerApp.port_retries=0", "--IdentityProvider.token=", f"--notebook-dir={folder}"]
+    search = {"PYTHONPATH": str(ROOT), "HOME": str(folder), "OMP_NUM_THREADS": "1"}
+    log = (folder / "lab.log").open("w")
+    server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **search})
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(f"{url}/api")
+            break
+        except OSError:
+            assert server.poll() is None, (folder / "lab.log").read_text()[-2000:]
+            time.sleep(0.25)
+    yield url, folder
+    server.terminate()
+    server.wait(20)
+    log.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield opened
+        opened.close()
+
+
+class Page:
+    """A notebook that has been opened and run; its explorer."""
+
+    def __init__(self, browser, url: str, name: str):
+        self.page = page = browser.new_page(viewport={"width": 1500, "height": 1100})
+        self.crashes = []
+        page.on("pageerror", lambda error: self.crashes.append(str(error)))
+        page.goto(f"{url}/lab/tree/{name}.ipynb")
+        page.wait_for_selector(".jp-NotebookPanel-toolbar", timeout=MINUTE)
+        idle = '.jp-Notebook-ExecutionIndicator[data-status="idle"]'
+        page.wait_for_selector(idle, timeout=MINUTE)
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        self.box = page.locator(".jp-OutputArea-output .widget-hbox", has=page.locator("img.widget-image")).last
+        self.box.locator("img.widget-image").wait_for(timeout=2 * MINUTE)
+        page.wait_for_selector(idle, timeout=MINUTE)
+
+    def text(self) -> str:
+        return self.box.locator(".widget-html-content").last.inner_text()
+
+    def png(self) -> bytes:
+        read = """async image => {
+            const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
+            return btoa(Array.from(bytes, byte => String.fromCharCode(byte)).join(''));
+        }"""
+        return base64.b64decode(self.box.locator("img.widget-image").evaluate(read))
+
+    def press(self, slider: str, key: str) -> float:
+        """Seconds until the numbers have followed one key press on a slider."""
+        row = self.box.locator(".widget-slider", has_text=slider)
+        row.locator(".noUi-handle").focus()
+        before, start = self.text(), time.perf_counter()
+        self.page.keyboard.press(key)
+        while self.text() == before:
+            assert time.perf_counter() - start < 20, f"{slider}: nothing changed from {before!r}"
+            self.page.wait_for_timeout(20)
+        return time.perf_counter() - start
+
+    def errors(self) -> list[str]:
+        found = self.page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+        return found + self.crashes
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "moves", "draw"),
+    [
+        (
+            "01_redundancy",
+            "0:avgpool:8",
+            [("layer K", "ArrowRight", "1:avgpool:8"), ("stride", "ArrowRight", "1:avgpool:9")],
+            plots.picture_with_tokens,
+        ),
+        (
+            "02_compressor_design",
+            "2:unusual:0.25",
+            [("layer K", "ArrowLeft", "1:unusual:0.25"), ("keep", "ArrowRight", "1:unusual:0.26")],
+            plots.picture_with_layers,
+        ),
+    ],
+)
+def test_sliders_move_picture_and_numbers(lab, browser, scenes, small_model, name, start, moves, draw):
+    url, _ = lab
+    model, processor = load_model(str(small_model))
+    question, images = studies.choose(LlavaData(scenes / "heldout.json"), 0)
+    page = Page(browser, url, name)
+    seen = []
+    for slider, key, plan in [(None, None, start), *moves]:
+        if slider:
+            assert page.press(slider, key) < 5
+        view = studies.view(model, processor, question["question"], images, plan)
+        assert f"compression ratio: {view.ratio:.3f}" in page.text()
+        assert f"training FLOPs: {view.flops:.1%} of no compression" in page.text()
+        assert f"answer: {view.answer}" in page.text()
+        page.page.wait_for_timeout(300)  # the picture is a message of its own
+        assert page.png() == widgets.png(draw(images[0], view))
+        seen.append((page.text(), page.png()))
+    assert len(set(seen)) == len(seen)
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.box.scroll_into_view_if_needed()
+    page.page.screenshot(path=SCREENSHOTS / f"{name}.png")
+    assert page.errors() == []
