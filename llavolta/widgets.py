@@ -11,6 +11,7 @@ import io
 import typing
 from collections.abc import Callable
 from functools import lru_cache
+from html import escape
 from pathlib import Path
 
 import ipywidgets as ui
@@ -59,11 +60,14 @@ class Explorer:
         self.path = ui.Text(
             description="image path", placeholder="a picture file", layout=WIDE, style=STYLE, continuous_update=False
         )
-        self.upload = ui.FileUpload(accept="image/*", description="upload a picture")
+        self.upload = ui.FileUpload(accept="image/*", description="upload a picture", layout=ui.Layout(width="180px"))
         self.message = ui.HTML()
-        self.image = ui.Image(format="png")
+        self.image = ui.Image(format="png", layout=ui.Layout(max_width="100%", object_fit="contain"))
         controls = [self.compressor, self.layer, self._option_box, self.entry, self.question, self.path, self.upload]
-        self.box = ui.HBox([ui.VBox([*controls, self.message]), self.image], layout=ui.Layout(flex_flow="row wrap"))
+        self.box = ui.HBox(
+            [ui.VBox([*controls, self.message]), self.image],
+            layout=ui.Layout(flex_flow="row wrap", align_items="flex-start"),
+        )
 
         self._show_options(**options)
         self._choose_entry()
@@ -96,7 +100,7 @@ class Explorer:
             self.view = self._compute(self.plan, self.question.value, self.entry.value, self._own_number)
         except (UserError, ValueError) as error:
             self.view = None
-            self.message.value = f"<b style='color:#a00'>{type(error).__name__}: {_escape(str(error))}</b>"
+            self.message.value = f"<b style='color:#a00'>{type(error).__name__}: {escape(str(error))}</b>"
             self.image.value = b""
             return
         self.message.value = self._text(self.view)
@@ -117,7 +121,7 @@ class Explorer:
             else next((q["answer"] for q in self._here() if q["question"] == self.question.value), "")
         )
         rows = {
-            "answer": f"<b>{_escape(view.answer)}</b>" + (f" (right: {_escape(truth)})" if truth else ""),
+            "answer": f"<b>{escape(view.answer)}</b>" + (f" (right: {escape(truth)})" if truth else ""),
             "compression ratio": f"{view.ratio:.3f}",
             "training FLOPs": f"{view.flops:.1%} of no compression",
         }
@@ -166,7 +170,7 @@ class Explorer:
         try:
             self._show_own(open_image(file.parent, file.name, "image path") if self.path.value.strip() else None)
         except UserError as error:
-            self.message.value = f"<b style='color:#a00'>{_escape(str(error))}</b>"
+            self.message.value = f"<b style='color:#a00'>{escape(str(error))}</b>"
 
     def _on_upload(self, change) -> None:
         if not self.upload.value:
@@ -174,7 +178,7 @@ class Explorer:
         try:
             self._show_own(Image.open(io.BytesIO(self.upload.value[0]["content"])).convert("RGB"))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            self.message.value = f"<b style='color:#a00'>the upload is no picture: {_escape(str(error))}</b>"
+            self.message.value = f"<b style='color:#a00'>the upload is no picture: {escape(str(error))}</b>"
 
     def _show_own(self, picture: Image.Image | None) -> None:
         self._use_own = picture is not None
@@ -221,7 +225,3 @@ def png(figure) -> bytes:
     figure.savefig(out, format="png", dpi=80)
     plt.close(figure)
     return out.getvalue()
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")

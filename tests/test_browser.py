@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from llavolta import plots, studies, widgets
+from llavolta.compressors import COMPRESSORS
 from llavolta.data import LlavaData
 from llavolta.train import load_model
 
@@ -74,6 +76,14 @@ def browser():
         opened.close()
 
 
+@pytest.fixture
+def my_compressor():
+    """The worked example, known to the registry for one test."""
+    runpy.run_path(str(ROOT / "notebooks" / "my_compressor.py"))
+    yield
+    del COMPRESSORS["unusual"]
+
+
 class Page:
     """A notebook that has been opened and run; its explorer."""
 
@@ -81,15 +91,22 @@ class Page:
         self.page = page = browser.new_page(viewport={"width": 1500, "height": 1100})
         self.crashes = []
         page.on("pageerror", lambda error: self.crashes.append(str(error)))
-        page.goto(f"{url}/lab/tree/{name}.ipynb")
+        page.goto(f"{url}/lab/tree/{name}.ipynb?reset")  # without the tabs of the notebook before
         page.wait_for_selector(".jp-NotebookPanel-toolbar", timeout=MINUTE)
-        idle = '.jp-Notebook-ExecutionIndicator[data-status="idle"]'
-        page.wait_for_selector(idle, timeout=MINUTE)
+        idle = page.get_by_text("Python 3 (ipykernel) | Idle")  # before that, running asks for a kernel
+        idle.wait_for(timeout=MINUTE)
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         self.box = page.locator(".jp-OutputArea-output .widget-hbox", has=page.locator("img.widget-image")).last
-        self.box.locator("img.widget-image").wait_for(timeout=2 * MINUTE)
-        page.wait_for_selector(idle, timeout=MINUTE)
+        try:
+            self.box.locator("img.widget-image").wait_for(timeout=MINUTE)
+        finally:
+            self.screenshot(name)
+        idle.wait_for(timeout=MINUTE)
+
+    def screenshot(self, name: str) -> None:
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=SCREENSHOTS / f"{name}.png")
 
     def text(self) -> str:
         return self.box.locator(".widget-html-content").last.inner_text()
@@ -134,7 +151,7 @@ class Page:
         ),
     ],
 )
-def test_sliders_move_picture_and_numbers(lab, browser, scenes, small_model, name, start, moves, draw):
+def test_sliders_move_picture_and_numbers(lab, browser, my_compressor, scenes, small_model, name, start, moves, draw):
     url, _ = lab
     model, processor = load_model(str(small_model))
     question, images = studies.choose(LlavaData(scenes / "heldout.json"), 0)
@@ -151,7 +168,6 @@ def test_sliders_move_picture_and_numbers(lab, browser, scenes, small_model, nam
         assert page.png() == widgets.png(draw(images[0], view))
         seen.append((page.text(), page.png()))
     assert len(set(seen)) == len(seen)
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.box.scroll_into_view_if_needed()
-    page.page.screenshot(path=SCREENSHOTS / f"{name}.png")
+    page.screenshot(name)
     assert page.errors() == []

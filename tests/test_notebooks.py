@@ -55,6 +55,58 @@ def test_00_backbones_trains_them_again(tmp_path):
     assert {"model.safetensors", "config.json", "backbones.json", "tokenizer.json"} <= held
 
 
+@pytest.fixture
+def study(scenes, small_model) -> dict:
+    """Parameters of the notebooks that look at a model's own data."""
+    return dict(model=str(small_model), questions=str(scenes / "heldout.json"), images=str(scenes))
+
+
+def outputs(notebook: dict) -> str:
+    return json.dumps([cell.get("outputs") for cell in notebook["cells"]])
+
+
+def test_01_redundancy_shows_both_studies_and_keeps_its_results(study, tmp_path):
+    settings = {**study, "layers": [0, 2], "strides": [1, 4, 72], "limit": 8, "output": str(tmp_path / "sweep")}
+    first = run("01_redundancy", tmp_path, **settings)
+    assert pictures(first) == 4
+    assert "With 70% of the visual tokens pooled away" in outputs(first) and "at layer 2: from" in outputs(first)
+    assert "Published, LLaVA-1.5-7B on GQA: 70% pooled away, -3%" in outputs(first)
+    files = list((tmp_path / "sweep").rglob("*.json"))
+    assert {file.stem for file in files} == {"none", *(f"{k}-avgpool-{s}" for k in (0, 2) for s in (4, 72))}
+    written = [file.stat().st_mtime_ns for file in files]
+    run("01_redundancy", tmp_path, **settings)
+    assert [file.stat().st_mtime_ns for file in files] == written
+
+
+def test_02_compressor_design_shows_every_compressor(study, tmp_path):
+    notebook = run("02_compressor_design", tmp_path, strides=[1, 8], example=5, layer=1, **study)
+    assert pictures(notebook) == 8
+    assert all(name in outputs(notebook) for name in ("1:avgpool2d:2", "1:fastv:0.25", "class KeepUnusual"))
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("01_redundancy", {"layer": 2}, "ParameterError: unknown parameter 'layer'; known: model, questions"),
+        ("01_redundancy", {"layers": [7]}, "PlanError: plan '7:avgpool:1' names layer 7, but this model's 4 decoder"),
+        ("01_redundancy", {"strides": []}, "StudyError: a sweep needs at least one layer"),
+        ("01_redundancy", {"questions": "nowhere.json"}, "DataError: no data file nowhere.json"),
+        ("01_redundancy", {"model": "./nowhere"}, "ConfigError: no model folder ./nowhere"),
+        ("02_compressor_design", {"example": 999}, "StudyError: heldout.json has questions 0..47, not 999"),
+        ("02_compressor_design", {"layer": 4}, "PlanError: plan '4:avgpool:1' names layer 4"),
+    ],
+)
+def test_the_studies_stop_with_one_clear_line(study, tmp_path, name, wrong, message):
+    assert_one_clear_line(name, tmp_path, {**study, "limit": 4} if name[:2] == "01" else study, wrong, message)
+
+
+def assert_one_clear_line(name: str, folder: Path, settings: dict, wrong: dict, message: str) -> None:
+    with pytest.raises(PapermillExecutionError) as error:
+        run(name, folder, **{**settings, **wrong})
+    lines = [line for line in str(error.value).splitlines() if line.strip()]
+    assert lines[-1].startswith(message) and len(lines) == 3  # a rule, the cell, the message
+
+
 def test_03_train_stage_trains_what_is_missing_and_then_only_what_is_new(training, tmp_path):
     first = json.dumps(run("03_train_stage", tmp_path, stage=2, **training))
     assert "stage 0, projector alignment: training" in first
@@ -87,7 +139,4 @@ def test_03_train_stage_alone_stage_0_and_a_plan_of_ones_own(training, tmp_path)
     ],
 )
 def test_03_train_stage_stops_with_one_clear_line(training, tmp_path, wrong, message):
-    with pytest.raises(PapermillExecutionError) as error:
-        run("03_train_stage", tmp_path, **{**training, **wrong})
-    lines = [line for line in str(error.value).splitlines() if line.strip()]
-    assert lines[-1].startswith(message) and len(lines) == 3  # a rule, the cell, the message
+    assert_one_clear_line("03_train_stage", tmp_path, training, wrong, message)

@@ -1,0 +1,86 @@
+"""The explorers without a browser: every control leads to what the package function says, errors to one line."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from PIL import Image
+
+from llavolta import plots, studies, widgets
+from llavolta.compressors import COMPRESSORS
+from llavolta.data import LlavaData
+from llavolta.train import load_model
+
+
+@pytest.fixture(scope="module")
+def loaded(scenes, small_model):
+    return *load_model(str(small_model)), LlavaData(scenes / "heldout.json")
+
+
+@pytest.fixture
+def explorer(loaded):
+    return widgets.redundancy_explorer(*loaded, layer=1, stride=8)
+
+
+def shown(explorer, images: list) -> studies.View:
+    """What the explorer must show for its plan and question, asked of the package."""
+    view = studies.view(explorer.model, explorer.processor, explorer.question.value, images, explorer.plan)
+    assert explorer.image.value == widgets.png(explorer.draw(images[0], view))
+    assert f"compression ratio: {view.ratio:.3f}" in explorer.message.value
+    assert f"training FLOPs: {view.flops:.1%}" in explorer.message.value
+    return view
+
+
+def test_sliders_and_choosers(loaded, explorer):
+    data = loaded[2]
+    assert explorer.plan == "1:avgpool:stride=8" and shown(explorer, data[0].images).tokens[-1] == 18
+    explorer.layer.value = 3
+    explorer.options["stride"].value = 144
+    assert explorer.view.plan == "3:avgpool:144" and shown(explorer, data[0].images).tokens[-1] == 1
+    explorer.entry.value = 5
+    assert explorer.question.value == next(q for q in data.questions() if q["index"] == 5)["question"]
+    shown(explorer, data[5].images)
+    explorer.question.value = "Is there a 3?"  # one's own
+    shown(explorer, data[5].images)
+
+
+@pytest.mark.parametrize("name", sorted(COMPRESSORS))
+def test_every_compressor_of_the_registry_has_its_controls(loaded, name):
+    explorer = widgets.design_explorer(*loaded, layer=2)
+    explorer.compressor.value = name
+    assert explorer.view.plan.startswith(f"2:{name}") and explorer.draw is plots.picture_with_layers
+    shown(explorer, loaded[2][0].images)
+
+
+def test_a_plan_that_cannot_be_is_one_line(explorer):
+    explorer.layer.value = 0
+    explorer.compressor.value = "fastv"
+    assert "PlanError" in explorer.message.value and "from layer 1" in explorer.message.value
+    assert explorer.view is None and explorer.image.value == b""
+    explorer.layer.value = 1
+    assert explorer.view.plan == "1:fastv:0.5" and explorer.image.value
+
+
+def test_pictures_of_ones_own(explorer, loaded, tmp_path):
+    picture = Image.new("RGB", (60, 40), (20, 90, 160))
+    picture.save(tmp_path / "mine.png")
+    explorer.path.value = str(tmp_path / "mine.png")
+    shown(explorer, [picture])
+    assert "right:" not in explorer.message.value
+    before = explorer.image.value
+    explorer.path.value = str(tmp_path / "none.png")
+    assert "no image &#x27;none.png&#x27;" in explorer.message.value and explorer.image.value == before
+    out = io.BytesIO()
+    Image.new("RGB", (30, 30), (200, 0, 0)).save(out, format="png")
+
+    def upload(content: bytes) -> None:
+        file = dict(name="x.png", type="image/png", size=len(content), last_modified=None, content=memoryview(content))
+        explorer.upload.value = (file,)
+
+    upload(out.getvalue())
+    shown(explorer, [Image.new("RGB", (30, 30), (200, 0, 0))])
+    upload(b"no picture")
+    assert "the upload is no picture" in explorer.message.value
+    explorer.entry.value = 1  # back to the data
+    shown(explorer, loaded[2][1].images)
