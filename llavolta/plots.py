@@ -144,9 +144,10 @@ def token_map(picture: np.ndarray, groups: np.ndarray, ax=None, title: str = "")
 
 def stage_token_maps(picture: np.ndarray, maps: dict[str, np.ndarray]) -> Figure:
     """Token maps of several plans side by side on one picture; a map's groups as in ``token_map``."""
-    figure, axes = plt.subplots(1, len(maps), figsize=(3.3 * len(maps), 3.6), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(maps), figsize=(2.7 * len(maps), 3.1), squeeze=False, layout="constrained")
     for ax, (name, groups) in zip(axes[0], maps.items(), strict=True):
         token_map(picture, groups, ax, f"{name}\n{_left(groups)} of {groups.size} tokens")
+        ax.title.set_fontsize(11)
     return figure
 
 

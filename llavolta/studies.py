@@ -179,8 +179,8 @@ def _fingerprint(model, processor, data: LlavaData, questions: list[dict]) -> st
     for index in dict.fromkeys(question["index"] for question in questions):
         for path in data.image_paths(index):
             digest.update(path.read_bytes())
-    for module in (compressors.avgpool, compressors.base, evaluate, families, masks, patch):
-        digest.update(inspect.getsource(module).encode())
+    for code in (compressors.avgpool, compressors.base, evaluate, families, masks, patch, shared_layers):
+        digest.update(inspect.getsource(code).encode())
     digest.update(f"{torch.__version__} {transformers.__version__}".encode())
     return digest.hexdigest()
 

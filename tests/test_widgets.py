@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from datetime import datetime
 
 import pytest
 from PIL import Image
@@ -75,7 +76,9 @@ def test_pictures_of_ones_own(explorer, loaded, tmp_path):
     Image.new("RGB", (30, 30), (200, 0, 0)).save(out, format="png")
 
     def upload(content: bytes) -> None:
-        file = dict(name="x.png", type="image/png", size=len(content), last_modified=None, content=memoryview(content))
+        file = dict(
+            name="x.png", type="image/png", size=len(content), last_modified=datetime.now(), content=memoryview(content)
+        )
         explorer.upload.value = (file,)
 
     upload(out.getvalue())
