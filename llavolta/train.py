@@ -390,6 +390,15 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
     return output
 
 
+def stage_model(config: TrainConfig, setup: Setup) -> Path:
+    """The folder that holds the model as it was at the end of the stage of ``config``, later stages trained or not."""
+    output = Path(config.output)
+    if config.stage == 0:
+        return output / ALIGN
+    ends = setup.scheme.boundaries(setup.total_steps)
+    return output / f"checkpoint-{ends[(config.stage or len(ends)) - 1]}"
+
+
 WANTED_PROCESSES = "LLAVOLTA_PROCESSES"
 
 

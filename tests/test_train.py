@@ -10,7 +10,17 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llavolta.train import WANTED_PROCESSES, ConfigError, TrainConfig, launch, main, read_metrics, train
+from llavolta.train import (
+    WANTED_PROCESSES,
+    ConfigError,
+    TrainConfig,
+    launch,
+    main,
+    prepare,
+    read_metrics,
+    stage_model,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +58,17 @@ def test_stages_one_by_one_equal_the_whole_scheme_bit_for_bit(whole, settings, t
         if stage == 1:
             assert not same(weights(whole), weights(tmp_path / "run"))
     assert same(weights(whole), weights(tmp_path / "run"))
+
+
+def test_an_earlier_stage_can_still_be_looked_at(whole, settings):
+    """Asking for stage 1 of a finished run trains nothing and gives the model as it was then."""
+    config = TrainConfig(output=str(whole), stage=1, **settings)
+    final = weights(whole)
+    assert train(config, progress=False) == whole and same(final, weights(whole))
+    assert stage_model(config, prepare(config)) == whole / "checkpoint-3"
+    assert not same(final, weights(whole / "checkpoint-3"))
+    AutoProcessor.from_pretrained(whole / "checkpoint-3")
+    assert same(weights(whole), weights(stage_model(TrainConfig(output=str(whole), **settings), prepare(config))))
 
 
 class Interrupt(Exception):
