@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import re
 import sys
 import time
 import typing
@@ -14,6 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -212,10 +214,10 @@ def _peak(sizes: Sizes, plan: str | None, labelled_only: bool | None) -> int:
 
 def _peak_resident() -> int:
     """The most bytes that this process ever held (Linux; getrusage would count the parent process, too)."""
-    for line in open("/proc/self/status"):
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("no VmHWM in /proc/self/status: peak memory on the CPU is measured on Linux only")
+    status = Path("/proc/self/status")
+    if not status.exists():
+        raise OSError(f"no {status}: peak memory on the CPU is measured on Linux only")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
 
 
 @torch.no_grad()
