@@ -185,7 +185,12 @@ class TestRefusals:
             ({"plan": "1:avgpool:2"}, "say which with stage"),
             ({"epochs": 1.0}, "not both"),
             ({"batch_size": 0}, "batch_size"),
-            ({"learning_rate": 0}, "learning_rate"),
+            ({"learning_rate": 0}, "learning_rate must be a number from"),
+            ({"learning_rate": "fast"}, "learning_rate must be a number from"),
+            ({"max_steps": 0}, "max_steps must be a whole number of at least 1"),
+            ({"seed": 1.5}, "seed must be a whole number"),
+            ({"scheme": [{"plan": "none", "share": 0.5}]}, "sum to 0.5, not to 1"),
+            ({"scheme": [{"plan": "none"}]}, "scheme must be a name or a list"),
             ({"model": "./nowhere"}, "nowhere"),
             ({"data": "nowhere.json"}, "no data file"),
             ({"max_steps": 2}, "too few for the 3 stages"),
@@ -214,7 +219,7 @@ class TestRefusals:
 
 def test_the_command_line_does_the_same(whole, settings, tmp_path, capsys):
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump({**settings, "output": str(tmp_path / "run")}))
+    file.write_text(yaml.safe_dump({**settings, "output": str(tmp_path / "run")}) + "learning_rate: 15e-4\n")
     assert main([str(file)]) == 0
     assert same(weights(whole), weights(tmp_path / "run"))
     file.write_text("outptu: x\n")
