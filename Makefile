@@ -28,5 +28,6 @@ lab: install
 
 notebooks: install
 	cd notebooks && for notebook in *.ipynb; do ../$(BIN)/papermill $$notebook $$notebook || exit 1; done
+	$(BIN)/python -c "from llavolta import SCHEMES, plots; plots.scheme_diagram(SCHEMES['three-stage'].scaled(8), 8, 144, 300).savefig('papers/llavolta/three-stage.png', dpi=120)"
 
 .PHONY: install demo test lab notebooks

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from tqdm.auto import tqdm
 from transformers import (
-    CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
@@ -68,6 +67,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def processor(size: int = digits.SIZE, patch: int = digits.PATCH) -> LlavaProcessor:
     """The processor of the embedded model: CLIP's normalisation at ``size`` pixels, one token a patch."""
+    from transformers import CLIPImageProcessor  # warns of a missing torchvision as soon as it is imported
+
     image_processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     return LlavaProcessor(
         image_processor,

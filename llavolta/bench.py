@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import math
+import re
+import sys
 import time
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
+from transformers import DynamicCache
 
 from llavolta.cost import step_cost
+from llavolta.masks import cache_bytes
 from llavolta.patch import IGNORED, compress
 from llavolta.train import set_trainable
 
@@ -40,17 +53,16 @@ def step_times(
     set_trainable(model, phase)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     device = next(model.parameters()).device
-    seconds = np.zeros((rounds + 1, len(plans)))
-    for turn in tqdm(range(rounds + 1), desc="timing steps", disable=not progress, leave=False):
-        for column in np.random.default_rng(turn).permutation(len(plans)):
-            with compress(model, plans[column], labelled_only=True):
-                start = _now(device)
-                for batch in batches:
-                    model(**batch).loss.backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                seconds[turn, column] = (_now(device) - start) / len(batches)
-    seconds = seconds[1:]  # the first round warms up
+
+    def step(plan: str) -> None:
+        with compress(model, plan, labelled_only=True):
+            for batch in batches:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    tasks = {plan: partial(step, plan) for plan in plans}
+    seconds = interleaved(tasks, rounds, device, progress) / len(batches)
     text, images, labelled = _sizes(model, batches)
     flops = [step_cost(model.config, plan, text, images, labelled, phase).total for plan in plans]
     base = plans.index("none")
@@ -72,3 +84,184 @@ def _sizes(model, batches) -> tuple[float, float, float]:
     visual = sum((batch["input_ids"] == model.config.image_token_id).sum().item() for batch in batches)
     labelled = sum((batch["labels"] != IGNORED).sum().item() for batch in batches)
     return (rows - visual) / examples, images / examples, labelled / examples
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A random LLaVA and batch to time: ``width`` and ``layers`` of the decoder, tokens and examples of the batch.
+
+    The tower is tiny, so that the decoder is what is measured; a third of the text tokens are labelled.
+    """
+
+    width: int = 256
+    layers: int = 8
+    visual: int = 576
+    text: int = 60
+    batch: int = 8
+    vocabulary: int = 2000
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def model(self):
+        """A LlavaForConditionalGeneration with random weights, made on ``device``."""
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+        grid = math.isqrt(self.visual)
+        if grid**2 != self.visual:
+            raise ValueError(f"visual must be a square number of tokens, not {self.visual}")
+        tower = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+        heads = max(1, self.width // 64)
+        decoder = dict(hidden_size=self.width, intermediate_size=self.width * 11 // 4, num_attention_heads=heads)
+        config = LlavaConfig(
+            vision_config=CLIPVisionConfig(**tower, image_size=4 * grid, patch_size=4),
+            text_config=LlamaConfig(**decoder, num_hidden_layers=self.layers, vocab_size=self.vocabulary),
+            image_token_index=5,
+            image_seq_length=self.visual,
+            tie_word_embeddings=False,
+        )
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            return LlavaForConditionalGeneration(config).to(getattr(torch, self.dtype))
+
+    def inputs(self) -> dict:
+        """One batch: a beginning token, the picture's placeholders, text; labels on the last third of the text."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(10, self.vocabulary, (self.batch, self.visual + self.text), generator=generator)
+        ids[:, 1 : 1 + self.visual] = 5
+        labels = torch.full_like(ids, IGNORED)
+        labels[:, -self.text // 3 :] = ids[:, -self.text // 3 :]
+        side = 4 * math.isqrt(self.visual)
+        pixels = torch.randn(self.batch, 3, side, side, generator=generator).to(getattr(torch, self.dtype))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+
+def interleaved(tasks: dict[str, Callable[[], object]], rounds: int, device: torch.device, progress: bool = True):
+    """Seconds (rounds, tasks) of each task, the tasks in a new random order each round, after a round of warm-up."""
+    names = list(tasks)
+    seconds = np.zeros((rounds + 1, len(names)))
+    for turn in tqdm(range(rounds + 1), desc="timing", disable=not progress, leave=False):
+        for column in np.random.default_rng(turn).permutation(len(names)):
+            start = _now(device)
+            tasks[names[column]]()
+            seconds[turn, column] = _now(device) - start
+    return seconds[1:]
+
+
+def step_report(sizes: Sizes, rounds: int = 5, progress: bool = True) -> dict[str, pd.DataFrame]:
+    """Everything ``python -m llavolta.bench step`` prints: tables "step", "overhead", "memory" and "prefill"."""
+    half = sizes.layers // 2
+    plans = [f"{layer}:avgpool:{stride}" for layer, stride in ((2, 8), (half, 8), (2, 2), (half, 2))]
+    plans = list(dict.fromkeys(plans))  # in a model of four layers two of them are the same
+    model, batch = sizes.model(), sizes.inputs()
+    step = step_times(model, [batch], plans, rounds, progress=progress)
+    step["speedup"] = 1 / step.ratio
+    step["promised"] = 1 / step.flops_ratio
+    step["kept_promise"] = step.speedup / step.promised
+    return {
+        "step": step,
+        "overhead": _overhead(sizes, rounds, progress),
+        "memory": _memory(sizes),
+        "prefill": _prefill(model.eval(), batch, plans, rounds, progress),
+    }
+
+
+def _backward(model, batch: dict, plan: str | None, labelled_only: bool | None) -> None:
+    with compress(model, plan, labelled_only=labelled_only) if plan else nullcontext():
+        model(**batch).loss.backward()
+    model.zero_grad()
+
+
+_VARIANTS = {"stock": (None, None), "stride 1": ("2:avgpool:1", None), "labelled rows only": ("none", True)}
+
+
+def _overhead(sizes: Sizes, rounds: int, progress: bool) -> pd.DataFrame:
+    """Forward and backward without compression, relative to the stock model, at the vocabulary of Vicuna."""
+    sizes = replace(sizes, vocabulary=32000)
+    model, batch = sizes.model().train(), sizes.inputs()
+    tasks = {name: partial(_backward, model, batch, *how) for name, how in _VARIANTS.items()}
+    seconds = interleaved(tasks, rounds, torch.device(sizes.device), progress)
+    return pd.DataFrame(
+        {
+            "variant": list(tasks),
+            "seconds": np.median(seconds, axis=0),
+            "ratio": np.median(seconds / seconds[:, [0]], axis=0),
+        }
+    )
+
+
+def _memory(sizes: Sizes) -> pd.DataFrame:
+    """Peak memory of a step above the model's own, each variant in a fresh process on the CPU."""
+    sizes = replace(sizes, vocabulary=32000)
+    plans = {**_VARIANTS, "2:avgpool:8": ("2:avgpool:8", None)}
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        peaks = [pool.submit(_peak, sizes, *how).result() for how in plans.values()]
+    return pd.DataFrame({"variant": list(plans), "peak_MB": np.array(peaks) / 1e6, "ratio": np.array(peaks) / peaks[0]})
+
+
+def _peak(sizes: Sizes, plan: str | None, labelled_only: bool | None) -> int:
+    """Bytes that a forward and backward pass needs above the weights."""
+    model, batch = sizes.model().train(), sizes.inputs()
+    if sizes.device != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        _backward(model, batch, plan, labelled_only)
+        return torch.cuda.max_memory_allocated() - before
+    before = _peak_resident()
+    _backward(model, batch, plan, labelled_only)
+    return _peak_resident() - before
+
+
+def _peak_resident() -> int:
+    """The most bytes that this process ever held (Linux; getrusage would count the parent process, too)."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        raise OSError(f"no {status}: peak memory on the CPU is measured on Linux only")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+
+
+@torch.no_grad()
+def _prefill(model, batch: dict, plans: Sequence[str], rounds: int, progress: bool) -> pd.DataFrame:
+    """Time of reading the prompt into a cache, and the bytes of the cache, relative to no compression."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    size: dict[str, int] = {}
+
+    def prefill(plan: str) -> None:
+        cache = DynamicCache(config=model.config.get_text_config())
+        with compress(model, plan):
+            model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        size[plan] = cache_bytes(cache)
+
+    plans = ["none", *plans]
+    seconds = interleaved({plan: partial(prefill, plan) for plan in plans}, rounds, model.device, progress)
+    bytes_ = np.array([size[plan] for plan in plans])
+    return pd.DataFrame(
+        {
+            "plan": plans,
+            "seconds": np.median(seconds, axis=0),
+            "ratio": np.median(seconds / seconds[:, [0]], axis=0),
+            "cache_MB": bytes_ / 1e6,
+            "cache_ratio": bytes_ / bytes_[0],
+        }
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m llavolta.bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    step = commands.add_parser("step", help="a training step and a prefill under several plans")
+    for name, kind in typing.get_type_hints(Sizes).items():
+        step.add_argument(f"--{name}", type=kind, default=getattr(Sizes, name))
+    step.add_argument("--rounds", type=int, default=7)
+    options = vars(parser.parse_args(arguments))
+    options.pop("command")
+    rounds = options.pop("rounds")
+    sizes = Sizes(**options)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {sizes}")
+    for name, table in step_report(sizes, rounds).items():
+        print(f"\n{name}\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

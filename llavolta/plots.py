@@ -250,7 +250,7 @@ def _left(groups: np.ndarray) -> int:
 
 def layer_maps(picture, view) -> Figure:
     """The token map of a studies.View behind each layer that compresses."""
-    return stage_token_maps(picture, {f"behind layer {layer}": view.grid(layer) for layer in view.maps})
+    return stage_token_maps(picture, {f"from layer {layer} on": view.grid(layer) for layer in view.maps})
 
 
 def design_grid(table: pd.DataFrame) -> Figure:

@@ -6,9 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from llavolta.errors import UserError
 from llavolta.plan import VISION, PlanError, check_layers, format_plan, parse_plan, tokens_per_layer
 
 REFERENCE_LAYERS = 32  # the depth (Vicuna-7B) that the published layers K refer to
+
+
+class SchemeError(UserError, ValueError):
+    """A stage, scheme or step that cannot be; the message says what it may be."""
 
 
 def compression_ratio(num_layers: int, num_tokens: int, layer: int, stride: int) -> float:
@@ -17,7 +22,7 @@ def compression_ratio(num_layers: int, num_tokens: int, layer: int, stride: int)
     N = ``num_layers``, L = ``num_tokens`` visual tokens, ``L_out = ceil(L / stride)``. Source: LLaVolta, section 4.1.
     """
     if not 0 <= layer < num_layers:
-        raise ValueError(f"layer must be 0..{num_layers - 1}, not {layer}")
+        raise SchemeError(f"layer must be 0..{num_layers - 1}, not {layer}")
     return plan_compression_ratio(f"{layer}:avgpool:{stride}", num_layers, num_tokens)
 
 
@@ -36,7 +41,7 @@ class Stage:
     def __post_init__(self):
         object.__setattr__(self, "plan", format_plan(parse_plan(self.plan)))
         if not (isinstance(self.share, (int, float)) and 0 < self.share <= 1):
-            raise ValueError(f"a stage's share must be above 0 and at most 1, not {self.share!r}")
+            raise SchemeError(f"a stage's share must be above 0 and at most 1, not {self.share!r}")
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Scheme:
         object.__setattr__(self, "stages", tuple(self.stages))
         total = sum(stage.share for stage in self.stages)
         if not self.stages or not math.isclose(total, 1, abs_tol=1e-6):
-            raise ValueError(f"scheme {self.name!r}: the shares of its stages sum to {total:g}, not to 1")
+            raise SchemeError(f"scheme {self.name!r}: the shares of its stages sum to {total:g}, not to 1")
 
     @classmethod
     def equal(cls, name: str, *plans: str) -> Scheme:
@@ -62,7 +67,7 @@ class Scheme:
         """A scheme whose stage i ends before optimizer step ``pivots[i]``; the last one ends at ``total_steps``."""
         edges = [0, *pivots, total_steps]
         if len(plans) != len(pivots) + 1 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
-            raise ValueError(
+            raise SchemeError(
                 f"{len(plans)} plans need {len(plans) - 1} pivots rising from 0 to {total_steps}, not {list(pivots)}"
             )
         shares = [(b - a) / total_steps for a, b in zip(edges, edges[1:], strict=False)]
@@ -71,7 +76,7 @@ class Scheme:
     def boundaries(self, total_steps: int) -> tuple[int, ...]:
         """The step before which each stage ends; the last is ``total_steps``. Every stage has at least one step."""
         if total_steps < len(self.stages):
-            raise ValueError(f"{total_steps} steps are too few for the {len(self.stages)} stages of {self.name!r}")
+            raise SchemeError(f"{total_steps} steps are too few for the {len(self.stages)} stages of {self.name!r}")
         ends, share = [], 0.0
         for number, stage in enumerate(self.stages, start=1):
             share += stage.share
@@ -82,7 +87,7 @@ class Scheme:
     def stage_at(self, step: int, total_steps: int) -> int:
         """The index, from 0, of the stage that trains optimizer step ``step`` (0 .. total_steps - 1)."""
         if not 0 <= step < total_steps:
-            raise ValueError(f"step must be 0..{total_steps - 1}, not {step}")
+            raise SchemeError(f"step must be 0..{total_steps - 1}, not {step}")
         return sum(step >= end for end in self.boundaries(total_steps))
 
     def scaled(self, num_layers: int, reference_layers: int = REFERENCE_LAYERS) -> Scheme:

@@ -275,11 +275,15 @@ def headline(sweep: pd.DataFrame) -> str:
     for layer, row in lost.iterrows():
         lines.append(
             f"- at layer {layer}: from {row.full:.1%} to {row.compressed:.1%}, "
-            f"**{-100 * row.lost:+.1f} points** (95% interval {-100 * row.high:+.1f} to {-100 * row.low:+.1f}); "
+            f"**{_points(-row.lost)} points** (95% interval {_points(-row.high)} to {_points(-row.low)}); "
             f"{room[layer]:.0%} can go before {100 * paper['lost']:.0f} points are lost"
         )
     published = f"Published, LLaVA-1.5-7B on GQA: {paper['removed']:.0%} pooled away, {-100 * paper['lost']:+.0f}%."
     return "\n".join(lines) + f"\n\n{published}"
+
+
+def _points(share: float) -> str:
+    return f"{round(100 * share, 1) + 0.0:+.1f}"  # adding 0 turns -0.0 into 0.0
 
 
 # --- study 2: where the answer's attention goes ---
@@ -462,7 +466,7 @@ def recording(model, plan) -> Iterator[SimpleNamespace]:
 
 @torch.no_grad()
 def token_map(model, batch, plan) -> dict[int | str, np.ndarray]:
-    """{layer: (I, L)} behind each compressed layer of ``plan``: of each picture of ``batch``, for each of its L visual
+    """{layer: (I, L)} from each compressed layer of ``plan`` on: of each picture of ``batch``, for each of its L visual
     tokens, which token it is in by then, counted from 0; -1 where it was dropped, and at padding.
 
     Taken from a real forward pass of ``model``, so it is right for compressors that look at content, too. Tokens of

@@ -60,6 +60,21 @@ class ConfigError(UserError, ValueError):
     """A training configuration that cannot be run; the message names the parameter and what it may be."""
 
 
+# What the numbers of a configuration may be: whole ones and their least, others and their range.
+_WHOLE = dict(
+    align_steps=0,
+    max_steps=1,
+    batch_size=1,
+    max_length=1,
+    gradient_accumulation=1,
+    save_steps=0,
+    log_steps=1,
+    num_workers=0,
+    seed=0,
+)
+_NUMBERS = dict(learning_rate=(1e-12, 1), align_learning_rate=(1e-12, 1), warmup=(0, 1), weight_decay=(0, 10))
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything a run depends on. The defaults are the embedded scale.
@@ -100,21 +115,19 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, least in dict(
-            align_steps=0, batch_size=1, max_length=1, gradient_accumulation=1, save_steps=0
-        ).items():
+        for name, least in _WHOLE.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            optional = name == "max_steps" and value is None
+            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
-        for name in ("learning_rate", "align_learning_rate"):
-            if not 0 < float(getattr(self, name)) < 1:
-                raise ConfigError(f"{name} must be between 0 and 1, not {getattr(self, name)!r}")
+        for name, (low, high) in _NUMBERS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
+                raise ConfigError(f"{name} must be a number from {low} to below {high}, not {value!r}")
+        if self.epochs is not None and (not isinstance(self.epochs, int | float) or not self.epochs > 0):
+            raise ConfigError(f"epochs must be a number above 0, not {self.epochs!r}")
         if self.max_steps is not None and self.epochs is not None:
             raise ConfigError("give max_steps or epochs, not both")
-        if self.max_steps is not None and (not isinstance(self.max_steps, int) or self.max_steps < 1):
-            raise ConfigError(f"max_steps must be a whole number of at least 1, not {self.max_steps!r}")
-        if self.epochs is not None and not self.epochs > 0:
-            raise ConfigError(f"epochs must be above 0, not {self.epochs!r}")
         stages = len(self._written_stages())
         if self.stage is not None and (isinstance(self.stage, bool) or self.stage not in range(stages + 1)):
             raise ConfigError(f"stage must be 0 (projector alignment) .. {stages} for this scheme, not {self.stage!r}")
@@ -156,7 +169,15 @@ class TrainConfig:
             raise ConfigError(f"unknown parameter {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
         if "output" not in values:
             raise ConfigError("output is missing: name the folder that the run is written to")
-        return cls(**values)
+        # YAML reads 1e-3, without a point, as text.
+        return cls(**{name: _number(value) if name in _NUMBERS else value for name, value in values.items()})
+
+
+def _number(value):
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 # What may differ between two calls on one run folder: how far to train, and how, not what.
@@ -400,6 +421,15 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
     else:
         _say(f"stage {last} is trained already in {output}", progress)
     return output
+
+
+def stage_model(config: TrainConfig, setup: Setup) -> Path:
+    """The folder that holds the model as it was at the end of the stage of ``config``, later stages trained or not."""
+    output = Path(config.output)
+    if config.stage == 0:
+        return output / ALIGN
+    ends = setup.scheme.boundaries(setup.total_steps)
+    return output / f"checkpoint-{ends[(config.stage or len(ends)) - 1]}"
 
 
 WANTED_PROCESSES = "LLAVOLTA_PROCESSES"

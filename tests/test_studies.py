@@ -153,7 +153,7 @@ def test_the_headline_follows_from_the_figures():
     assert studies.removable(sweep, 0.03).tolist() == pytest.approx([0.5 * 0.03 / 0.1, 0.75])
     text = studies.headline(sweep)
     assert "at layer 0: from 100.0% to 58.0%, **-42.0 points**" in text and "Published" in text and "-3%" in text
-    assert "at layer 2: from 100.0% to 100.0%" in text
+    assert "at layer 2: from 100.0% to 100.0%, **+0.0 points** (95% interval +0.0 to +0.0)" in text
     with pytest.raises(studies.StudyError, match="do not reach"):
         studies.accuracy_lost(sweep, removed=0.8)
 

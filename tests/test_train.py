@@ -10,7 +10,17 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llavolta.train import WANTED_PROCESSES, ConfigError, TrainConfig, launch, main, read_metrics, train
+from llavolta.train import (
+    WANTED_PROCESSES,
+    ConfigError,
+    TrainConfig,
+    launch,
+    main,
+    prepare,
+    read_metrics,
+    stage_model,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +58,17 @@ def test_stages_one_by_one_equal_the_whole_scheme_bit_for_bit(whole, settings, t
         if stage == 1:
             assert not same(weights(whole), weights(tmp_path / "run"))
     assert same(weights(whole), weights(tmp_path / "run"))
+
+
+def test_an_earlier_stage_can_still_be_looked_at(whole, settings):
+    """Asking for stage 1 of a finished run trains nothing and gives the model as it was then."""
+    config = TrainConfig(output=str(whole), stage=1, **settings)
+    final = weights(whole)
+    assert train(config, progress=False) == whole and same(final, weights(whole))
+    assert stage_model(config, prepare(config)) == whole / "checkpoint-3"
+    assert not same(final, weights(whole / "checkpoint-3"))
+    AutoProcessor.from_pretrained(whole / "checkpoint-3")
+    assert same(weights(whole), weights(stage_model(TrainConfig(output=str(whole), **settings), prepare(config))))
 
 
 class Interrupt(Exception):
@@ -164,7 +185,12 @@ class TestRefusals:
             ({"plan": "1:avgpool:2"}, "say which with stage"),
             ({"epochs": 1.0}, "not both"),
             ({"batch_size": 0}, "batch_size"),
-            ({"learning_rate": 0}, "learning_rate"),
+            ({"learning_rate": 0}, "learning_rate must be a number from"),
+            ({"learning_rate": "fast"}, "learning_rate must be a number from"),
+            ({"max_steps": 0}, "max_steps must be a whole number of at least 1"),
+            ({"seed": 1.5}, "seed must be a whole number"),
+            ({"scheme": [{"plan": "none", "share": 0.5}]}, "sum to 0.5, not to 1"),
+            ({"scheme": [{"plan": "none"}]}, "scheme must be a name or a list"),
             ({"model": "./nowhere"}, "nowhere"),
             ({"data": "nowhere.json"}, "no data file"),
             ({"max_steps": 2}, "too few for the 3 stages"),
@@ -193,7 +219,7 @@ class TestRefusals:
 
 def test_the_command_line_does_the_same(whole, settings, tmp_path, capsys):
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump({**settings, "output": str(tmp_path / "run")}))
+    file.write_text(yaml.safe_dump({**settings, "output": str(tmp_path / "run")}) + "learning_rate: 15e-4\n")
     assert main([str(file)]) == 0
     assert same(weights(whole), weights(tmp_path / "run"))
     file.write_text("outptu: x\n")

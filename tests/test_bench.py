@@ -1,0 +1,46 @@
+"""The benchmark runs, measures what it says, and counts cache bytes exactly. Speed itself is not a test's business."""
+
+from __future__ import annotations
+
+import pytest
+
+from llavolta import bench
+from llavolta.plan import tokens_per_layer
+
+SMALL = bench.Sizes(width=64, layers=4, visual=16, text=12, batch=2, vocabulary=100)
+
+
+@pytest.fixture(scope="module")
+def report():
+    return bench.step_report(SMALL, rounds=1, progress=False)
+
+
+def test_speed_ups_are_set_against_what_the_flops_promise(report):
+    step = report["step"].set_index("plan")
+    assert step.index.tolist() == ["none", "2:avgpool:8", "2:avgpool:2"]  # N / 2 is 2 here
+    assert step.promised["none"] == 1 < step.promised["2:avgpool:2"] < step.promised["2:avgpool:8"]
+    assert (step.kept_promise == step.speedup / step.promised).all() and (step.seconds > 0).all()
+
+
+def test_cache_bytes_follow_the_tokens_per_layer(report):
+    prefill = report["prefill"].set_index("plan")
+    for plan, ratio in prefill.cache_ratio.items():
+        tokens = sum(SMALL.text + count for count in tokens_per_layer(plan, SMALL.layers, SMALL.visual))
+        assert ratio == pytest.approx(tokens / (SMALL.layers * (SMALL.text + SMALL.visual)))
+
+
+def test_overhead_and_memory_name_their_variants(report):
+    assert report["overhead"].variant.tolist() == ["stock", "stride 1", "labelled rows only"]
+    memory = report["memory"].set_index("variant")
+    assert memory.index.tolist() == ["stock", "stride 1", "labelled rows only", "2:avgpool:8"]
+    # Two examples, 28 tokens, 32000 logits of 4 bytes, several copies: the labelled third needs far less.
+    assert memory.peak_MB["stock"] > 2 * 28 * 32000 * 4 / 1e6
+    assert memory.peak_MB["labelled rows only"] < memory.peak_MB["stock"]
+
+
+def test_the_batch_is_labelled_at_its_end():
+    batch = SMALL.inputs()
+    assert (batch["labels"] != bench.IGNORED).sum(1).tolist() == [4, 4]
+    assert (batch["input_ids"] == 5).sum(1).tolist() == [16, 16]
+    with pytest.raises(ValueError, match="square number"):
+        bench.Sizes(visual=17).model()
