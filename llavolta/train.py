@@ -419,7 +419,7 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
         _say(f"stage {last} of {len(ends)}, plan {scheme.stages[last - 1].plan}: training{earlier}", progress)
         _run(config, output, "instruct", model_name, setup.data, setup.images, scheme, total, last, progress)
     else:
-        _say(f"stage {last} is trained already in {output}", progress)
+        _say(f"stage {last} is trained already in {output.name}", progress)
     return output
 
 
