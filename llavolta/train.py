@@ -260,7 +260,7 @@ class StageCallback(TrainerCallback):
 
 
 class MetricsCallback(TrainerCallback):
-    """Appends step, stage, plan, loss, learning rate, visual tokens per layer and seconds per step to metrics.jsonl."""
+    """Appends step, stage, plan, loss, rates, gradient norm, tokens per layer and seconds a step to metrics.jsonl."""
 
     def __init__(self, file: Path, scheme: Scheme, num_layers: int, num_tokens: int):
         self.file, self.scheme = file, scheme
@@ -290,6 +290,7 @@ class MetricsCallback(TrainerCallback):
             "plan": self.scheme.stages[stage].plan,
             "loss": logs["loss"],
             "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
             "tokens_per_layer": self.tokens[stage],
             "seconds": self.seconds / max(self.steps, 1),
         }
@@ -478,12 +479,20 @@ def _say(text: str, progress: bool) -> None:
         print(text, flush=True)
 
 
+def claim(config: TrainConfig) -> Path:
+    """The folder of ``config``, or ConfigError if it holds another run."""
+    output = Path(config.output)
+    _claim(output, config, prepare(config).scheme)
+    return output
+
+
 def _claim(output: Path, config: TrainConfig, scheme: Scheme) -> None:
     """Write config.yaml, or check that the folder's is the same run; refuse the folder of another one."""
     values = {**asdict(config), "resolved_stages": [asdict(stage) for stage in scheme.stages]}
     file = output / "config.yaml"
     if file.exists():
-        held = yaml.safe_load(file.read_text()) or {}
+        defaults = {field.name: field.default for field in fields(config)}  # of parameters younger than the run
+        held = defaults | (yaml.safe_load(file.read_text()) or {})
         differ = [name for name in values if name not in _FREE and name != "plan" and held.get(name) != values[name]]
         if differ:
             changes = ", ".join(f"{name} {held.get(name)!r} -> {values[name]!r}" for name in differ)
