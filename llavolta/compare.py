@@ -246,3 +246,32 @@ def roughness(curves: pd.DataFrame) -> pd.DataFrame:
         .agg(loss=("change", "std"), grad_norm=("grad_norm", "mean"))
         .reset_index()
     )
+
+
+def seed_list(seeds: int) -> list[int]:
+    """0, 1, ... of so many ``seeds``."""
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+        raise CompareError(f"seeds must be a whole number of at least 1, not {seeds!r}")
+    return list(range(seeds))
+
+
+def record(folder: Path, runs: pd.DataFrame, cost: pd.DataFrame, steps: pd.DataFrame, curves: pd.DataFrame) -> None:
+    """Write a comparison's figures to ``folder`` as CSV: what ``llavolta.claims`` is made from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runs.to_csv(folder / "compare-runs.csv", index=False, float_format="%.6f")
+    cost.to_csv(folder / "compare-costs.csv", float_format="%.4f")
+    steps.to_csv(folder / "compare-steps.csv", index=False, float_format="%.4f")
+    columns = ["scheme", "seed", "step", "stage", "plan", "loss", "grad_norm"]
+    curves[columns].to_csv(folder / "compare-curves.csv", index=False, float_format="%.4f")
+
+
+def headline(table: pd.DataFrame, seeds: int) -> str:
+    """The comparison in words: what each scheme saves and what it changes."""
+    lines = [f"Over {seeds} seed{'s' if seeds > 1 else ''}, against training without compression:"]
+    for name, row in table.drop(index=BASELINE).iterrows():
+        verdict = "no loss shown" if row.difference_high >= 0 else "a loss"
+        lines.append(
+            f"- `{name}`: {1 - row.time:.0%} less training time, accuracy {100 * row.difference:+.1f} points "
+            f"({100 * row.difference_low:+.1f} to {100 * row.difference_high:+.1f}): {verdict}"
+        )
+    return "\n".join(lines)
