@@ -24,6 +24,7 @@ from llavolta import bench, train
 from llavolta.data import Collator, LlavaData
 from llavolta.errors import UserError
 from llavolta.evaluate import evaluate, interval
+from llavolta.plan import check_layers, parse_plan
 from llavolta.schemes import SCHEMES, Scheme
 
 BASELINE = "single-stage"
@@ -59,11 +60,9 @@ def contestants(names: Sequence[str], own: Mapping[str, Sequence], num_layers: i
     for name, stages in own.items():
         if name in known:
             raise CompareError(f"a scheme of your own cannot be called {name!r}; that one exists")
-        if all(isinstance(stage, str) for stage in stages):
-            chosen[name] = Scheme.equal(name, *stages)
-        else:
-            config = train.TrainConfig(output="", scheme=list(stages))
-            chosen[name] = replace(config.resolve_scheme(num_layers), name=name)
+        chosen[name] = Scheme.of(name, stages)
+        for stage in chosen[name].stages:
+            check_layers(parse_plan(stage.plan), num_layers)
     return chosen
 
 
@@ -84,6 +83,8 @@ def compare(
     Returns one row per scheme, seed and question: see evaluate.evaluate. Raises what ``train`` raises, at once; what is
     finished stays.
     """
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise CompareError(f"workers must be a whole number of at least 1, not {workers!r}")
     setup = train.prepare(config)  # builds the data once, before the workers need it
     heldout = Path(heldout) if heldout else train.digits_data() / "heldout.json"
     root = Path(config.output)
@@ -91,12 +92,12 @@ def compare(
     for seed in seeds:
         aligned[seed] = replace(config, output=str(root / f"{seed}" / train.ALIGN), stage=0, seed=seed)
         for name, scheme in schemes.items():
-            start = dict(model=aligned[seed].output, align_steps=0) if config.align_steps else {}
+            start = dict(model=aligned[seed].output, align_steps=0) if config.aligns else {}
             stages = [asdict(stage) for stage in scheme.stages]
             run = replace(config, output=str(root / f"{seed}" / name), scheme=stages, seed=seed, **start)
             runs[name, seed] = replace(run, max_steps=setup.total_steps, epochs=None)
     if workers == 1:
-        for seed in seeds if config.align_steps else ():
+        for seed in seeds if config.aligns else ():
             train.train(aligned[seed], progress=False)
         bar = tqdm(runs.items(), desc="runs", disable=not progress)
         frames = {key: _run(run, heldout, questions) for key, run in bar}
@@ -105,7 +106,7 @@ def compare(
         with ProcessPoolExecutor(
             workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
         ) as pool:
-            frames = _in_pool(pool, aligned if config.align_steps else {}, runs, heldout, questions, progress)
+            frames = _in_pool(pool, aligned if config.aligns else {}, runs, heldout, questions, progress)
     return pd.concat([frames[name, seed].assign(scheme=name, seed=seed) for name, seed in runs], ignore_index=True)
 
 
