@@ -219,6 +219,16 @@ def _against_baseline(wide: pd.DataFrame, interval_of, cost: pd.DataFrame | None
     return result if cost is None else result.join(cost)
 
 
+def paired(runs: pd.DataFrame, first: str, second: str, value: str = "accuracy") -> tuple[float, float, float]:
+    """Mean over seeds of ``first`` less ``second``, paired by seed, and its 95% interval.
+
+    runs: a row per scheme and seed, such as one type of ``accuracies``, or ``roughness``.
+    """
+    wide = runs.pivot(index="seed", columns="scheme", values=value)[[first, second]].dropna()
+    difference = wide[first] - wide[second]
+    return float(difference.mean()), *mean_interval(difference)
+
+
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """The 95% interval of the mean of ``values``, by Student's t."""
     values = np.asarray(values, dtype=float)
