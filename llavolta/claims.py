@@ -167,8 +167,8 @@ def _stability(rough: pd.DataFrame, runs: pd.DataFrame, seeds: pd.Series, comman
         "Pooling trains more steadily than attention-based pruning",
         "claimed, no figure",
         f"change of the loss from log to log (standard deviation): pooled {means[pooled]:.4f}, pruned "
-        f"{means[pruned]:.4f} nats, difference {unrest[0]:+.4f} ({unrest[1]:+.4f} to {unrest[2]:+.4f}); accuracy, pooled less pruned: "
-        f"{_points(*better)}",
+        f"{means[pruned]:.4f} nats, difference {unrest[0]:+.4f} ({unrest[1]:+.4f} to {unrest[2]:+.4f}); "
+        f"accuracy, pooled less pruned: {_points(*better)}",
         _sign(unrest),
         int(seeds[pruned]),
         command,
@@ -202,10 +202,10 @@ def render(paper: str) -> str:
     lines = [
         f"# {title}: claims and what we find",
         "",
-        "Written by `python -m llavolta.claims` from the CSV files beside it; do not edit. Ours is the embedded scale (8",
-        "layers, 144 visual tokens, handwritten digits) unless said otherwise: it can support a claim or cast doubt on it,",
-        "not settle it for 7B. Intervals are 95%: over seeds (Student's t; differences paired by seed), or over questions",
-        "where a single model is looked at. Commands run in `notebooks/`, after `papermill`.",
+        "Written by `python -m llavolta.claims` from the CSV files beside it; do not edit. Ours is the embedded scale",
+        "(8 layers, 144 visual tokens, handwritten digits) unless said otherwise: it can support a claim or cast doubt",
+        "on it, not settle it for 7B. Intervals are 95%: over seeds (Student's t; differences paired by seed), or over",
+        "questions where a single model is looked at. Commands run in `notebooks/`, after `papermill`.",
         "",
         "| claim | published | ours (95% interval) | seeds | verdict | command |",
         "|---|---|---|---|---|---|",
