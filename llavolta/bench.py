@@ -64,7 +64,7 @@ def step_times(
     tasks = {plan: partial(step, plan) for plan in plans}
     seconds = interleaved(tasks, rounds, device, progress) / len(batches)
     text, images, labelled = _sizes(model, batches)
-    flops = [step_cost(model.config, plan, text, images, labelled, phase).total for plan in plans]
+    flops = [step_cost(model.config, plan, text, images, labelled=labelled, phase=phase).total for plan in plans]
     base = plans.index("none")
     return pd.DataFrame(
         {
