@@ -419,6 +419,10 @@ class _Recorder(Compressor):
     def is_identity(self) -> bool:
         return self.inner.is_identity
 
+    @property
+    def contiguous(self) -> bool:
+        return self.inner.contiguous
+
     def num_tokens(self, num_tokens: int) -> float:
         return self.inner.num_tokens(num_tokens)
 
