@@ -15,8 +15,10 @@ from tiny import IMAGE, ragged_batch, tiny_llava
 from llavolta import (
     AveragePool2d,
     Compressor,
+    Downsample,
     FastV,
     KeepRatio,
+    KMeans,
     PlanError,
     PyramidDrop,
     RandomDrop,
@@ -91,7 +93,17 @@ def model():
 
 
 def test_the_matrix_has_every_compressor_of_the_package_and_a_users():
-    methods = {"avgpool", "avgpool2d", "downsample", "kmeans", "random", "fastv", "pyramiddrop", "prumerge", "prumerge+"}
+    methods = {
+        "avgpool",
+        "avgpool2d",
+        "downsample",
+        "kmeans",
+        "random",
+        "fastv",
+        "pyramiddrop",
+        "prumerge",
+        "prumerge+",
+    }
     assert methods | {"loudest"} <= COMPRESSORS.keys()
     assert parse_plan("2:loudest:7") == {2: COMPRESSORS["loudest"](7)}
 
@@ -219,6 +231,68 @@ def test_average_pooling_in_squares_by_hand():
         assert out.positions[0, place, 0] == sum(100 + w for w in window) // len(window)
         assert out.anchor[0, place] in window and all(out.group[0, w] == place for w in window)
     torch.testing.assert_close(out.hidden[1, 0], hidden[1, :4].mean(0))
+
+
+def test_resizing_by_area_by_hand():
+    """Every token repeated h x w times, then the mean over H x W blocks: exact area weights in whole numbers."""
+    torch.manual_seed(0)
+    hidden, sizes = torch.randn(2, 40, 8), [(5, 7), (2, 3)]
+    mask = torch.arange(40) < torch.tensor([[5 * 7], [2 * 3]])
+    out = Downsample(0.3)(
+        VisualTokens(hidden, mask, torch.arange(40)[None, :, None].expand(2, -1, 1), torch.tensor(sizes))
+    )
+    assert out.grid.tolist() == [[3, 4], [1, 2]] and out.mask.sum(1).tolist() == [12, 2]
+    for image, ((height, width), (down, across)) in enumerate(zip(sizes, out.grid.tolist(), strict=True)):
+        fine = hidden[image, : height * width].view(height, width, 8)
+        fine = fine.repeat_interleave(down, 0).repeat_interleave(across, 1)
+        expected = fine.view(down, height, across, width, 8).mean((1, 3)).flatten(0, 1)
+        torch.testing.assert_close(out.hidden[image, : down * across], expected)
+        for cell, anchor in enumerate(out.anchor[image, : down * across].tolist()):
+            row, column = cell // across, cell % across
+            assert anchor // width == int((row + 0.5) * height / down)
+            assert anchor % width == int((column + 0.5) * width / across)
+            assert out.group[image, anchor] == cell
+    assert [Downsample(keep).num_tokens(576) for keep in (0.05, 0.11, 0.25, 0.5, 1)] == [25, 64, 144, 289, 576]
+
+
+def lloyd(points: torch.Tensor, start: list[int], iterations: int) -> list[list[int]]:
+    """The clusters of points (L, C), one by one; without empty ones, in the order of the members nearest their mean."""
+    centres = [points[i] for i in start]
+    for _ in range(iterations + 1):
+        clusters = [[] for _ in centres]
+        for i, point in enumerate(points):
+            distance = [((point - centre) ** 2).sum().item() for centre in centres]
+            clusters[distance.index(min(distance))].append(i)
+        centres = [points[c].mean(0) if c else old for c, old in zip(clusters, centres, strict=True)]
+    return sorted((c for c in clusters if c), key=lambda c: nearest_to_mean(points, c))
+
+
+def nearest_to_mean(points: torch.Tensor, members: list[int]) -> int:
+    return min(members, key=lambda i: (points[i] - points[members].mean(0)).norm().item())
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 6])
+def test_k_means_by_hand(iterations):
+    generator = torch.Generator().manual_seed(iterations)
+    hidden, counts = torch.randn(3, 20, 6, generator=generator), [20, 13, 1]
+    mask = torch.arange(20) < torch.tensor(counts)[:, None]
+    positions = torch.arange(20)[None, :, None].expand(3, -1, 1)
+    out = KMeans(0.3, iterations, seed=5)(VisualTokens(hidden, mask, positions))
+    draw = torch.rand(20, generator=torch.Generator().manual_seed(5)).tolist()
+    for image, count in enumerate(counts):
+        start = sorted(range(count), key=lambda i: -draw[i])[: max(1, round(0.3 * count))]
+        clusters = lloyd(hidden[image, :count], start, iterations)
+        assert out.mask[image].sum() == len(clusters)
+        for number, members in enumerate(clusters):
+            torch.testing.assert_close(out.hidden[image, number], hidden[image, members].mean(0))
+            assert out.anchor[image, number] == nearest_to_mean(hidden[image], members)
+            assert all(out.group[image, member] == number for member in members)
+
+
+def test_k_means_of_equal_tokens_leaves_one():
+    hidden, mask = torch.ones(2, 9, 4), torch.ones(2, 9, dtype=torch.bool)
+    out = KMeans(0.5)(VisualTokens(hidden, mask, torch.arange(9)[None, :, None].expand(2, -1, 1)))
+    assert out.mask.tolist() == [[True], [True]] and torch.equal(out.hidden, hidden[:, :1])
 
 
 def test_squares_stay_a_grid_for_the_next_layer(model):
