@@ -24,6 +24,7 @@ from llavolta.compressors import COMPRESSORS
 from llavolta.data import LlavaData, open_image
 from llavolta.errors import UserError
 from llavolta.families import find_parts
+from llavolta.plan import VISION
 
 WIDE = ui.Layout(width="420px")
 STYLE = {"description_width": "90px"}
@@ -47,9 +48,11 @@ class Explorer:
             self._asked.setdefault(question["index"], []).append(question)
         self._compute = lru_cache(256)(self._view)
 
-        depth = len(find_parts(model).layers)
-        self.layer = ui.IntSlider(
-            layer, 0, depth - 1, continuous_update=False, description="layer K", layout=WIDE, style=STYLE
+        parts = find_parts(model)
+        places = [VISION] * (parts.projector is not None) + list(range(len(parts.layers)))
+        layer = layer if layer in places else places[-1]
+        self.layer = ui.SelectionSlider(
+            options=places, value=layer, continuous_update=False, description="layer K", layout=WIDE, style=STYLE
         )
         names = sorted(COMPRESSORS)
         self.compressor = ui.Dropdown(options=names, value=compressor, description="compressor", style=STYLE)
@@ -157,6 +160,9 @@ class Explorer:
 
     def _on_compressor(self, change) -> None:
         self._show_options()
+        if "tower" in COMPRESSORS[self.compressor.value].needs and VISION in self.layer.options:
+            self._quiet, self.layer.value = True, VISION
+            self._quiet = False
         self.refresh()
 
     def _on_entry(self, change) -> None:
