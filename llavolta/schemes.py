@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -72,6 +73,15 @@ class Scheme:
             )
         shares = [(b - a) / total_steps for a, b in zip(edges, edges[1:], strict=False)]
         return cls(name, tuple(Stage(plan, share) for plan, share in zip(plans, shares, strict=True)))
+
+    def reversed(self, name: str) -> Scheme:
+        """The same stages in the opposite order, at the same cost."""
+        return Scheme(name, self.stages[::-1])
+
+    def shuffled(self, name: str, blocks: int = 4, seed: int = 0) -> Scheme:
+        """Each stage cut into ``blocks`` equal parts, all parts in one random order, at the same cost."""
+        parts = [replace(stage, share=stage.share / blocks) for stage in self.stages for _ in range(blocks)]
+        return Scheme(name, tuple(random.Random(seed).sample(parts, len(parts))))
 
     def boundaries(self, total_steps: int) -> tuple[int, ...]:
         """The step before which each stage ends; the last is ``total_steps``. Every stage has at least one step."""

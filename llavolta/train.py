@@ -23,161 +23,40 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import PartialState
+from peft import PeftModel
 from torch.utils.data import Dataset
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from llavolta import digits
+from llavolta.config import PRESETS, ConfigError, TrainConfig
 from llavolta.data import Collator, GroupedSampler, LlavaData
 from llavolta.errors import UserError
 from llavolta.families import find_parts, unwrap
+from llavolta.models import (
+    DATA,
+    PROJECTOR,
+    TOWER,
+    join,
+    load_model,
+    model_path,
+    parameter_groups,
+    set_trainable,
+    with_adapters,
+)
 from llavolta.patch import Compression, compress
-from llavolta.plan import check_layers, parse_plan, tokens_per_layer
-from llavolta.schemes import SCHEMES, Scheme, Stage
+from llavolta.plan import tokens_per_layer
+from llavolta.schemes import Scheme
 
-DATA = Path(__file__).resolve().parent.parent / "data"
-EMBEDDED = DATA / "tiny-llava"
 RUNS = DATA / "runs"
 ALIGN = "align"
 DIGITS_STEPS = 300  # of a whole scheme on the digits, unless the configuration says otherwise
-
-
-class ConfigError(UserError, ValueError):
-    """A training configuration that cannot be run; the message names the parameter and what it may be."""
-
-
-# What the numbers of a configuration may be: whole ones and their least, others and their range.
-_WHOLE = dict(
-    align_steps=0,
-    max_steps=1,
-    batch_size=1,
-    max_length=1,
-    gradient_accumulation=1,
-    save_steps=0,
-    log_steps=1,
-    num_workers=0,
-    seed=0,
-)
-_NUMBERS = dict(learning_rate=(1e-12, 1), align_learning_rate=(1e-12, 1), warmup=(0, 1), weight_decay=(0, 10))
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything a run depends on. The defaults are the embedded scale.
-
-    model: a Hugging Face folder or hub name; "embedded" is the tiny LLaVA in data/. data, images: LLaVA JSON and
-    image folder; "digits" is the generated digits VQA. scheme: a name of SCHEMES (layers are scaled to the model's
-    depth) or a list of {plan, share} (taken as they are). stage: train up to the end of this stage of the scheme (from
-    1), only projector alignment (0), or everything (None). plan: replaces the plan of ``stage``. max_steps: optimizer
-    steps of the whole scheme; epochs: the same as passes over the data (give one of the two). align_steps: those of
-    projector alignment; 0 skips it, for a model that is aligned already.
-    """
-
-    output: str
-    model: str = "embedded"
-    data: str = "digits"
-    images: str | None = None
-    align_data: str | None = None
-    align_images: str | None = None
-    scheme: str | list = "three-stage"
-    stage: int | None = None
-    plan: str | None = None
-    max_steps: int | None = None
-    epochs: float | None = None
-    align_steps: int = 80
-    batch_size: int = 32
-    learning_rate: float = 1.5e-3
-    align_learning_rate: float = 4e-3
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    max_length: int = 2048
-    pad_to_square: bool = False
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    gradient_accumulation: int = 1
-    save_steps: int = 0
-    log_steps: int = 10
-    num_workers: int = 0
-    seed: int = 0
-
-    def __post_init__(self):
-        for name, least in _WHOLE.items():
-            value = getattr(self, name)
-            optional = name == "max_steps" and value is None
-            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
-        for name, (low, high) in _NUMBERS.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
-                raise ConfigError(f"{name} must be a number from {low} to below {high}, not {value!r}")
-        if self.epochs is not None and (not isinstance(self.epochs, int | float) or not self.epochs > 0):
-            raise ConfigError(f"epochs must be a number above 0, not {self.epochs!r}")
-        if self.max_steps is not None and self.epochs is not None:
-            raise ConfigError("give max_steps or epochs, not both")
-        stages = len(self._written_stages())
-        if self.stage is not None and (isinstance(self.stage, bool) or self.stage not in range(stages + 1)):
-            raise ConfigError(f"stage must be 0 (projector alignment) .. {stages} for this scheme, not {self.stage!r}")
-        if self.plan is not None and not self.stage:
-            raise ConfigError("plan replaces the plan of one stage of the scheme; say which with stage (from 1)")
-        if self.plan is not None:
-            parse_plan(self.plan)
-
-    def _written_stages(self) -> tuple[Stage, ...]:
-        if isinstance(self.scheme, str):
-            if self.scheme not in SCHEMES:
-                raise ConfigError(f"unknown scheme {self.scheme!r}; choose from {', '.join(SCHEMES)}, or list stages")
-            return SCHEMES[self.scheme].stages
-        try:
-            return Scheme("custom", tuple(Stage(**stage) for stage in self.scheme)).stages
-        except TypeError:
-            raise ConfigError(f"scheme must be a name or a list of {{plan, share}}, not {self.scheme!r}") from None
-
-    def resolve_scheme(self, num_layers: int) -> Scheme:
-        """The scheme for a model of ``num_layers`` decoder layers."""
-        if isinstance(self.scheme, str):
-            scheme = SCHEMES[self.scheme].scaled(num_layers)
-        else:
-            scheme = Scheme("custom", self._written_stages())
-        if self.plan is not None:
-            stages = list(scheme.stages)
-            stages[self.stage - 1] = replace(stages[self.stage - 1], plan=self.plan)
-            scheme = Scheme(f"{scheme.name} with {self.plan} in stage {self.stage}", tuple(stages))
-        for stage in scheme.stages:
-            check_layers(parse_plan(stage.plan), num_layers)
-        return scheme
-
-    @classmethod
-    def from_dict(cls, values: dict) -> TrainConfig:
-        """A configuration from parsed YAML or notebook parameters; unknown names are errors."""
-        known = [field.name for field in fields(cls)]
-        unknown = [name for name in values if name not in known]
-        if unknown:
-            raise ConfigError(f"unknown parameter {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
-        if "output" not in values:
-            raise ConfigError("output is missing: name the folder that the run is written to")
-        # YAML reads 1e-3, without a point, as text.
-        return cls(**{name: _number(value) if name in _NUMBERS else value for name, value in values.items()})
-
-
-def _number(value):
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 # What may differ between two calls on one run folder: how far to train, and how, not what.
@@ -187,23 +66,6 @@ _FREE = ("output", "stage", "num_workers", "log_steps", "save_steps")
 def digits_data(scenes: int = 4000, heldout: int = 300, seed: int = 0) -> Path:
     """The generated digits VQA data set in data/cache, built on first use."""
     return digits.build(DATA / "cache" / f"digits-{scenes}-{heldout}-{seed}", scenes, heldout, seed)
-
-
-def load_model(name: str) -> tuple:
-    """(model, processor) of a Hugging Face folder or hub name, float32; "embedded" is the one in data/.
-
-    Raises ConfigError when weights are missing, which ``from_pretrained`` would fill with random numbers.
-    """
-    path = str(EMBEDDED) if name == "embedded" else name
-    if not Path(path).exists() and (path.startswith((".", "/")) or path.count("/") != 1):
-        raise ConfigError(f"no model folder {path}; give a Hugging Face folder, a hub name or 'embedded'")
-    model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ConfigError(
-            f"{path} lacks {len(missing)} weights of its model, such as {missing[0]}; the folder is damaged"
-        )
-    return model, AutoProcessor.from_pretrained(path)
 
 
 def embedded_llava() -> Path:
@@ -216,16 +78,6 @@ def embedded_llava() -> Path:
     if first_use:
         print("training the embedded LLaVA without compression, once; about 3 minutes on 2 cores", flush=True)
     return train(TrainConfig(output=str(folder), scheme="single-stage"), progress=first_use)
-
-
-def set_trainable(model, phase: str) -> None:
-    """Freeze what LLaVA freezes. "align": all but the projector. "instruct": the vision tower."""
-    core = unwrap(model).base_model
-    for name, parameter in unwrap(model).named_parameters():
-        tower = "vision_tower" in name
-        projector = "multi_modal_projector" in name
-        parameter.requires_grad_(projector if phase == "align" else not tower)
-    core.vision_tower.eval()
 
 
 class StageCallback(TrainerCallback):
@@ -260,7 +112,7 @@ class StageCallback(TrainerCallback):
 
 
 class MetricsCallback(TrainerCallback):
-    """Appends step, stage, plan, loss, learning rate, visual tokens per layer and seconds per step to metrics.jsonl."""
+    """Appends step, stage, plan, loss, rates, gradient norm, tokens per layer and seconds a step to metrics.jsonl."""
 
     def __init__(self, file: Path, scheme: Scheme, num_layers: int, num_tokens: int):
         self.file, self.scheme = file, scheme
@@ -290,6 +142,7 @@ class MetricsCallback(TrainerCallback):
             "plan": self.scheme.stages[stage].plan,
             "loss": logs["loss"],
             "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
             "tokens_per_layer": self.tokens[stage],
             "seconds": self.seconds / max(self.steps, 1),
         }
@@ -301,14 +154,24 @@ class MetricsCallback(TrainerCallback):
 class StageTrainer(Trainer):
     """Trainer that groups batches by modality and length, saves what resumes, and stops at a NaN loss."""
 
-    def __init__(self, *args, scheme: Scheme, **kwargs):
+    def __init__(self, *args, scheme: Scheme, rates: dict[str, float | None], **kwargs):
         super().__init__(*args, **kwargs)
-        self.scheme = scheme
+        self.scheme, self.rates = scheme, rates
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         data = train_dataset if train_dataset is not None else self.train_dataset
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return GroupedSampler(data.lengths, data.has_image, batch, self.args.seed)
+
+    def create_optimizer(self, model=None):
+        model = self.model if model is None else model
+        if self.optimizer is None and any(self.rates.values()):
+            groups = parameter_groups(
+                model, self.args.weight_decay, set(self.get_decay_parameter_names(model)), self.rates
+            )
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = kind(groups, **options)
+        return super().create_optimizer(model)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -354,26 +217,43 @@ class Setup:
 
 def prepare(config: TrainConfig) -> Setup:
     """Resolve ``config`` without loading weights; builds the digits data on first use. Raises ConfigError."""
-    path = EMBEDDED if config.model == "embedded" else config.model
-    try:
-        model_config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model {config.model!r} cannot be read: {str(error).splitlines()[0]}") from None
-    num_layers = model_config.get_text_config().num_hidden_layers
-    scheme = config.resolve_scheme(num_layers)
+    num_layers, num_tokens = _sizes(config)
     data, images = (
-        (digits_data() / "train.json", None) if config.data == "digits" else (Path(config.data), config.images)
+        (digits_data(config.scenes) / "train.json", None)
+        if config.data == "digits"
+        else (Path(config.data), config.images)
     )
     if not data.is_file():
         raise ConfigError(f"no data file {data}; give a LLaVA JSON file, or 'digits'")
-    total = config.max_steps
-    if total is None and config.epochs is None and config.data == "digits":
+    if config.data == "digits" and config.max_steps is None and config.epochs is None:
         total = DIGITS_STEPS
-    elif total is None:
-        batch = config.batch_size * config.gradient_accumulation * int(os.environ.get("WORLD_SIZE", 1))
-        total = max(1, math.ceil((config.epochs or 1) * len(LlavaData(data, images)) / batch))
-    scheme.boundaries(total)
-    return Setup(scheme, num_layers, getattr(model_config, "image_seq_length", 0), total, data, images)
+    else:
+        total = _steps(config, "instruct", data, images)
+    return Setup(config.resolve_scheme(num_layers, total), num_layers, num_tokens, total, data, images)
+
+
+def _sizes(config: TrainConfig) -> tuple[int, int]:
+    """Decoder layers and visual tokens an image, from the checkpoints' configurations alone."""
+
+    def read(name: str):
+        try:
+            return AutoConfig.from_pretrained(model_path(name))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model {name!r} cannot be read: {str(error).splitlines()[0]}") from None
+
+    if config.vision_tower is None:
+        whole = read(config.model)
+        return whole.get_text_config().num_hidden_layers, getattr(whole, "image_seq_length", 0)
+    vision = read(config.vision_tower)
+    vision = getattr(vision, "vision_config", vision)
+    return read(config.language_model).num_hidden_layers, (vision.image_size // vision.patch_size) ** 2
+
+
+def _steps(config: TrainConfig, phase: str, data: Path, images: str | Path | None) -> int:
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    config.batches(phase, processes)  # refuses what does not divide
+    fixed = config.align_epochs is None if phase == "align" else config.max_steps is not None
+    return config.steps(phase, 0 if fixed else len(LlavaData(data, images)), processes)
 
 
 def train(config: TrainConfig, progress: bool = True) -> Path:
@@ -394,14 +274,15 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
         setup = prepare(config)
         if state.is_main_process:
             _claim(output, config, setup.scheme)
-    if config.align_steps:
+    if config.aligns:
         align = output / ALIGN
-        if _last_step(align) < config.align_steps or not (align / "model.safetensors").exists():
+        with state.main_process_first():
+            data, images = _align_data(config)
+        steps = _steps(config, "align", data, images)
+        if _last_step(align) < steps or not (align / "model.safetensors").exists():
             _say("stage 0, projector alignment: training", progress)
-            with state.main_process_first():
-                data, images = _align_data(config)
-            one_stage = Scheme.equal("align", "none")
-            _run(config, align, "align", config.model, data, images, one_stage, config.align_steps, None, progress)
+            one_stage = Scheme.equal("align", config.align_plan)
+            _run(config, align, "align", config.model, data, images, one_stage, steps, None, progress)
         if config.stage == 0:
             if state.is_main_process:
                 _export(align, output)
@@ -478,12 +359,20 @@ def _say(text: str, progress: bool) -> None:
         print(text, flush=True)
 
 
+def claim(config: TrainConfig) -> Path:
+    """The folder of ``config``, or ConfigError if it holds another run."""
+    output = Path(config.output)
+    _claim(output, config, prepare(config).scheme)
+    return output
+
+
 def _claim(output: Path, config: TrainConfig, scheme: Scheme) -> None:
     """Write config.yaml, or check that the folder's is the same run; refuse the folder of another one."""
     values = {**asdict(config), "resolved_stages": [asdict(stage) for stage in scheme.stages]}
     file = output / "config.yaml"
     if file.exists():
-        held = yaml.safe_load(file.read_text()) or {}
+        defaults = {field.name: field.default for field in fields(config)}  # of parameters younger than the run
+        held = defaults | (yaml.safe_load(file.read_text()) or {})
         differ = [name for name in values if name not in _FREE and name != "plan" and held.get(name) != values[name]]
         if differ:
             changes = ", ".join(f"{name} {held.get(name)!r} -> {values[name]!r}" for name in differ)
@@ -499,7 +388,7 @@ def _align_data(config: TrainConfig) -> tuple[Path, Path | None]:
         return Path(config.align_data), config.align_images
     if config.data != "digits":
         raise ConfigError("projector alignment needs align_data (captions); give it, or align_steps 0 to skip it")
-    return digits_data() / "align.json", None
+    return digits_data(config.scenes) / "align.json", None
 
 
 def _last_step(folder: Path) -> int:
@@ -510,18 +399,24 @@ def _last_step(folder: Path) -> int:
 def _run(config, output: Path, phase: str, model_name: str, data, images, scheme, total, stop_after, progress) -> None:
     """Train ``phase`` in ``output`` from its newest checkpoint, or from ``model_name``, to the end of a stage."""
     set_seed(config.seed)
-    model, processor = load_model(model_name)
-    set_trainable(model, phase)
+    if phase == "align" and config.vision_tower is not None:
+        model, processor = join(config.vision_tower, config.language_model)
+    else:
+        model, processor = load_model(model_name, config.quantize if phase == "instruct" else None)
+    num_layers, num_tokens = len(find_parts(model).layers), getattr(model.config, "image_seq_length", 0)
+    set_trainable(model, phase, config.train_tower)
+    if phase == "instruct" and config.lora_rank:
+        base = Path(model_name).resolve()  # the adapters may be loaded from elsewhere
+        model = with_adapters(model, config, str(base) if base.exists() else model_name)
     pad = tuple(round(255 * mean) for mean in processor.image_processor.image_mean) if config.pad_to_square else None
-    dataset = LlavaData(data, images, pad=pad)
-    rate = config.align_learning_rate if phase == "align" else config.learning_rate
+    size, accumulated = config.batches(phase, int(os.environ.get("WORLD_SIZE", 1)))
     arguments = TrainingArguments(
         output_dir=str(output),
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulated,
         activation_checkpointing=config.gradient_checkpointing,
         max_steps=total,
-        learning_rate=float(rate),
+        learning_rate=float(config.align_learning_rate if phase == "align" else config.learning_rate),
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(config.warmup * total),
         weight_decay=config.weight_decay,
@@ -538,18 +433,19 @@ def _run(config, output: Path, phase: str, model_name: str, data, images, scheme
         seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
     )
-    num_layers = len(find_parts(model).layers)
-    num_tokens = getattr(model.config, "image_seq_length", 0)
     stages = StageCallback(scheme, stop_after)
+    tuned = {PROJECTOR: config.projector_learning_rate, TOWER: config.tower_learning_rate}
     trainer = StageTrainer(
         model=model,
         args=arguments,
-        train_dataset=dataset,
+        train_dataset=LlavaData(data, images, pad=pad),
         data_collator=Collator(processor, config.max_length),
         processing_class=processor,
         callbacks=[stages, MetricsCallback(output / "metrics.jsonl", scheme, num_layers, num_tokens)],
         scheme=scheme,
+        rates=tuned if phase == "instruct" else {},
     )
+    trainer.remove_callback(PrinterCallback)  # metrics.jsonl holds it all
     checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
     if checkpoint:
         _check_checkpoint(Path(checkpoint), scheme, total)
@@ -557,8 +453,19 @@ def _run(config, output: Path, phase: str, model_name: str, data, images, scheme
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         stages.release()
-    trainer.save_model(str(output))
+    if isinstance(model, PeftModel):
+        _save_merged(trainer, output)
+    else:
+        trainer.save_model(str(output))
     trainer.accelerator.wait_for_everyone()  # the next phase loads what the main process has just written
+
+
+def _save_merged(trainer: StageTrainer, output: Path) -> None:
+    """Write the model with its adapters merged into weights of full precision: a plain Hugging Face folder."""
+    if trainer.is_world_process_zero():
+        model, processor = load_model(get_last_checkpoint(str(output)))
+        model.save_pretrained(output, save_original_format=False)
+        processor.save_pretrained(output)
 
 
 def _check_checkpoint(checkpoint: Path, scheme: Scheme, total: int) -> None:
@@ -614,16 +521,26 @@ def read_metrics(file: str | Path) -> list[dict]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llavolta.train", description="Train a stage or a scheme.")
-    parser.add_argument("config", help="YAML file with the parameters of llavolta.train.TrainConfig")
+    parser.add_argument("config", help=f"YAML file of TrainConfig's parameters, or a preset: {', '.join(PRESETS)}")
     parser.add_argument("--stage", type=int, help="overrides the file's stage")
     parser.add_argument("--output", help="overrides the file's output")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="overrides any other parameter")
     options = parser.parse_args(arguments)
     try:
-        values = yaml.safe_load(Path(options.config).read_text())
-        if not isinstance(values, dict):
-            raise ConfigError(f"{options.config} must hold 'name: value' lines")
-        values |= {key: getattr(options, key) for key in ("stage", "output") if getattr(options, key) is not None}
-        train(TrainConfig.from_dict(values))
+        changes = {key: getattr(options, key) for key in ("stage", "output") if getattr(options, key) is not None}
+        for change in options.set:
+            name, equals, value = change.partition("=")
+            if not equals:
+                raise ConfigError(f"--set takes NAME=VALUE, not {change!r}")
+            changes[name] = yaml.safe_load(value)
+        if options.config in PRESETS:
+            config = TrainConfig.from_preset(options.config, **changes)
+        else:
+            values = yaml.safe_load(Path(options.config).read_text())
+            if not isinstance(values, dict):
+                raise ConfigError(f"{options.config} must hold 'name: value' lines")
+            config = TrainConfig.from_dict(values | changes)
+        train(config)
     except (UserError, OSError, yaml.YAMLError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -130,7 +130,7 @@ def test_03_train_stage_alone_stage_0_and_a_plan_of_ones_own(training, tmp_path)
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"stgae": 2}, "ParameterError: unknown parameter 'stgae'; known: stage, scheme"),
+        ({"stgae": 2}, "ParameterError: unknown parameter 'stgae'; known: stage, preset"),
         ({"stage": 7}, "ConfigError: stage must be 0 (projector alignment) .. 3 for this scheme, not 7"),
         ({"scheme": "tree-stage"}, "ConfigError: unknown scheme 'tree-stage'; choose from single-stage"),
         ({"plan": "4:avgpool:8"}, "PlanError: plan '4:avgpool:8' names layer 4, but this model's 4 decoder layers"),

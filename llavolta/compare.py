@@ -1,0 +1,248 @@
+"""Schemes side by side: trained with the same seeds, data order and number of steps, then asked the same questions.
+
+Every run is a folder of ``llavolta.train``; what is finished is not done again, so an interrupted comparison goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from tqdm.auto import tqdm
+
+from llavolta import bench, train
+from llavolta.data import Collator, LlavaData
+from llavolta.errors import UserError
+from llavolta.evaluate import evaluate, interval
+from llavolta.schemes import SCHEMES, Scheme
+
+BASELINE = "single-stage"
+_three = SCHEMES["three-stage"]
+CONTROLS = {
+    scheme.name: scheme
+    for scheme in (
+        _three.reversed("three-stage-reversed"),
+        _three.shuffled("three-stage-shuffled"),
+        Scheme.equal("constant", "16:avgpool:8"),
+        Scheme.equal("three-stage-pruned", "2:pyramiddrop:0.125", "16:pyramiddrop:0.125", "none"),
+    )
+}
+"""What staged pooling is held against: other orders of the same stages at the same cost, one light plan to the end, and
+pruning by attention to the same number of tokens in place of pooling. For 32 layers, as SCHEMES."""
+
+
+class CompareError(UserError, ValueError):
+    """A comparison that cannot be made; the message says why."""
+
+
+def contestants(names: Sequence[str], own: Mapping[str, Sequence], num_layers: int) -> dict[str, Scheme]:
+    """Schemes by name, for a model of ``num_layers`` layers, the baseline first.
+
+    names: of SCHEMES and CONTROLS, scaled to the model's depth. own: more, each a list of plans (equal shares) or of
+    {plan, share}, taken as they are.
+    """
+    known = {**SCHEMES, **CONTROLS}
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise CompareError(f"unknown scheme {', '.join(map(repr, unknown))}; choose from {', '.join(known)}")
+    chosen = {name: known[name].scaled(num_layers) for name in dict.fromkeys([BASELINE, *names])}
+    for name, stages in own.items():
+        if name in known:
+            raise CompareError(f"a scheme of your own cannot be called {name!r}; that one exists")
+        if all(isinstance(stage, str) for stage in stages):
+            chosen[name] = Scheme.equal(name, *stages)
+        else:
+            config = train.TrainConfig(output="", scheme=list(stages))
+            chosen[name] = replace(config.resolve_scheme(num_layers), name=name)
+    return chosen
+
+
+def compare(
+    schemes: Mapping[str, Scheme],
+    seeds: Sequence[int],
+    config: train.TrainConfig,
+    heldout: str | Path | None = None,
+    questions: int = 1200,
+    workers: int = 1,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Train every scheme with every seed and ask each model the first ``questions`` held-out questions.
+
+    config: what the runs share; its output is the folder that holds them all, as ``<seed>/<scheme>``. Projector
+    alignment is done once a seed. heldout: LLaVA JSON; None: the held-out digits scenes. workers: runs at a time, each
+    in a process of its own (on the CPU with its share of the cores).
+    Returns one row per scheme, seed and question: see evaluate.evaluate. Raises what ``train`` raises, at once; what is
+    finished stays.
+    """
+    setup = train.prepare(config)  # builds the data once, before the workers need it
+    heldout = Path(heldout) if heldout else train.digits_data() / "heldout.json"
+    root = Path(config.output)
+    aligned, runs = {}, {}
+    for seed in seeds:
+        aligned[seed] = replace(config, output=str(root / f"{seed}" / train.ALIGN), stage=0, seed=seed)
+        for name, scheme in schemes.items():
+            start = dict(model=aligned[seed].output, align_steps=0) if config.align_steps else {}
+            stages = [asdict(stage) for stage in scheme.stages]
+            run = replace(config, output=str(root / f"{seed}" / name), scheme=stages, seed=seed, **start)
+            runs[name, seed] = replace(run, max_steps=setup.total_steps, epochs=None)
+    if workers == 1:
+        for seed in seeds if config.align_steps else ():
+            train.train(aligned[seed], progress=False)
+        bar = tqdm(runs.items(), desc="runs", disable=not progress)
+        frames = {key: _run(run, heldout, questions) for key, run in bar}
+    else:
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        with ProcessPoolExecutor(
+            workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+        ) as pool:
+            frames = _in_pool(pool, aligned if config.align_steps else {}, runs, heldout, questions, progress)
+    return pd.concat([frames[name, seed].assign(scheme=name, seed=seed) for name, seed in runs], ignore_index=True)
+
+
+def _in_pool(pool, aligned: dict, runs: dict, heldout: Path, questions: int, progress: bool) -> dict:
+    """The answers of every run; what cannot start any more after a failure is given up."""
+    frames = {}
+    with tqdm(total=len(aligned) + len(runs), desc="runs", disable=not progress) as bar:
+        try:
+            for done in as_completed([pool.submit(train.train, config, False) for config in aligned.values()]):
+                done.result()
+                bar.update()
+            waiting = {pool.submit(_run, run, heldout, questions): key for key, run in runs.items()}
+            for done in as_completed(waiting):
+                frames[waiting[done]] = done.result()
+                bar.set_postfix_str(" ".join(map(str, waiting[done])))
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return frames
+
+
+def _run(config: train.TrainConfig, heldout: Path, questions: int) -> pd.DataFrame:
+    """Train ``config`` unless its folder holds the trained model already, and its answers likewise."""
+    output = Path(config.output)
+    file = output / "answers.csv"
+    if not file.exists():
+        train.train(config, progress=False)
+    elif len(held := pd.read_csv(file, dtype=_TEXT, keep_default_na=False)) >= questions:
+        train.claim(config)
+        return held[:questions]
+    model, processor = train.load_model(str(output))
+    answers = evaluate(model, processor, LlavaData(heldout), limit=questions, progress=False)
+    part = file.with_suffix(".part")
+    answers.to_csv(part, index=False)
+    part.replace(file)
+    for checkpoint in output.glob("checkpoint-*"):  # the finished model stands beside them
+        shutil.rmtree(checkpoint)
+    return answers
+
+
+_TEXT = {"question": str, "answer": str, "prediction": str}
+
+
+def costs(
+    schemes: Mapping[str, Scheme],
+    config: train.TrainConfig,
+    model: str | Path,
+    rounds: int = 5,
+    progress: bool = True,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What the schemes cost relative to no compression, and the steps that this is summed from.
+
+    The first table has one row per scheme: time and flops (1 for no compression), each the mean over its stages by
+    their shares. The second is ``bench.step_times`` of all their plans, timed in turn on the same batches of training
+    data, so that the noise of the machine cancels. model: a trained one of them.
+    """
+    setup = train.prepare(config)
+    trained, processor = train.load_model(str(model))
+    data, collate, size = LlavaData(setup.data, setup.images), Collator(processor, config.max_length), config.batch_size
+    batches = [collate([data[i % len(data)] for i in range(k * size, (k + 1) * size)]) for k in range(2)]
+    plans = [stage.plan for scheme in schemes.values() for stage in scheme.stages]
+    steps = bench.step_times(trained, batches, plans, rounds, progress=progress)
+    by_plan = steps.set_index("plan")
+    rows = []
+    for name, scheme in schemes.items():
+        share = pd.Series([stage.share for stage in scheme.stages], [stage.plan for stage in scheme.stages])
+        mean = (by_plan.loc[share.index, ["ratio", "flops_ratio"]].mul(share.to_numpy(), axis=0)).sum()
+        rows.append(dict(scheme=name, time=mean.ratio, flops=mean.flops_ratio))
+    return pd.DataFrame(rows).set_index("scheme"), steps
+
+
+def accuracies(answers: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy per scheme, seed and question type ("overall" among them); answers: from ``compare``."""
+    both = pd.concat([answers.assign(type="overall"), answers])
+    return both.groupby(["scheme", "seed", "type"], sort=False).correct.mean().rename("accuracy").reset_index()
+
+
+def table(runs: pd.DataFrame, cost: pd.DataFrame | None = None, kind: str = "overall") -> pd.DataFrame:
+    """Per scheme: accuracy, its difference to the baseline's, and their 95% intervals; beside it ``cost``.
+
+    runs: from ``accuracies``, at least two seeds. Intervals are Student's t over seeds; differences are paired by seed,
+    as two runs of one seed share their initial weights and the order of their data.
+    """
+    wide = runs.query("type == @kind").pivot(index="seed", columns="scheme", values="accuracy")
+    return _against_baseline(wide[list(dict.fromkeys(runs.scheme))], mean_interval, cost)
+
+
+def table_of_one_seed(answers: pd.DataFrame, cost: pd.DataFrame | None = None) -> pd.DataFrame:
+    """As ``table``, from the answers of a single seed: intervals are bootstrapped over the questions, paired."""
+    wide = answers.assign(number=answers.groupby("scheme").cumcount())
+    wide = wide.pivot(index="number", columns="scheme", values="correct").astype(float)
+    return _against_baseline(wide[list(dict.fromkeys(answers.scheme))], interval, cost)
+
+
+def _against_baseline(wide: pd.DataFrame, interval_of, cost: pd.DataFrame | None) -> pd.DataFrame:
+    rows = {}
+    for name, values in wide.items():
+        row = {}
+        for prefix, part in (("", values), ("difference_", values - wide[BASELINE])):
+            low, high = interval_of(part)
+            row |= {prefix.rstrip("_") or "accuracy": part.mean(), f"{prefix}low": low, f"{prefix}high": high}
+        rows[name] = row
+    result = pd.DataFrame.from_dict(rows, orient="index").rename_axis("scheme")
+    return result if cost is None else result.join(cost)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of the mean of ``values``, by Student's t."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        raise CompareError("an interval over seeds needs at least two seeds")
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def curves(schemes: Mapping[str, Scheme], seeds: Sequence[int], config: train.TrainConfig) -> pd.DataFrame:
+    """The rows of every run's metrics.jsonl (step, stage, plan, loss, grad_norm, ...), by scheme and seed."""
+    frames = []
+    for seed in seeds:
+        for name in schemes:
+            rows = train.read_metrics(Path(config.output) / f"{seed}" / name / "metrics.jsonl")
+            frames.append(pd.DataFrame(rows).assign(scheme=name, seed=seed))
+    return pd.concat(frames, ignore_index=True)
+
+
+def roughness(curves: pd.DataFrame) -> pd.DataFrame:
+    """How unsteadily each run trained: one row per scheme and seed.
+
+    loss: the standard deviation of the change of the logged loss from one log to the next, nats per token, within
+    stages (the jump between two stages is no unrest). grad_norm: the mean gradient norm before clipping.
+    """
+    steps = curves.sort_values(["scheme", "seed", "step"])
+    change = steps.groupby(["scheme", "seed", "stage"], sort=False).loss.diff()
+    return (
+        steps.assign(change=change)
+        .groupby(["scheme", "seed"], sort=False)
+        .agg(loss=("change", "std"), grad_norm=("grad_norm", "mean"))
+        .reset_index()
+    )

@@ -1,0 +1,239 @@
+"""What a training run depends on: one flat, checked configuration, and presets of it by name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import yaml
+
+from llavolta.errors import UserError
+from llavolta.plan import check_layers, parse_plan
+from llavolta.schemes import SCHEMES, Scheme, Stage
+
+PRESETS = {file.stem: file for file in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
+
+
+class ConfigError(UserError, ValueError):
+    """A training configuration that cannot be run; the message names the parameter and what it may be."""
+
+
+# What the numbers of a configuration may be: whole ones and their least, others and their range.
+_WHOLE = dict(
+    align_steps=0,
+    max_steps=1,
+    batch_size=1,
+    align_batch_size=1,
+    global_batch=1,
+    align_global_batch=1,
+    max_length=1,
+    save_steps=0,
+    log_steps=1,
+    num_workers=0,
+    scenes=1,
+    lora_rank=0,
+    lora_alpha=1,
+    seed=0,
+)
+_NUMBERS = dict(
+    learning_rate=(1e-12, 1),
+    align_learning_rate=(1e-12, 1),
+    projector_learning_rate=(1e-12, 1),
+    tower_learning_rate=(1e-12, 1),
+    warmup=(0, 1),
+    weight_decay=(0, 10),
+    epochs=(1e-6, 1e6),
+    align_epochs=(1e-6, 1e6),
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run depends on. The defaults are the embedded scale; ``PRESETS`` names others.
+
+    model: a Hugging Face folder or hub name; "embedded" is the tiny LLaVA in data/. vision_tower, language_model:
+    folders or hub names to make a LLaVA of, with a new projector, in place of ``model``. data, images: LLaVA JSON and
+    image folder; "digits" is the generated digits VQA of so many ``scenes``.
+
+    scheme: a name of SCHEMES (layers are scaled to the model's depth), a list of plans, or a list of {plan, share}
+    (both taken as they are). pivots: the optimizer steps at which a stage ends and the next begins; else stages have
+    their shares. stage: train up to the end of this stage of the scheme (from 1), only projector alignment (0), or
+    everything (None). plan: replaces the plan of ``stage``. align_plan: the plan of projector alignment.
+
+    max_steps: optimizer steps of the whole scheme; epochs: the same as passes over the data (give one of the two).
+    align_steps: those of projector alignment; 0 skips it, for a model that is aligned; align_epochs replaces them.
+    batch_size: examples a process holds at a time. global_batch: examples of an optimizer step over all processes, by
+    accumulation of gradients; None: one batch of each process.
+
+    projector_learning_rate: None: ``learning_rate``. train_tower: also train the vision tower while tuning, at
+    tower_learning_rate. lora_rank: train adapters of this rank in the language model in place of its weights, scaled by
+    lora_alpha / lora_rank (lora_alpha None: twice the rank). quantize: "nf4" holds the frozen language model in 4 bits
+    (QLoRA). The finished model is a plain one either way.
+    """
+
+    output: str
+    model: str = "embedded"
+    vision_tower: str | None = None
+    language_model: str | None = None
+    data: str = "digits"
+    images: str | None = None
+    align_data: str | None = None
+    align_images: str | None = None
+    scenes: int = 4000
+    scheme: str | list = "three-stage"
+    pivots: list | None = None
+    stage: int | None = None
+    plan: str | None = None
+    align_plan: str = "none"
+    max_steps: int | None = None
+    epochs: float | None = None
+    align_steps: int = 80
+    align_epochs: float | None = None
+    batch_size: int = 32
+    align_batch_size: int | None = None
+    global_batch: int | None = None
+    align_global_batch: int | None = None
+    learning_rate: float = 1.5e-3
+    align_learning_rate: float = 4e-3
+    projector_learning_rate: float | None = None
+    train_tower: bool = False
+    tower_learning_rate: float | None = None
+    lora_rank: int = 0
+    lora_alpha: int | None = None
+    quantize: str | None = None
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    max_length: int = 2048
+    pad_to_square: bool = False
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    save_steps: int = 0
+    log_steps: int = 10
+    num_workers: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        optional = {field.name for field in fields(self) if field.default is None}
+        for name, least in _WHOLE.items():
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        for name, (low, high) in _NUMBERS.items():
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
+                raise ConfigError(f"{name} must be a number from {low} to below {high}, not {value!r}")
+        if self.max_steps is not None and self.epochs is not None:
+            raise ConfigError("give max_steps or epochs, not both")
+        if (self.vision_tower is None) != (self.language_model is None):
+            raise ConfigError("vision_tower and language_model make a model together; give both or neither")
+        if self.vision_tower is not None and not self.aligns:
+            raise ConfigError("a model made of vision_tower and language_model is not aligned; raise align_steps")
+        if self.quantize is not None and (self.quantize != "nf4" or not self.lora_rank):
+            raise ConfigError(f"quantize must be 'nf4', with a lora_rank above 0, not {self.quantize!r}")
+        if self.tower_learning_rate is not None and not self.train_tower:
+            raise ConfigError("tower_learning_rate without train_tower changes nothing; set train_tower")
+        parse_plan(self.align_plan)
+        stages = len(self._written_stages())
+        if self.stage is not None and (isinstance(self.stage, bool) or self.stage not in range(stages + 1)):
+            raise ConfigError(f"stage must be 0 (projector alignment) .. {stages} for this scheme, not {self.stage!r}")
+        if self.plan is not None and not self.stage:
+            raise ConfigError("plan replaces the plan of one stage of the scheme; say which with stage (from 1)")
+        if self.plan is not None:
+            parse_plan(self.plan)
+
+    @property
+    def aligns(self) -> bool:
+        """Whether projector alignment comes first."""
+        return bool(self.align_steps or self.align_epochs)
+
+    def _written_stages(self) -> tuple[Stage, ...]:
+        if isinstance(self.scheme, str):
+            if self.scheme not in SCHEMES:
+                raise ConfigError(f"unknown scheme {self.scheme!r}; choose from {', '.join(SCHEMES)}, or list stages")
+            return SCHEMES[self.scheme].stages
+        try:
+            if all(isinstance(stage, str) for stage in self.scheme):
+                return Scheme.equal("custom", *self.scheme).stages
+            return Scheme("custom", tuple(Stage(**stage) for stage in self.scheme)).stages
+        except (TypeError, ZeroDivisionError):
+            raise ConfigError(
+                f"scheme must be a name, a list of plans or a list of {{plan, share}}, not {self.scheme!r}"
+            ) from None
+
+    def resolve_scheme(self, num_layers: int, total_steps: int) -> Scheme:
+        """The scheme for a model of ``num_layers`` decoder layers over ``total_steps`` optimizer steps."""
+        if isinstance(self.scheme, str):
+            scheme = SCHEMES[self.scheme].scaled(num_layers)
+        else:
+            scheme = Scheme("custom", self._written_stages())
+        if self.pivots is not None:
+            plans = [stage.plan for stage in scheme.stages]
+            scheme = Scheme.from_pivots(scheme.name, plans, self.pivots, total_steps)
+        if self.plan is not None:
+            stages = list(scheme.stages)
+            stages[self.stage - 1] = replace(stages[self.stage - 1], plan=self.plan)
+            scheme = Scheme(f"{scheme.name} with {self.plan} in stage {self.stage}", tuple(stages))
+        for plan in (*(stage.plan for stage in scheme.stages), self.align_plan):
+            check_layers(parse_plan(plan), num_layers)
+        scheme.boundaries(total_steps)
+        return scheme
+
+    def batches(self, phase: str, processes: int) -> tuple[int, int]:
+        """(examples a process holds at a time, batches accumulated to an optimizer step) of "align" or "instruct"."""
+        size, whole = self.batch_size, self.global_batch
+        if phase == "align":
+            size, whole = self.align_batch_size or size, self.align_global_batch or whole
+        together = size * processes
+        if whole is not None and whole % together:
+            raise ConfigError(
+                f"a global batch of {whole} is no multiple of {size} examples in {processes} processes; "
+                "change batch_size or the number of processes"
+            )
+        return size, (whole or together) // together
+
+    def steps(self, phase: str, examples: int, processes: int) -> int:
+        """Optimizer steps of ``phase`` over ``examples``; without max_steps and epochs it is one pass."""
+        steps, epochs = (self.align_steps, self.align_epochs) if phase == "align" else (self.max_steps, self.epochs)
+        if phase == "align" and epochs is None or steps is not None and phase != "align":
+            return steps
+        size, accumulated = self.batches(phase, processes)
+        return max(1, math.ceil((epochs or 1) * examples / (size * accumulated * processes)))
+
+    @classmethod
+    def from_dict(cls, values: dict) -> TrainConfig:
+        """A configuration from parsed YAML or notebook parameters; unknown names are errors."""
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in values if name not in known]
+        if unknown:
+            raise ConfigError(f"unknown parameter {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+        if "output" not in values:
+            raise ConfigError("output is missing: name the folder that the run is written to")
+        # YAML reads 1e-3, without a point, as text.
+        return cls(**{name: _number(value) if name in _NUMBERS else value for name, value in values.items()})
+
+    @classmethod
+    def from_preset(cls, name: str, **changes) -> TrainConfig:
+        """The preset ``name`` with ``changes``, of which output is one. max_steps and epochs replace each other."""
+        values = preset(name)
+        if {"max_steps", "epochs"} & changes.keys():
+            values = {key: value for key, value in values.items() if key not in ("max_steps", "epochs")}
+        return cls.from_dict({**values, **changes})
+
+
+def preset(name: str) -> dict:
+    """The parameters that the preset ``name`` sets. Raises ConfigError for an unknown one."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
+    return yaml.safe_load(PRESETS[name].read_text())
+
+
+def _number(value):
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

@@ -1,0 +1,187 @@
+"""Loading a model, making one of its parts, and saying what of it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from llavolta.config import ConfigError, TrainConfig
+from llavolta.families import find_parts, unwrap
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+EMBEDDED = DATA / "tiny-llava"
+PROJECTOR, TOWER = "multi_modal_projector", "vision_tower"
+
+# The conversation of Vicuna v1.5 and LLaVA-1.5: pictures first, then the text of each turn.
+VICUNA_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'][0]['text'] }} {% else %}"
+    "{{ message['role'].upper() }}: "
+    "{% for part in message['content'] if part['type'] != 'text' %}<{{ part['type'] }}>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def model_path(name: str) -> str:
+    """The folder or hub name that ``name`` stands for. Raises ConfigError if it can be neither."""
+    path = str(EMBEDDED) if name == "embedded" else name
+    if not Path(path).exists() and (path.startswith((".", "/")) or path.count("/") != 1):
+        raise ConfigError(f"no model folder {path}; give a Hugging Face folder, a hub name or 'embedded'")
+    return path
+
+
+def load_model(name: str, quantize: str | None = None) -> tuple:
+    """(model, processor) of a Hugging Face folder or hub name, float32; "embedded" is the one in data/.
+
+    A folder of adapters is loaded with the model that they were trained on, and merged into it. quantize: "nf4".
+    Raises ConfigError when weights are missing, which ``from_pretrained`` would fill with random numbers.
+    """
+    path = model_path(name)
+    if (Path(path) / "adapter_config.json").exists():
+        model, processor = load_model(PeftConfig.from_pretrained(path).base_model_name_or_path)
+        return PeftModel.from_pretrained(model, path).merge_and_unload(), processor
+    options = {"quantization_config": _four_bits()} if quantize else {}
+    model = _whole(AutoModelForImageTextToText, path, **options)
+    return model, AutoProcessor.from_pretrained(path)
+
+
+def _whole(kind: type, path: str, **options) -> nn.Module:
+    model, info = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"{path} lacks {len(missing)} weights of its model, such as {missing[0]}; the folder is damaged"
+        )
+    return model
+
+
+def _four_bits():
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise ConfigError("quantize 'nf4' needs the package bitsandbytes; pip install bitsandbytes")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=[f"model.{TOWER}", f"model.{PROJECTOR}", "lm_head"],
+    )
+
+
+def join(vision_tower: str, language_model: str) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A LLaVA-1.5 of two trained parts and a new projector, and its processor; float32.
+
+    vision_tower: folder or hub name of a CLIP model, of which the penultimate layer is read and CLS dropped.
+    language_model: of a causal language model with a tokenizer; <image> and a padding token are added to its words.
+    """
+    tower = AutoModel.from_pretrained(model_path(vision_tower), dtype=torch.float32)
+    tower = getattr(tower, "vision_model", tower)  # CLIP's checkpoint holds a text model, too
+    language = _whole(AutoModelForCausalLM, model_path(language_model))
+    tokenizer = AutoTokenizer.from_pretrained(model_path(language_model), padding_side="left")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    language.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64 if len(tokenizer) > 1000 else None)
+
+    vision = tower.config
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=language.config,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    model = LlavaForConditionalGeneration(config)
+    _copy(tower, model.model.vision_tower, vision_tower)
+    _copy(language.model, model.model.language_model, language_model)
+    _copy(language.lm_head, model.lm_head, language_model)
+    processor = LlavaProcessor(
+        AutoImageProcessor.from_pretrained(model_path(vision_tower)),
+        tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template or VICUNA_TEMPLATE,
+    )
+    return model, processor
+
+
+def _copy(source: nn.Module, target: nn.Module, name: str) -> None:
+    """Weights by name, whatever of them is wrapped in ``vision_model``."""
+    plain = {key.removeprefix("vision_model."): value for key, value in source.state_dict().items()}
+    wanted = list(target.state_dict())
+    renamed = {key: plain.get(key.removeprefix("vision_model.")) for key in wanted}
+    missing = [key for key, value in renamed.items() if value is None]
+    if missing:
+        raise ConfigError(f"{name} lacks {len(missing)} weights that LLaVA needs, such as {missing[0]}")
+    target.load_state_dict(renamed)
+
+
+def set_trainable(model, phase: str, train_tower: bool = False) -> None:
+    """Freeze what LLaVA freezes: in "align" all but the projector, in "instruct" the tower unless ``train_tower``."""
+    names = [name for name, _ in unwrap(model).named_parameters()]
+    for part in (PROJECTOR, TOWER):
+        if not any(part in name for name in names):
+            raise ConfigError(f"{type(unwrap(model)).__name__} has no {part}; training is for models of LLaVA's make")
+    for name, parameter in unwrap(model).named_parameters():
+        trains = PROJECTOR in name if phase == "align" else TOWER not in name or train_tower
+        if parameter.is_floating_point():
+            parameter.requires_grad_(trains)
+
+
+def with_adapters(model, config: TrainConfig, base: str) -> PeftModel:
+    """``model`` with LoRA in the linear layers of its decoder; the projector (and tower) train whole. See TrainConfig.
+
+    base: the folder of ``model``, which the adapters' folder will name.
+    """
+    if config.quantize:
+        model = prepare_model_for_kbit_training(model, config.gradient_checkpointing)
+    prefix = next(name for name, module in model.named_modules() if module is find_parts(model).decoder)
+    inside = find_parts(model).layers.named_modules()
+    linear = [f"{prefix}.layers.{name}" for name, module in inside if isinstance(module, nn.Linear)]
+    model.name_or_path = model.config.name_or_path = base
+    adapters = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+        lora_dropout=0.05,
+        target_modules=linear,
+        modules_to_save=[PROJECTOR, TOWER] if config.train_tower else [PROJECTOR],
+    )
+    return get_peft_model(model, adapters)
+
+
+def parameter_groups(model, weight_decay: float, decayed: set[str], rates: dict[str, float | None]) -> list[dict]:
+    """Groups for the optimizer: the parameters whose names hold a key of ``rates`` get that learning rate.
+
+    decayed: names of the parameters that weight decay applies to.
+    """
+    groups: dict[tuple, dict] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = next((rate for part, rate in rates.items() if part in name and rate is not None), None)
+            decay = weight_decay if name in decayed else 0.0
+            group = groups.setdefault((rate, decay), {"params": [], "weight_decay": decay})
+            group["params"].append(parameter)
+            if rate is not None:
+                group["lr"] = rate
+    return list(groups.values())

@@ -1,0 +1,276 @@
+"""Presets and what they ask for: true 7B shapes, learning rates by part, adapters, a model made of two parts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, CLIPImageProcessor, LlavaForConditionalGeneration
+
+from llavolta import backbones
+from llavolta.config import PRESETS, ConfigError, TrainConfig, preset
+from llavolta.models import join, load_model, parameter_groups, set_trainable, with_adapters
+from llavolta.train import StageTrainer, main, prepare, read_metrics, train
+
+
+@pytest.fixture(scope="module")
+def settings(scenes, small_model):
+    """Parameters of a run of six steps, two a stage, after two of alignment."""
+    return dict(
+        model=str(small_model),
+        data=str(scenes / "train.json"),
+        align_data=str(scenes / "align.json"),
+        align_steps=2,
+        max_steps=6,
+        batch_size=8,
+        log_steps=1,
+    )
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_configuration(name):
+    config = TrainConfig.from_preset(name, output="x")
+    held = yaml.safe_load(PRESETS[name].read_text())
+    assert {key: value for key, value in held.items() if getattr(config, key) != value} == {
+        key: value for key, value in held.items() if isinstance(value, str) and key.endswith("rate")
+    }  # 1e-3, which YAML reads as text
+
+
+def test_the_7b_presets_have_the_published_hyperparameters():
+    full, lora, tuned = (preset(f"llava-1.5-7b{suffix}") for suffix in ("", "-lora", "-hf"))
+    config = TrainConfig.from_dict({**full, "output": "x"})
+    assert (config.align_learning_rate, config.learning_rate) == (1e-3, 2e-5)
+    assert (config.warmup, config.weight_decay, config.max_length, config.bf16) == (0.03, 0, 2048, True)
+    assert config.batches("align", 8) == (32, 1) and config.batches("instruct", 8) == (16, 1)
+    assert config.batches("instruct", 2) == (16, 4)  # fewer GPUs, the same global batch
+    assert config.steps("align", 558_128, 8) == 2181 and config.steps("instruct", 665_298, 8) == 5198
+    assert config.pad_to_square and config.gradient_checkpointing
+    assert lora["lora_rank"] == 128 and float(lora["projector_learning_rate"]) == 2e-5
+    changed = {"learning_rate", "lora_rank", "lora_alpha", "projector_learning_rate"}
+    assert {key: value for key, value in lora.items() if key not in changed} == {
+        key: value for key, value in full.items() if key not in changed
+    }
+    assert tuned["model"] == "llava-hf/llava-1.5-7b-hf" and not TrainConfig.from_dict({**tuned, "output": "x"}).aligns
+
+
+def test_the_published_scheme_of_the_7b_preset():
+    config = TrainConfig.from_preset("llava-1.5-7b", output="x")
+    scheme = config.resolve_scheme(32, 5198)
+    assert [stage.plan for stage in scheme.stages] == ["2:avgpool:8", "2:avgpool:2", "16:avgpool:2", "none"]
+    assert scheme.boundaries(5198) == (1300, 2599, 3898, 5198)
+
+
+@pytest.fixture(scope="module")
+def seven_billion():
+    """LLaVA-1.5-7B without weights."""
+    from llavolta.cost import reference_config
+
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration(reference_config("llava-1.5-7b"))
+
+
+def test_the_shapes_of_7b(seven_billion):
+    base = seven_billion.model
+    assert base.config.image_seq_length == 576 and len(base.language_model.layers) == 32
+    assert base.multi_modal_projector.linear_1.weight.shape == (4096, 1024)
+    assert base.multi_modal_projector.linear_2.weight.shape == (4096, 4096)
+    assert base.config.vision_feature_layer == -2
+
+
+def trainable(model) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_what_of_7b_trains_in_each_phase(seven_billion):
+    projector = (1024 + 1) * 4096 + (4096 + 1) * 4096
+    set_trainable(seven_billion, "align")
+    assert trainable(seven_billion) == projector == 20_979_712
+    set_trainable(seven_billion, "instruct")
+    tower = sum(parameter.numel() for parameter in seven_billion.model.vision_tower.parameters())
+    everything = sum(parameter.numel() for parameter in seven_billion.parameters())
+    assert trainable(seven_billion) == everything - tower and 3.0e8 < tower < 3.1e8
+    set_trainable(seven_billion, "instruct", train_tower=True)
+    assert trainable(seven_billion) == everything
+
+
+def test_lora_of_7b_has_the_size_that_its_rank_says(seven_billion):
+    config = TrainConfig.from_preset("llava-1.5-7b-lora", output="x")
+    set_trainable(seven_billion, "instruct")
+    adapted = with_adapters(seven_billion, config, "base")
+    per_layer = 4 * (4096 + 4096) + 3 * (4096 + 11008)  # q, k, v, o; gate, up, down
+    assert trainable(adapted) == 20_979_712 + 32 * 128 * per_layer
+    assert not [name for name, p in adapted.named_parameters() if p.requires_grad and "vision_tower" in name]
+
+
+def test_pivots_and_plans_as_a_list(settings, tmp_path):
+    config = TrainConfig(output=str(tmp_path), scheme=["1:avgpool:8", "none"], pivots=[5], **settings)
+    assert prepare(config).scheme.boundaries(6) == (5, 6)
+    for pivots in ([0], [6], [2, 4]):
+        with pytest.raises(ValueError, match="need 1 pivots rising from 0 to 6"):
+            prepare(TrainConfig(output=str(tmp_path), scheme=["1:avgpool:8", "none"], pivots=pivots, **settings))
+
+
+def test_compression_in_phase_1(settings, tmp_path):
+    run = train(TrainConfig(output=str(tmp_path / "a"), stage=0, align_plan="1:avgpool:8", **settings), progress=False)
+    plain = train(TrainConfig(output=str(tmp_path / "b"), stage=0, **settings), progress=False)
+    rows = read_metrics(run / "align" / "metrics.jsonl")
+    assert {row["plan"] for row in rows} == {"1:avgpool:8"} and rows[0]["tokens_per_layer"] == [144, 18, 18, 18]
+    changed = {key for key, value in weights(run).items() if not torch.equal(value, weights(plain)[key])}
+    assert changed and all("multi_modal_projector" in key for key in changed)
+
+
+def test_learning_rates_by_part(settings, tmp_path, monkeypatch):
+    seen = []
+    create = StageTrainer.create_optimizer
+    monkeypatch.setattr(StageTrainer, "create_optimizer", lambda *a: seen.append(create(*a)) or seen[-1])
+    options = dict(projector_learning_rate=1e-5, train_tower=True, tower_learning_rate=1e-6, learning_rate=1e-3)
+    run = train(TrainConfig(output=str(tmp_path / "run"), scheme=["none"], **settings, **options), progress=False)
+    assert {group["initial_lr"] for group in seen[-1].param_groups} == {1e-3, 1e-5, 1e-6}
+    before, after = weights(run / "align"), weights(run)
+    moved = {key: (after[key] - before[key]).abs().max().item() for key in after}
+    parts = {part: max(m for key, m in moved.items() if part in key) for part in ("tower", "projector", "layers.0.mlp")}
+    assert 0 < parts["tower"] < parts["projector"] / 3 < parts["layers.0.mlp"] / 9
+
+
+def test_parameter_groups_hold_every_trained_weight_once(small_model):
+    model, _ = load_model(str(small_model))
+    set_trainable(model, "instruct")
+    decayed = {name for name, p in model.named_parameters() if p.dim() > 1}
+    groups = parameter_groups(model, 0.1, decayed, {"multi_modal_projector": 1e-5, "vision_tower": None})
+    held = [id(p) for group in groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert {(group.get("lr"), group["weight_decay"]) for group in groups} == {
+        (None, 0.0),
+        (None, 0.1),
+        (1e-5, 0.0),
+        (1e-5, 0.1),
+    }
+
+
+@pytest.fixture(scope="module")
+def lora(settings, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "lora"
+    return train(TrainConfig(output=str(output), lora_rank=4, **settings), progress=False)
+
+
+def test_lora_ends_in_a_plain_model(lora):
+    """Language model and projector moved, the tower did not, and nothing of peft is left in the folder."""
+    model, info = AutoModelForImageTextToText.from_pretrained(lora, output_loading_info=True)
+    assert type(model) is LlavaForConditionalGeneration
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not (lora / "adapter_config.json").exists()
+    before, after = weights(lora / "align"), weights(lora)
+    moved = {key for key in after if not torch.equal(before[key], after[key])}
+    assert {key.split(".layers.")[0].split(".linear")[0] for key in moved} == {
+        "model.language_model",
+        "model.multi_modal_projector",
+    }
+    assert not [key for key in moved if "norm" in key or "embed" in key]
+
+
+def test_lora_resumes_bit_for_bit(lora, settings, tmp_path):
+    config = dict(output=str(tmp_path / "run"), lora_rank=4, **settings)
+    for stage in (1, 2, 3):
+        train(TrainConfig(stage=stage, **config), progress=False)
+        held, _ = load_model(str(tmp_path / "run" / f"checkpoint-{2 * stage}"))
+        assert not isinstance(held, PeftModel)
+        assert same(dict(held.state_dict()), load_model(str(tmp_path / "run"))[0].state_dict())
+    assert same(weights(lora), weights(tmp_path / "run"))
+
+
+def test_qlora_ends_in_a_plain_model_of_full_precision(settings, tmp_path):
+    config = TrainConfig(output=str(tmp_path / "run"), lora_rank=4, quantize="nf4", **{**settings, "max_steps": 3})
+    run = train(config, progress=False)
+    before, after = weights(run / "align"), weights(run)
+    assert all(value.dtype == torch.float32 for value in after.values()) and before.keys() == after.keys()
+    moved = {key for key in after if not torch.equal(before[key], after[key])}
+    assert any("language_model.layers" in key for key in moved) and not any("vision_tower" in key for key in moved)
+    adapters = load_file(run / "checkpoint-3" / "adapter_model.safetensors")
+    assert any("lora_B" in key and value.abs().max() > 0 for key, value in adapters.items())
+
+
+@pytest.fixture(scope="module")
+def parts(small_model, tmp_path_factory):
+    """Folders of a CLIP tower with its image processor, and of a language model with a tokenizer without <image>."""
+    folder = tmp_path_factory.mktemp("parts")
+    model, processor = load_model(str(small_model))
+    model.model.vision_tower.save_pretrained(folder / "tower")
+    CLIPImageProcessor(size={"shortest_edge": 96}, crop_size={"height": 96, "width": 96}).save_pretrained(
+        folder / "tower"
+    )
+    backbones.language_model_of(model).save_pretrained(folder / "language")
+    words = backbones.tokenizer()
+    words.chat_template = None
+    words.save_pretrained(folder / "language")
+    settings = folder / "language" / "tokenizer_config.json"
+    held = json.loads(settings.read_text())
+    settings.write_text(json.dumps({key: value for key, value in held.items() if "special_tokens" not in key}))
+    return folder
+
+
+def test_a_model_of_two_parts_has_their_weights(parts, small_model):
+    model, processor = join(str(parts / "tower"), str(parts / "language"))
+    source, _ = load_model(str(small_model))
+    for part in ("vision_tower", "language_model.layers"):
+        assert same(dict(_part(model, part).state_dict()), dict(_part(source, part).state_dict()))
+    text = processor.apply_chat_template(
+        [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "This."}]},
+        ]
+    )
+    assert text == "USER: <image>\nWhat? ASSISTANT: This.</s>"
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id
+
+
+def _part(model, name: str):
+    return model.model.get_submodule(name)
+
+
+def test_a_model_of_two_parts_trains(parts, settings, tmp_path):
+    own = {key: value for key, value in settings.items() if key != "model"}
+    whole = dict(vision_tower=str(parts / "tower"), language_model=str(parts / "language"))
+    run = train(TrainConfig(output=str(tmp_path / "run"), **own, **whole), progress=False)
+    assert AutoModelForImageTextToText.from_pretrained(run).config.image_seq_length == 144
+    with pytest.raises(ConfigError, match="give both or neither"):
+        TrainConfig(output="x", vision_tower="somewhere")
+    with pytest.raises(ConfigError, match="not aligned"):
+        TrainConfig(output="x", align_steps=0, **whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"quantize": "int3", "lora_rank": 4}, "quantize must be 'nf4'"),
+        ({"quantize": "nf4"}, "with a lora_rank above 0"),
+        ({"tower_learning_rate": 1e-5}, "set train_tower"),
+        ({"global_batch": 12}, "a global batch of 12 is no multiple of 8 examples in 1 processes"),
+        ({"align_plan": "9:avgpool:2"}, "layer 9"),
+        ({"scheme": []}, "scheme"),
+    ],
+)
+def test_what_cannot_be(settings, tmp_path, change, match):
+    with pytest.raises(ValueError, match=match):
+        train(TrainConfig(output=str(tmp_path / "run"), **{**settings, **change}), progress=False)
+
+
+def test_a_preset_from_the_command_line(settings, tmp_path, capsys):
+    changes = [f"{name}={value}" for name, value in settings.items()]
+    assert main(["embedded", "--output", str(tmp_path / "run"), "--stage", "1", "--set", *changes]) == 0
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 2
+    assert main(["embeded", "--output", "x"]) == 1 and "embeded" in capsys.readouterr().err
+    assert main(["embedded", "--output", "x", "--set", "seed"]) == 1 and "NAME=VALUE" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="unknown preset 'tiny'; choose from embedded"):
+        preset("tiny")
