@@ -553,6 +553,17 @@ def view(model, processor, question: str, images: list, plan: str, text_tokens: 
     )
 
 
+def views(model, processor, question: str, images: list, plans: Sequence[str], text_tokens: float = 64) -> list[View]:
+    """``view`` under each of ``plans``; one that this model cannot do is left out, and a printed line says why."""
+    seen = []
+    for plan in plans:
+        try:
+            seen.append(view(model, processor, question, images, plan, text_tokens))
+        except (UserError, ValueError) as error:
+            print(f"{plan} is left out: {error}")
+    return seen
+
+
 def _tokens_left(counts: dict, depth: int, visual: int) -> list[int]:
     """Of ``visual`` tokens, those that each of ``depth`` layers worked on; see ``recording``."""
     tokens = []

@@ -24,7 +24,7 @@ from llavolta.compressors import COMPRESSORS
 from llavolta.data import LlavaData, open_image
 from llavolta.errors import UserError
 from llavolta.families import find_parts
-from llavolta.plan import VISION
+from llavolta.plan import VISION, Layer
 
 WIDE = ui.Layout(width="420px")
 STYLE = {"description_width": "90px"}
@@ -37,7 +37,7 @@ class Explorer:
     show, None while ``message`` shows an error. draw: (picture, view) -> figure.
     """
 
-    def __init__(self, model, processor, data: LlavaData, draw: Callable, layer: int, compressor: str, **options):
+    def __init__(self, model, processor, data: LlavaData, draw: Callable, layer: Layer, compressor: str, **options):
         self.model, self.processor, self.data, self.draw = model, processor, data, draw
         self.view: studies.View | None = None
         self._own: list[Image.Image] = []  # pictures that are not of ``data``; the last is in use while ``_use_own``
@@ -194,7 +194,7 @@ class Explorer:
 
 
 def redundancy_explorer(
-    model, processor, data: LlavaData, layer: int = 2, compressor: str = "avgpool", **options
+    model, processor, data: LlavaData, layer: Layer = 2, compressor: str = "avgpool", **options
 ) -> Explorer:
     """Sliders for layer and compressor; shows token map, ratio, FLOPs, answer and how sure the model is of it.
 
@@ -204,7 +204,7 @@ def redundancy_explorer(
 
 
 def design_explorer(
-    model, processor, data: LlavaData, layer: int = 2, compressor: str = "avgpool", **options
+    model, processor, data: LlavaData, layer: Layer = 2, compressor: str = "avgpool", **options
 ) -> Explorer:
     """The same controls; shows token map, ratio, FLOPs, answer and the tokens that each layer works on."""
     return Explorer(model, processor, data, plots.picture_with_layers, layer, compressor, **options)
@@ -213,6 +213,8 @@ def design_explorer(
 def _control(name: str, kind, value, tokens: int) -> ui.Widget:
     """The control for one option of a compressor, from its type and default; whole numbers run up to ``tokens``."""
     common = dict(description=name, layout=WIDE, style=STYLE)
+    if typing.get_origin(kind) is typing.Literal:
+        return ui.Dropdown(options=typing.get_args(kind), value=value, **common)
     if kind is bool:
         return ui.Checkbox(bool(value), **common)
     if kind is int:

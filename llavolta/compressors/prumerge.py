@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from llavolta.compressors.base import CompressedTokens, Compressor, VisualTokens, require_int, require_share
 
-WEIGHTS = ("unnormalised", "normalised")
-POSITIONS = ("contiguous", "original")
+Weights = Literal["unnormalised", "normalised"]
+Positions = Literal["contiguous", "original"]
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class PruMerge(Compressor):
     (InternVL), is refused with UnsupportedModel.
     """
 
-    keep: float | str = "adaptive"
-    weights: str = "unnormalised"
-    positions: str = "contiguous"
+    keep: float | Literal["adaptive"] = "adaptive"
+    weights: Weights = "unnormalised"
+    positions: Positions = "contiguous"
     neighbours: int = 32
     name: ClassVar[str] = "prumerge"
     needs: ClassVar[frozenset[str]] = frozenset({"tower"})
@@ -49,9 +49,11 @@ class PruMerge(Compressor):
             if isinstance(self.keep, str):
                 raise ValueError(f'{self.name}: keep must be "adaptive" or a share of the tokens, not {self.keep!r}')
             require_share(self.name, "keep", self.keep)
-        for option, known in (("weights", WEIGHTS), ("positions", POSITIONS)):
-            if getattr(self, option) not in known:
-                raise ValueError(f"{self.name}: {option} must be one of {known}, not {getattr(self, option)!r}")
+        for option, known in (("weights", Weights), ("positions", Positions)):
+            if getattr(self, option) not in get_args(known):
+                raise ValueError(
+                    f"{self.name}: {option} must be one of {get_args(known)}, not {getattr(self, option)!r}"
+                )
         require_int(self.name, "neighbours", self.neighbours, at_least=0)
 
     @property
