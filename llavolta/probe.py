@@ -90,7 +90,7 @@ class TowerProbe:
     def attention(self, query: str, previous: bool) -> Tensor:
         if query != "class" or previous:
             raise ValueError("at 'vision' there is the attention of the class token only: tokens.attention('class')")
-        scores = (self.query[:, None].float() @ self.key.float().transpose(1, 2))[:, 0]
+        scores = matmul_float32(self.query[:, None], self.key.transpose(1, 2))[:, 0]
         return (scores * self.key.shape[-1] ** -0.5).softmax(-1)[:, -self.length :]
 
     def keys(self) -> Tensor:
@@ -100,6 +100,12 @@ class TowerProbe:
         raise ValueError("there is no question yet at 'vision'; use a decoder layer")
 
     row = question
+
+
+def matmul_float32(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in float32, also under autocast: for scores and distances whose order decides."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float()
 
 
 def _compact(chosen: Tensor) -> tuple[Tensor, Tensor]:

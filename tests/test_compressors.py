@@ -150,14 +150,17 @@ def test_text_before_the_first_image_is_untouched_and_rows_do_not_mix(model, nam
 
 
 @every_place
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"])
 def test_training_reaches_tower_and_projector_and_repeats_under_a_seed(name, place, dtype):
+    mixed = dtype == "autocast"
+    dtype = torch.float32 if mixed else dtype
     model, batch = tiny_llava(dtype=dtype).train(), ragged_batch(RAGGED, dtype=dtype)
 
     def step(seed):
         torch.manual_seed(seed)
         model.zero_grad()
-        loss = model(**batch).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = model(**batch).loss
         loss.backward()
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         assert all(torch.isfinite(gradient).all() for gradient in gradients.values())

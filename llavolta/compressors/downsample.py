@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llavolta.compressors.base import CompressedTokens, Compressor, VisualTokens, require_share
+from llavolta.probe import matmul_float32
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Downsample(Compressor):
         covered = torch.minimum(last[:, :, None], old[:, None] + 1) - torch.maximum(first[:, :, None], old[:, None])
         weight = covered.clamp(min=0).prod(-1) * mask[:, None]  # (I, M, L)
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
-        hidden = (weight @ tokens.hidden.float()).to(tokens.hidden.dtype)
+        hidden = matmul_float32(weight, tokens.hidden).to(tokens.hidden.dtype)
 
         centre = ((2 * new + 1) * grid[:, None]) // (2 * size[:, None])  # (I, M, 2)
         cell = ((2 * old + 1) * size[:, None]) // (2 * grid[:, None])  # (I, L, 2) the cell over each token's centre

@@ -18,6 +18,7 @@ from llavolta.compressors.base import (
     share_of,
     sum_groups,
 )
+from llavolta.probe import matmul_float32
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class KMeans(Compressor):
         unused = torch.arange(clusters, device=mask.device) >= wanted[:, None]  # (I, M)
 
         for step in range(self.iterations + 1):
-            distance = (centre**2).sum(-1)[:, None] - 2 * features @ centre.transpose(1, 2)  # + |x|^2, (I, L, M)
+            product = matmul_float32(features, centre.transpose(1, 2))
+            distance = (centre**2).sum(-1)[:, None] - 2 * product  # + |x|^2, (I, L, M)
             group = distance.masked_fill(unused[:, None], torch.inf).argmin(-1).masked_fill(~mask, clusters)
             if step < self.iterations:
                 count = sum_groups(mask.float()[..., None], group, clusters)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llavolta.compressors.base import CompressedTokens, Compressor, VisualTokens, require_int, require_share
+from llavolta.probe import matmul_float32
 
 Weights = Literal["unnormalised", "normalised"]
 Positions = Literal["contiguous", "original"]
@@ -89,7 +90,7 @@ class PruMerge(Compressor):
         weight = torch.where((slot == count)[..., None], extra, weight)
         if self.weights == "normalised":
             weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
-        hidden = (weight @ tokens.hidden.float()).to(tokens.hidden.dtype)
+        hidden = matmul_float32(weight, tokens.hidden).to(tokens.hidden.dtype)
 
         anchor = torch.minimum(torch.where(slot < count, patch, length - 1), length - total + slot)
         group = torch.where(kept, kept.cumsum(1) - 1, count)
@@ -98,10 +99,11 @@ class PruMerge(Compressor):
     @torch.no_grad()
     def _weights(self, patch: Tensor, attention: Tensor, keys: Tensor) -> Tensor:
         """(I, M, L) what each token weighs in the sums that start from tokens patch (I, M): its own 1, neighbours a."""
-        keys, itself = keys.float(), patch[..., None]
+        itself = patch[..., None]
         chosen = keys.gather(1, itself.expand(-1, -1, keys.shape[-1]))
         # The length of the token's own key does not change which ones are nearest.
-        similarity = chosen @ keys.transpose(1, 2) / keys.norm(dim=-1).clamp(min=1e-8)[:, None]
+        norm = keys.norm(dim=-1, dtype=torch.float32).clamp(min=1e-8)
+        similarity = matmul_float32(chosen, keys.transpose(1, 2)) / norm[:, None]
         similarity.scatter_(2, itself, -torch.inf)
         nearest = similarity.topk(min(self.neighbours, keys.shape[1] - 1), dim=2).indices
         a = attention[:, None].expand_as(similarity)
