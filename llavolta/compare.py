@@ -24,6 +24,7 @@ from llavolta import bench, train
 from llavolta.data import Collator, LlavaData
 from llavolta.errors import UserError
 from llavolta.evaluate import evaluate, interval
+from llavolta.plan import check_layers, parse_plan
 from llavolta.schemes import SCHEMES, Scheme
 
 BASELINE = "single-stage"
@@ -53,17 +54,15 @@ def contestants(names: Sequence[str], own: Mapping[str, Sequence], num_layers: i
     """
     known = {**SCHEMES, **CONTROLS}
     unknown = [name for name in names if name not in known]
-    if unknown or not names:
+    if unknown:
         raise CompareError(f"unknown scheme {', '.join(map(repr, unknown))}; choose from {', '.join(known)}")
     chosen = {name: known[name].scaled(num_layers) for name in dict.fromkeys([BASELINE, *names])}
     for name, stages in own.items():
         if name in known:
             raise CompareError(f"a scheme of your own cannot be called {name!r}; that one exists")
-        if all(isinstance(stage, str) for stage in stages):
-            chosen[name] = Scheme.equal(name, *stages)
-        else:
-            config = train.TrainConfig(output="", scheme=list(stages))
-            chosen[name] = replace(config.resolve_scheme(num_layers), name=name)
+        chosen[name] = Scheme.of(name, stages)
+        for stage in chosen[name].stages:
+            check_layers(parse_plan(stage.plan), num_layers)
     return chosen
 
 
@@ -84,19 +83,21 @@ def compare(
     Returns one row per scheme, seed and question: see evaluate.evaluate. Raises what ``train`` raises, at once; what is
     finished stays.
     """
-    setup = train.prepare(config)  # builds the data once, before the workers need it
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise CompareError(f"workers must be a whole number of at least 1, not {workers!r}")
+    setup = train.prepare(_any(config))  # builds the data once, before the workers need it
     heldout = Path(heldout) if heldout else train.digits_data() / "heldout.json"
     root = Path(config.output)
     aligned, runs = {}, {}
     for seed in seeds:
         aligned[seed] = replace(config, output=str(root / f"{seed}" / train.ALIGN), stage=0, seed=seed)
         for name, scheme in schemes.items():
-            start = dict(model=aligned[seed].output, align_steps=0) if config.align_steps else {}
+            start = dict(model=aligned[seed].output, align_steps=0) if config.aligns else {}
             stages = [asdict(stage) for stage in scheme.stages]
             run = replace(config, output=str(root / f"{seed}" / name), scheme=stages, seed=seed, **start)
             runs[name, seed] = replace(run, max_steps=setup.total_steps, epochs=None)
     if workers == 1:
-        for seed in seeds if config.align_steps else ():
+        for seed in seeds if config.aligns else ():
             train.train(aligned[seed], progress=False)
         bar = tqdm(runs.items(), desc="runs", disable=not progress)
         frames = {key: _run(run, heldout, questions) for key, run in bar}
@@ -105,8 +106,13 @@ def compare(
         with ProcessPoolExecutor(
             workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
         ) as pool:
-            frames = _in_pool(pool, aligned if config.align_steps else {}, runs, heldout, questions, progress)
+            frames = _in_pool(pool, aligned if config.aligns else {}, runs, heldout, questions, progress)
     return pd.concat([frames[name, seed].assign(scheme=name, seed=seed) for name, seed in runs], ignore_index=True)
+
+
+def _any(config: train.TrainConfig) -> train.TrainConfig:
+    """``config`` with a scheme that fits any number of steps; its own plays no part here."""
+    return replace(config, scheme=["none"], stage=None, plan=None)
 
 
 def _in_pool(pool, aligned: dict, runs: dict, heldout: Path, questions: int, progress: bool) -> dict:
@@ -163,7 +169,7 @@ def costs(
     their shares. The second is ``bench.step_times`` of all their plans, timed in turn on the same batches of training
     data, so that the noise of the machine cancels. model: a trained one of them.
     """
-    setup = train.prepare(config)
+    setup = train.prepare(_any(config))
     trained, processor = train.load_model(str(model))
     data, collate, size = LlavaData(setup.data, setup.images), Collator(processor, config.max_length), config.batch_size
     batches = [collate([data[i % len(data)] for i in range(k * size, (k + 1) * size)]) for k in range(2)]
@@ -213,6 +219,16 @@ def _against_baseline(wide: pd.DataFrame, interval_of, cost: pd.DataFrame | None
     return result if cost is None else result.join(cost)
 
 
+def paired(runs: pd.DataFrame, first: str, second: str, value: str = "accuracy") -> tuple[float, float, float]:
+    """Mean over seeds of ``first`` less ``second``, paired by seed, and its 95% interval.
+
+    runs: a row per scheme and seed, such as one type of ``accuracies``, or ``roughness``.
+    """
+    wide = runs.pivot(index="seed", columns="scheme", values=value)[[first, second]].dropna()
+    difference = wide[first] - wide[second]
+    return float(difference.mean()), *mean_interval(difference)
+
+
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """The 95% interval of the mean of ``values``, by Student's t."""
     values = np.asarray(values, dtype=float)
@@ -246,3 +262,32 @@ def roughness(curves: pd.DataFrame) -> pd.DataFrame:
         .agg(loss=("change", "std"), grad_norm=("grad_norm", "mean"))
         .reset_index()
     )
+
+
+def seed_list(seeds: int) -> list[int]:
+    """0, 1, ... of so many ``seeds``."""
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+        raise CompareError(f"seeds must be a whole number of at least 1, not {seeds!r}")
+    return list(range(seeds))
+
+
+def record(folder: Path, runs: pd.DataFrame, cost: pd.DataFrame, steps: pd.DataFrame, curves: pd.DataFrame) -> None:
+    """Write a comparison's figures to ``folder`` as CSV: what ``llavolta.claims`` is made from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runs.to_csv(folder / "compare-runs.csv", index=False, float_format="%.6f")
+    cost.to_csv(folder / "compare-costs.csv", float_format="%.4f")
+    steps.to_csv(folder / "compare-steps.csv", index=False, float_format="%.4f")
+    columns = ["scheme", "seed", "step", "stage", "plan", "loss", "grad_norm"]
+    curves[columns].to_csv(folder / "compare-curves.csv", index=False, float_format="%.4f")
+
+
+def headline(table: pd.DataFrame, seeds: int) -> str:
+    """The comparison in words: what each scheme saves and what it changes."""
+    lines = [f"Over {seeds} seed{'s' if seeds > 1 else ''}, against training without compression:"]
+    for name, row in table.drop(index=BASELINE).iterrows():
+        verdict = "no loss shown" if row.difference_high >= 0 else "a loss"
+        lines.append(
+            f"- `{name}`: {1 - row.time:.0%} less training time, accuracy {100 * row.difference:+.1f} points "
+            f"({100 * row.difference_low:+.1f} to {100 * row.difference_high:+.1f}): {verdict}"
+        )
+    return "\n".join(lines)

@@ -156,14 +156,7 @@ class TrainConfig:
             if self.scheme not in SCHEMES:
                 raise ConfigError(f"unknown scheme {self.scheme!r}; choose from {', '.join(SCHEMES)}, or list stages")
             return SCHEMES[self.scheme].stages
-        try:
-            if all(isinstance(stage, str) for stage in self.scheme):
-                return Scheme.equal("custom", *self.scheme).stages
-            return Scheme("custom", tuple(Stage(**stage) for stage in self.scheme)).stages
-        except (TypeError, ZeroDivisionError):
-            raise ConfigError(
-                f"scheme must be a name, a list of plans or a list of {{plan, share}}, not {self.scheme!r}"
-            ) from None
+        return Scheme.of("custom", self.scheme).stages
 
     def resolve_scheme(self, num_layers: int, total_steps: int) -> Scheme:
         """The scheme for a model of ``num_layers`` decoder layers over ``total_steps`` optimizer steps."""

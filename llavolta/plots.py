@@ -270,3 +270,71 @@ def design_grid(table: pd.DataFrame) -> Figure:
         ax.set(title=title, xlabel="stride S (wider: to the left)", ylabel="layer K (deeper: down)")
         ax.tick_params(axis="y", rotation=0)
     return figure
+
+
+def accuracy_against_cost(table: pd.DataFrame, baseline: str) -> Figure:
+    """Each scheme's accuracy, with its 95% interval, against its training time; table: see compare.table.
+
+    The dotted line is the baseline's accuracy.
+    """
+    figure, ax = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
+    for number, (name, row) in enumerate(table.iterrows()):
+        error = 100 * np.array([[row.accuracy - row.low], [row.high - row.accuracy]])
+        ax.errorbar(
+            100 * row.time,
+            100 * row.accuracy,
+            yerr=error,
+            color=COLOURS[number % len(COLOURS)],
+            marker=LAYER_MARKERS[number % len(LAYER_MARKERS)],
+            markersize=8,
+            capsize=3,
+            linestyle="none",
+            label=name,
+        )
+    ax.axhline(100 * table.accuracy[baseline], color="0.5", linestyle=":")
+    ax.set(xlabel="training time (% of no compression)", ylabel="accuracy (%)")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def differences(table: pd.DataFrame, baseline: str) -> Figure:
+    """Each scheme's accuracy less the baseline's, with the 95% interval of the difference; see compare.table."""
+    rest = table.drop(index=baseline)
+    figure, ax = plt.subplots(figsize=(7.5, 1 + 0.4 * len(rest)), layout="constrained")
+    place, middle = np.arange(len(rest)), 100 * rest.difference
+    error = np.abs(100 * rest[["difference_low", "difference_high"]].to_numpy().T - middle.to_numpy())
+    ax.errorbar(middle, place, xerr=error, color=COLOURS[0], marker="o", capsize=3, linestyle="none")
+    ax.axvline(0, color="0.5", linestyle=":")
+    ax.set_yticks(place, rest.index)
+    ax.invert_yaxis()
+    ax.set_xlabel(f"accuracy less that of {baseline} (points)")
+    return figure
+
+
+def loss_curves(curves: pd.DataFrame, columns: int = 4) -> Figure:
+    """Training loss against the step, a panel per scheme, a line per seed; see compare.curves."""
+    names = list(dict.fromkeys(curves.scheme))
+    columns = min(columns, len(names))
+    figure, axes = plt.subplots(
+        -(-len(names) // columns),
+        columns,
+        figsize=(2.8 * columns, 2.3 * -(-len(names) // columns)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for number, ax in enumerate(axes.flat):
+        ax.set_visible(number < len(names))
+        if number >= len(names):
+            continue
+        runs = curves[curves.scheme == names[number]]
+        for _, run in runs.groupby("seed"):
+            ax.plot(run.step, run.loss, color=COLOURS[0], linewidth=1, alpha=0.7)
+        for step in runs.groupby("stage").step.max().iloc[:-1]:  # where a stage ends
+            ax.axvline(step, color="0.6", linestyle=":", linewidth=1)
+        ax.set_title(names[number], fontsize=10)
+    axes.flat[0].set_yscale("log")
+    figure.supxlabel("optimizer step", fontsize=11)
+    figure.supylabel("loss (nats per token)", fontsize=11)
+    return figure

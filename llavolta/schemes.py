@@ -64,6 +64,16 @@ class Scheme:
         return cls(name, tuple(Stage(plan, 1 / len(plans)) for plan in plans))
 
     @classmethod
+    def of(cls, name: str, stages: Sequence[str | dict]) -> Scheme:
+        """A scheme from a list as YAML holds it: plans, which share the steps equally, or {plan, share} each."""
+        try:
+            if all(isinstance(stage, str) for stage in stages):
+                return cls.equal(name, *stages)
+            return cls(name, tuple(Stage(**stage) for stage in stages))
+        except TypeError:
+            raise SchemeError(f"stages must be a list of plans or a list of {{plan, share}}, not {stages!r}") from None
+
+    @classmethod
     def from_pivots(cls, name: str, plans: Sequence[str], pivots: Sequence[int], total_steps: int) -> Scheme:
         """A scheme whose stage i ends before optimizer step ``pivots[i]``; the last one ends at ``total_steps``."""
         edges = [0, *pivots, total_steps]

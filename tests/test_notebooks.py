@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas as pd
 import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
@@ -140,3 +141,41 @@ def test_03_train_stage_alone_stage_0_and_a_plan_of_ones_own(training, tmp_path)
 )
 def test_03_train_stage_stops_with_one_clear_line(training, tmp_path, wrong, message):
     assert_one_clear_line("03_train_stage", tmp_path, training, wrong, message)
+
+
+@pytest.fixture
+def comparison(scenes, small_model, tmp_path) -> dict:
+    """Parameters of 04_compare_schemes that run in seconds."""
+    data = dict(data=str(scenes / "train.json"), align_data=str(scenes / "align.json"))
+    options = dict(model=str(small_model), max_steps=6, align_steps=2, batch_size=8, log_steps=1, **data)
+    chosen = dict(schemes=["heavy", "three-stage-reversed"], own={"mine": ["1:avgpool:4", "none"]}, options=options)
+    sizes = dict(heldout=str(scenes / "heldout.json"), questions=16, timing_rounds=1, workers=1)
+    return dict(**chosen, **sizes, output=str(tmp_path / "compare"), record=str(tmp_path / "record"))
+
+
+def test_04_compare_schemes_goes_on_where_it_stopped(comparison, tmp_path):
+    first = run("04_compare_schemes", tmp_path, **comparison)
+    assert pictures(first) == 4 and "Over 1 seed, against training without compression" in outputs(first)
+    finished = "0/*/model.safetensors"
+    models = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "compare").glob(finished)}
+    assert models.keys() == {"align", "single-stage", "heavy", "three-stage-reversed", "mine"}
+    second = run("04_compare_schemes", tmp_path, seeds=2, **{**comparison, "workers": 2})
+    assert "Over 2 seeds" in outputs(second)
+    assert models == {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "compare").glob(finished)}
+    held = pd.read_csv(tmp_path / "record" / "compare-runs.csv")
+    assert set(held.scheme) == models.keys() - {"align"} and set(held.seed) == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"seed": 2}, "ParameterError: unknown parameter 'seed'; known: seeds, schemes"),
+        ({"seeds": 0}, "CompareError: seeds must be a whole number of at least 1"),
+        ({"schemes": ["heavier"]}, "CompareError: unknown scheme 'heavier'; choose from single-stage"),
+        ({"own": {"heavy": ["none"]}}, "CompareError: a scheme of your own cannot be called 'heavy'"),
+        ({"options": {"learningrate": 1}}, "ConfigError: unknown parameter 'learningrate'"),
+        ({"workers": 0}, "CompareError: workers must be a whole number of at least 1"),
+    ],
+)
+def test_04_compare_schemes_stops_with_one_clear_line(comparison, tmp_path, wrong, message):
+    assert_one_clear_line("04_compare_schemes", tmp_path, comparison, wrong, message)

@@ -190,7 +190,7 @@ class TestRefusals:
             ({"max_steps": 0}, "max_steps must be a whole number of at least 1"),
             ({"seed": 1.5}, "seed must be a whole number"),
             ({"scheme": [{"plan": "none", "share": 0.5}]}, "sum to 0.5, not to 1"),
-            ({"scheme": [{"plan": "none"}]}, "scheme must be a name, a list of plans or"),
+            ({"scheme": [{"plan": "none"}]}, "stages must be a list of plans or"),
             ({"model": "./nowhere"}, "nowhere"),
             ({"data": "nowhere.json"}, "no data file"),
             ({"max_steps": 2}, "too few for the 3 stages"),
