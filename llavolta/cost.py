@@ -8,7 +8,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llavolta.errors import UnsupportedModel
 from llavolta.plan import tokens_per_layer
+
+
+def reference_config(name: str = "llava-1.5-7b"):
+    """The Hugging Face config of a published model, built here so that nothing needs to be fetched."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    if name != "llava-1.5-7b":
+        raise UnsupportedModel(f"no reference configuration {name!r}; there is llava-1.5-7b")
+    vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+    text = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision, image_size=336, patch_size=14, projection_dim=768),
+        text_config=LlamaConfig(**text, vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5),
+        image_token_index=32000,
+        image_seq_length=576,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
 
 
 @dataclass(frozen=True)
