@@ -55,6 +55,17 @@ def test_every_compressor_of_the_registry_has_its_controls(loaded, name):
     shown(explorer, loaded[2][0].images)
 
 
+def test_options_in_words_and_a_number_of_tokens_that_depends_on_the_picture(loaded):
+    explorer = widgets.design_explorer(*loaded, layer="vision", compressor="prumerge+")
+    left = len(set(explorer.view.grid().ravel()))
+    assert explorer.view.tokens == [left] * 4 and f"{144 / left:.3f}" in explorer.message.value
+    explorer.options["keep"].value = "0.25"
+    explorer.options["weights"].value = "normalised"
+    assert explorer.view.plan == "vision:prumerge+:0.25:normalised:contiguous:32" and explorer.view.tokens == [36] * 4
+    explorer.options["keep"].value = "most"
+    assert "keep must be" in explorer.message.value and explorer.view is None
+
+
 def test_a_plan_that_cannot_be_is_one_line(explorer):
     explorer.layer.value = 0
     explorer.compressor.value = "fastv"
