@@ -26,12 +26,17 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from llavolta.compressors import VisualTokens
-from llavolta.cost import step_cost
+from llavolta.cost import cost_model, step_cost
+from llavolta.data import Collator, LlavaData
+from llavolta.families import find_parts
 from llavolta.masks import cache_bytes
+from llavolta.models import load_model, set_trainable
 from llavolta.patch import IGNORED, compress
 from llavolta.plan import parse_plan
+from llavolta.planner import fit_speed
 from llavolta.probe import TowerProbe
-from llavolta.train import set_trainable
+from llavolta.schemes import SCHEMES
+from llavolta.train import digits_data
 
 
 def _now(device: torch.device) -> float:
@@ -341,6 +346,40 @@ def compressor_times(
     return table
 
 
+PREDICTED = ("single-stage", "three-stage", "four-stage-wider", "four-stage-deeper")
+
+
+def scheme_times(model, batches: Sequence[dict], rounds: int = 5, progress: bool = True) -> pd.DataFrame:
+    """Measured against predicted time of four schemes relative to no compression.
+
+    The speed is fitted to two of the measured steps, without compression and under the heaviest plan. Columns:
+    measured, predicted, error (of the prediction, as a share).
+    """
+    depth = len(find_parts(model).layers)
+    schemes = {name: SCHEMES[name].scaled(depth) for name in PREDICTED}
+    heaviest = schemes["three-stage"].stages[0].plan
+    plans = [stage.plan for scheme in schemes.values() for stage in scheme.stages]
+    steps = step_times(model, batches, plans, rounds, progress=progress).set_index("plan")
+    text, images, labelled = _sizes(model, batches)
+    told = cost_model(model.config)
+    costs = {plan: told.step(plan, text, images, labelled) for plan in steps.index}
+    known = ["none", heaviest]
+    speed = fit_speed([costs[plan] for plan in known], [steps.ratio[plan] for plan in known])
+    rows = []
+    for name, scheme in schemes.items():
+        measured = sum(stage.share * steps.ratio[stage.plan] for stage in scheme.stages)
+        predicted = sum(stage.share * speed.seconds(costs[stage.plan]) for stage in scheme.stages)
+        rows.append(dict(scheme=name, measured=measured, predicted=predicted, error=predicted / measured - 1))
+    return pd.DataFrame(rows).set_index("scheme")
+
+
+def embedded_batches(batch: int = 32, count: int = 2) -> tuple:
+    """(model, batches) of the embedded LLaVA and its first training examples."""
+    model, processor = load_model("embedded")
+    data, collate = LlavaData(digits_data() / "train.json"), Collator(processor)
+    return model, [collate([data[i] for i in range(k * batch, (k + 1) * batch)]) for k in range(count)]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llavolta.bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -352,8 +391,16 @@ def main(arguments: list[str] | None = None) -> int:
     for name, kind in typing.get_type_hints(Sizes).items():
         step.add_argument(f"--{name}", type=kind, default=getattr(Sizes, name))
     step.add_argument("--rounds", type=int, default=7)
+    schemes = commands.add_parser("schemes", help="time of four schemes, measured and predicted; fails above 10%%")
+    schemes.add_argument("--rounds", type=int, default=5)
     options = vars(parser.parse_args(arguments))
-    if options.pop("command") == "compressors":
+    command = options.pop("command")
+    if command == "schemes":
+        table = scheme_times(*embedded_batches(), options["rounds"])
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}\n")
+        print(table.to_string(float_format="{:.3f}".format))
+        return int(table.error.abs().max() > 0.1)
+    if command == "compressors":
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}\n")
         print(compressor_times(**options).to_string(index=False, float_format="{:.4f}".format))
         return 0

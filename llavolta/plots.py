@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from llavolta.cost import PARTS
 from llavolta.plan import tokens_per_layer
 from llavolta.schemes import Scheme, plan_compression_ratio
 
@@ -337,4 +338,64 @@ def loss_curves(curves: pd.DataFrame, columns: int = 4) -> Figure:
     axes.flat[0].set_yscale("log")
     figure.supxlabel("optimizer step", fontsize=11)
     figure.supylabel("loss (nats per token)", fontsize=11)
+    return figure
+
+
+def _stacked(table: pd.DataFrame, labels: Sequence[str], xlabel: str, title: str = "") -> Figure:
+    """A horizontal bar a row of ``table``, its columns stacked; values at the end."""
+    figure, ax = plt.subplots(figsize=(8.5, 1.2 + 0.45 * len(table)), layout="constrained")
+    left, hatches = np.zeros(len(table)), ("", "//", "..", "xx", "--", "\\\\")
+    for number, column in enumerate(table):
+        ax.barh(labels, table[column], left=left, label=column, color=COLOURS[number], hatch=hatches[number % 6])
+        left += table[column].to_numpy()
+    for place, total in enumerate(left):
+        ax.annotate(f"{total:.3g}", (total, place), (3, 0), textcoords="offset points", va="center", fontsize=9)
+    ax.invert_yaxis()
+    ax.set(xlabel=xlabel, title=title, xlim=(0, 1.12 * left.max()))
+    ax.grid(axis="y", visible=False)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def step_cost_bars(costs: dict, title: str = "") -> Figure:
+    """FLOPs of one example's training step by part, a bar a plan; costs: {plan: cost.StepCost}."""
+    parts = {plan: {part: getattr(cost, part).total / 1e12 for part in PARTS} for plan, cost in costs.items()}
+    names = ["vision tower", "projector", "decoder, linear", "decoder, attention", "head"]
+    table = pd.DataFrame.from_dict(parts, orient="index").set_axis(names, axis=1)
+    return _stacked(table, list(costs), "operations per example and step (TFLOP)", title)
+
+
+def memory_bars(table: pd.DataFrame, limit: float | None = None) -> Figure:
+    """Memory of one GPU by part, a bar a plan; table: see planner.memory_table. limit: GB that the GPU has."""
+    figure = _stacked(table[["weights", "gradients", "optimizer", "activations"]], list(table.index), "memory (GB)")
+    if limit is not None:
+        figure.axes[0].axvline(limit, color="0.3", linestyle=":")
+        figure.axes[0].set_xlim(0, max(figure.axes[0].get_xlim()[1], 1.1 * limit))
+    return figure
+
+
+def hours_bars(table: pd.DataFrame, budget: float | None = None) -> Figure:
+    """Hours of training, a bar a scheme; table: see planner.scheme_table. budget: hours at hand, a dotted line."""
+    figure, ax = plt.subplots(figsize=(8.5, 1.2 + 0.4 * len(table)), layout="constrained")
+    fits = table.hours <= (budget or np.inf)
+    bars = ax.barh(table.index, table.hours, color=[COLOURS[0] if fit else "0.7" for fit in fits])
+    ax.bar_label(bars, fmt="%.3g", padding=3, fontsize=9)
+    if budget is not None:
+        ax.axvline(budget, color="0.3", linestyle=":")
+    ax.invert_yaxis()
+    ax.set(xlabel="hours of training", xlim=(0, 1.12 * max(table.hours.max(), budget or 0)))
+    ax.grid(axis="y", visible=False)
+    return figure
+
+
+def measured_and_predicted(table: pd.DataFrame) -> Figure:
+    """Training time relative to no compression, measured and predicted; table: see bench.scheme_times."""
+    figure, ax = plt.subplots(figsize=(8.5, 3.2), layout="constrained")
+    place = np.arange(len(table))
+    for shift, column, colour, hatch in ((-0.2, "measured", COLOURS[0], ""), (0.2, "predicted", "0.75", "//")):
+        bars = ax.bar(place + shift, table[column], 0.4, label=column, color=colour, hatch=hatch)
+        ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
+    ax.set_xticks(place, table.index)
+    ax.set(ylabel="training time relative\nto no compression", ylim=(0, 1.2))
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure

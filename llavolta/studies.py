@@ -30,7 +30,7 @@ from llavolta import compressors, evaluate, families, masks, patch, probe
 from llavolta.compressors import CompressedTokens, Compressor, VisualTokens
 from llavolta.cost import step_cost
 from llavolta.data import LlavaData
-from llavolta.errors import UserError
+from llavolta.errors import UnsupportedModel, UserError
 from llavolta.plan import VISION, check_layers, format_plan, parse_plan
 from llavolta.schemes import plan_compression_ratio
 
@@ -595,7 +595,7 @@ def _square(count: int) -> tuple[int, int]:
 def _relative_flops(config, plan, text_tokens: float) -> float:
     try:
         return step_cost(config, plan, text_tokens).total / step_cost(config, "none", text_tokens).total
-    except AttributeError:  # a vision tower without a fixed number of patches
+    except UnsupportedModel:  # its tower cuts images into parts of its own
         return math.nan
 
 

@@ -21,10 +21,13 @@ from PIL import Image
 
 from llavolta import plots, studies
 from llavolta.compressors import COMPRESSORS
+from llavolta.cost import CostModel
 from llavolta.data import LlavaData, open_image
 from llavolta.errors import UserError
 from llavolta.families import find_parts
 from llavolta.plan import VISION, Layer
+from llavolta.planner import Speed, scheme_table
+from llavolta.schemes import Scheme, SchemeError, Stage
 
 WIDE = ui.Layout(width="420px")
 STYLE = {"description_width": "90px"}
@@ -208,6 +211,71 @@ def design_explorer(
 ) -> Explorer:
     """The same controls; shows token map, ratio, FLOPs, answer and the tokens that each layer works on."""
     return Explorer(model, processor, data, plots.picture_with_layers, layer, compressor, **options)
+
+
+class CostExplorer:
+    """Sliders of a scheme of three stages, and what it costs; display it, or its ``box``.
+
+    layer, stride, share: of the first stage; the second pools at half the depth with the same stride; light: its
+    share; the rest is not compressed. table: planner.scheme_table of "yours" and no compression.
+    """
+
+    def __init__(self, model: CostModel, speed: Speed, examples: int, **step):
+        self.model, self.speed, self.examples, self.step = model, speed, examples, step
+        depth, tokens = len(model.layers), model.visual
+
+        def slider(kind, value, low, high, text, **more):
+            return kind(value, min=low, max=high, description=text, continuous_update=False, style=STYLE, **more)
+
+        self.layer = slider(ui.IntSlider, max(1, depth // 16), 0, depth - 1, "layer K")
+        self.stride = slider(ui.IntSlider, 8, 1, tokens, "stride S")
+        self.share = slider(ui.FloatSlider, 0.33, 0, 1, "share", step=0.01)
+        self.light = slider(ui.FloatSlider, 0.33, 0, 1, "light share", step=0.01)
+        self.message = ui.HTML()
+        self.image = ui.Image(format="png", layout=ui.Layout(max_width="100%", object_fit="contain"))
+        sliders = [self.layer, self.stride, self.share, self.light]
+        self.box = ui.HBox([ui.VBox([*sliders, self.message]), self.image], layout=ui.Layout(flex_flow="row wrap"))
+        for control in sliders:
+            control.observe(self.refresh, "value")
+        self.refresh()
+
+    def _ipython_display_(self) -> None:
+        display(self.box)
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme that the sliders say; shares that exceed 1 together are an error."""
+        rest = 1 - self.share.value - self.light.value
+        half = len(self.model.layers) // 2
+        stride = self.stride.value
+        parts = [
+            (f"{self.layer.value}:avgpool:{stride}", self.share.value),
+            (f"{half}:avgpool:{stride}", self.light.value),
+        ]
+        if rest < -1e-9:
+            raise SchemeError(f"the shares sum to {1 - rest:.2f}, above 1; lower one of them")
+        stages = [Stage(plan, share) for plan, share in [*parts, ("none", rest)] if share > 1e-9]
+        return Scheme("yours", tuple(stages))
+
+    def refresh(self, change=None) -> None:
+        """Compute and draw what the sliders say, or say in one line why that cannot be."""
+        try:
+            schemes = {"no compression": Scheme.equal("none", "none"), "yours": self.scheme}
+            self.table = scheme_table(self.model, schemes, self.examples, self.speed, **self.step)
+        except (UserError, ValueError) as error:
+            self.message.value = f"<b style='color:#a00'>{type(error).__name__}: {escape(str(error))}</b>"
+            self.image.value = b""
+            return
+        row = self.table.loc["yours"]
+        stages = "; ".join(f"{stage.plan} ({stage.share:.0%})" for stage in schemes["yours"].stages)
+        self.message.value = (
+            f"{escape(stages)}<br>compression ratio: {row.ratio:.2f}<br>training FLOPs: {row.flops_ratio:.1%}<br>"
+            f"hours: {row.hours:.2f} of {self.table.hours.iloc[0]:.2f}"
+        )
+        costs = {"none": "none"} | {stage.plan: stage.plan for stage in schemes["yours"].stages}
+        self.image.value = png(
+            plots.step_cost_bars({plan: self.model.step(plan, **self.step) for plan in costs}, "training step")
+        )
 
 
 def _control(name: str, kind, value, tokens: int) -> ui.Widget:

@@ -179,3 +179,24 @@ def test_04_compare_schemes_goes_on_where_it_stopped(comparison, tmp_path):
 )
 def test_04_compare_schemes_stops_with_one_clear_line(comparison, tmp_path, wrong, message):
     assert_one_clear_line("04_compare_schemes", tmp_path, comparison, wrong, message)
+
+
+def test_07_cost_planner(tmp_path):
+    notebook = run("07_cost_planner", tmp_path, timing_rounds=0, own={"mine": ["1:avgpool:4", "none"]}, price=1.5)
+    assert pictures(notebook) == 3 and "`mine`" in outputs(notebook)
+    measured = run("07_cost_planner", tmp_path, model="embedded", measured={"none": 0.02}, timing_rounds=1)
+    assert pictures(measured) == 4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"gpu": "A1000"}, "PlannerError: unknown GPU 'A1000'; known: A100-80GB"),
+        ({"model": "./nowhere"}, "ConfigError: no model folder ./nowhere"),
+        ({"schemes": ["heavier"]}, "CompareError: unknown scheme 'heavier'"),
+        ({"budget_hours": 0.01}, "PlannerError: no scheme takes at most 0.01 hours"),
+        ({"budget": 1}, "ParameterError: unknown parameter 'budget'"),
+    ],
+)
+def test_07_cost_planner_stops_with_one_clear_line(tmp_path, wrong, message):
+    assert_one_clear_line("07_cost_planner", tmp_path, {"timing_rounds": 0}, wrong, message)

@@ -10,7 +10,10 @@ from PIL import Image
 
 from llavolta import plots, studies, widgets
 from llavolta.compressors import COMPRESSORS
+from llavolta.cost import cost_model, reference_config
 from llavolta.data import LlavaData
+from llavolta.planner import Speed, scheme_table
+from llavolta.schemes import Scheme
 from llavolta.train import load_model
 
 
@@ -70,7 +73,7 @@ def test_a_plan_that_cannot_be_is_one_line(explorer):
     explorer.layer.value = 0
     explorer.compressor.value = "fastv"
     assert "PlanError" in explorer.message.value and "from layer 1" in explorer.message.value
-    assert explorer.view is None and explorer.image.value == b""
+    assert explorer.view is None and bytes(explorer.image.value) == b""
     explorer.layer.value = 1
     assert explorer.view.plan == "1:fastv:0.5" and explorer.image.value
 
@@ -99,3 +102,20 @@ def test_pictures_of_ones_own(explorer, loaded, tmp_path):
     assert "the upload is no picture" in explorer.message.value
     explorer.entry.value = 1  # back to the data
     shown(explorer, loaded[2][1].images)
+
+
+def test_cost_explorer_shows_what_the_planner_says():
+    model, speed = cost_model(reference_config()), Speed.of_gpu("H200", 0.4)
+    explorer = widgets.CostExplorer(model, speed, 1000, text_tokens=60)
+    explorer.layer.value, explorer.stride.value, explorer.share.value, explorer.light.value = 4, 16, 0.5, 0.25
+    scheme = Scheme.of(
+        "yours",
+        [dict(plan="4:avgpool:16", share=0.5), dict(plan="16:avgpool:16", share=0.25), dict(plan="none", share=0.25)],
+    )
+    wanted = scheme_table(model, {"yours": scheme}, 1000, speed, text_tokens=60).loc["yours"]
+    assert explorer.table.hours["yours"] == pytest.approx(wanted.hours)
+    assert f"hours: {wanted.hours:.2f}" in explorer.message.value and bytes(explorer.image.value).startswith(b"\x89PNG")
+    explorer.share.value = 0.9
+    assert "the shares sum to 1.15, above 1" in explorer.message.value and bytes(explorer.image.value) == b""
+    explorer.share.value = 0
+    assert [stage.plan for stage in explorer.scheme.stages] == ["16:avgpool:16", "none"]
