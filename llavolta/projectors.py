@@ -94,7 +94,7 @@ class SpatialTokenFusion(nn.Module):
         if side**2 != length:
             raise ProjectorError(f"stf needs a square grid of tokens, not {length}; drop CLS and compress behind it")
         n = _windows(side, k)
-        grid = features.view(pictures, n, k, n, k, width)
+        grid = features.unflatten(1, (n, k, n, k))  # (I, n, k, n, k, C_v)
         return self.mlp(grid.transpose(2, 3).reshape(pictures, n * n, k * k * width))
 
 
