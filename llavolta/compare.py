@@ -54,7 +54,7 @@ def contestants(names: Sequence[str], own: Mapping[str, Sequence], num_layers: i
     """
     known = {**SCHEMES, **CONTROLS}
     unknown = [name for name in names if name not in known]
-    if unknown or not names:
+    if unknown:
         raise CompareError(f"unknown scheme {', '.join(map(repr, unknown))}; choose from {', '.join(known)}")
     chosen = {name: known[name].scaled(num_layers) for name in dict.fromkeys([BASELINE, *names])}
     for name, stages in own.items():
@@ -85,7 +85,7 @@ def compare(
     """
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise CompareError(f"workers must be a whole number of at least 1, not {workers!r}")
-    setup = train.prepare(config)  # builds the data once, before the workers need it
+    setup = train.prepare(_any(config))  # builds the data once, before the workers need it
     heldout = Path(heldout) if heldout else train.digits_data() / "heldout.json"
     root = Path(config.output)
     aligned, runs = {}, {}
@@ -108,6 +108,11 @@ def compare(
         ) as pool:
             frames = _in_pool(pool, aligned if config.aligns else {}, runs, heldout, questions, progress)
     return pd.concat([frames[name, seed].assign(scheme=name, seed=seed) for name, seed in runs], ignore_index=True)
+
+
+def _any(config: train.TrainConfig) -> train.TrainConfig:
+    """``config`` with a scheme that fits any number of steps; its own plays no part here."""
+    return replace(config, scheme=["none"], stage=None, plan=None)
 
 
 def _in_pool(pool, aligned: dict, runs: dict, heldout: Path, questions: int, progress: bool) -> dict:
@@ -164,7 +169,7 @@ def costs(
     their shares. The second is ``bench.step_times`` of all their plans, timed in turn on the same batches of training
     data, so that the noise of the machine cancels. model: a trained one of them.
     """
-    setup = train.prepare(config)
+    setup = train.prepare(_any(config))
     trained, processor = train.load_model(str(model))
     data, collate, size = LlavaData(setup.data, setup.images), Collator(processor, config.max_length), config.batch_size
     batches = [collate([data[i % len(data)] for i in range(k * size, (k + 1) * size)]) for k in range(2)]
@@ -212,6 +217,16 @@ def _against_baseline(wide: pd.DataFrame, interval_of, cost: pd.DataFrame | None
         rows[name] = row
     result = pd.DataFrame.from_dict(rows, orient="index").rename_axis("scheme")
     return result if cost is None else result.join(cost)
+
+
+def paired(runs: pd.DataFrame, first: str, second: str, value: str = "accuracy") -> tuple[float, float, float]:
+    """Mean over seeds of ``first`` less ``second``, paired by seed, and its 95% interval.
+
+    runs: a row per scheme and seed, such as one type of ``accuracies``, or ``roughness``.
+    """
+    wide = runs.pivot(index="seed", columns="scheme", values=value)[[first, second]].dropna()
+    difference = wide[first] - wide[second]
+    return float(difference.mean()), *mean_interval(difference)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -1,0 +1,243 @@
+"""Claims of the papers beside our figures: ``python -m llavolta.claims`` writes papers/*/claims.md from the CSV there.
+
+Every figure and verdict is computed from those files, which the notebooks write (``-p record ../papers/llavolta``);
+``--check`` only says whether a page is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from llavolta.compare import BASELINE, paired, roughness, table
+from llavolta.errors import UserError
+from llavolta.schemes import SCHEMES, compression_ratio, plan_compression_ratio
+
+PAPERS = Path(__file__).resolve().parent.parent / "papers"
+REDUNDANCY = "01_redundancy.ipynb OUT.ipynb -p record ../papers/llavolta"
+COMPARE = "04_compare_schemes.ipynb OUT.ipynb -p seeds {seeds} -p record ../papers/llavolta"
+YES, PARTLY, NO, OPEN = "reproduced", "in part", "not reproduced", "not tested"
+
+
+class ClaimsError(UserError, ValueError):
+    """A page of claims that cannot be made or is out of date."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of a paper: what it says, its figure, ours with interval, how sure and where ours comes from."""
+
+    text: str
+    published: str
+    ours: str
+    verdict: str
+    seeds: int | None = None
+    command: str = ""
+
+
+def llavolta(folder: Path) -> list[Claim]:
+    """The claims of LLaVolta (arXiv 2406.20092), from the figures in ``folder``."""
+    published = pd.read_csv(folder / "published.csv").set_index(["claim", "quantity"]).value
+    lost = pd.read_csv(folder / "redundancy.csv").set_index("layer")
+    runs = pd.read_csv(folder / "compare-runs.csv").query("type == 'overall'")
+    costs = pd.read_csv(folder / "compare-costs.csv").set_index("scheme")
+    curves = pd.read_csv(folder / "compare-curves.csv")
+    result = table(runs, costs)
+    seeds = runs.groupby("scheme").seed.nunique()
+    command = COMPARE.format(seeds=seeds[BASELINE])
+    limit = float(published["redundancy", "accuracy lost on GQA"]) / 100
+    return [
+        Claim(
+            "70% of the visual tokens pooled away at test time cost 3% of the accuracy",
+            "-3% (GQA, LLaVA-1.5-7B)",
+            "; ".join(f"layer {k}: {_points(-r.lost, -r.high, -r.low)}" for k, r in lost.iterrows()),
+            _all(lost.high <= limit),
+            1,
+            REDUNDANCY,
+        ),
+        _attention(pd.read_csv(folder / "attention.csv")),
+        Claim(
+            "Stage I compresses visual tokens by more than 500%",
+            "> 500%",
+            f"{compression_ratio(32, 576, 2, 8):.1%} for 32 layers and 576 tokens; embedded model (8 layers, 144 "
+            f"tokens) {plan_compression_ratio('1:avgpool:8', 8, 144):.1%}",
+            YES,
+        ),
+        *_training(result, published, seeds, command),
+        *_order(runs, seeds, command),
+        _stability(roughness(curves), runs, seeds, command),
+        Claim(
+            "Best on 9 of 13 image benchmarks", "9 of 13; average 61.9%", "needs the 7B model and the benchmarks", OPEN
+        ),
+        Claim("Video-LLaVA trains in less time and scores better", "9% less time", "", OPEN),
+    ]
+
+
+def _attention(attention: pd.DataFrame) -> Claim:
+    visual = attention.query("kind == 'visual'").sort_values("layer")
+    first, last = visual.iloc[0], visual.iloc[-1]
+    turn = YES if last.high < first.low else f"{NO}: it rises here" if last.low > first.high else f"{NO}: no trend"
+    return Claim(
+        "Visual tokens get less attention from the answer position in deeper layers",
+        "falls with depth (LLaVA-1.5-7B)",
+        "; ".join(f"layer {row.layer}: {row.share:.0%}" for row in visual.itertuples())
+        + f" of the attention ({visual.tokens_share.mean():.0%} of the prompt's tokens)",
+        turn,
+        1,
+        REDUNDANCY,
+    )
+
+
+def _training(result: pd.DataFrame, published: pd.Series, seeds: pd.Series, command: str) -> list[Claim]:
+    four = ["four-stage-wider", "four-stage-deeper"]
+    staged = ["three-stage", *four]
+    saved = float(published["training time", "less training time"]) / 100
+    best = result.loc[four].accuracy.idxmax()
+    others = [name for name in SCHEMES if name not in four]
+    return [
+        Claim(
+            "Staged compression takes 16% less training time",
+            "15.3 h to 12.8 h: -16%",
+            "; ".join(f"{name}: {result.time[name] - 1:+.0%} (FLOPs {result.flops[name] - 1:+.0%})" for name in staged),
+            _all(1 - result.time[four] >= saved),
+            None,
+            command,
+        ),
+        Claim(
+            "Nothing is lost at the end of training",
+            "better than the baseline on average",
+            f"{BASELINE}: {_share(result.loc[BASELINE])}; "
+            + "; ".join(
+                f"{name}: {_points(*result.loc[name, ['difference', 'difference_low', 'difference_high']])}"
+                for name in staged
+            ),
+            _all(result.difference_high[staged] >= 0),
+            int(seeds[staged].min()),
+            command,
+        ),
+        Claim(
+            "Four stages are the best of the schemes",
+            "best average",
+            "; ".join(f"{name}: {_share(result.loc[name])}" for name in result.index if name in SCHEMES),
+            _all(
+                pd.Series(
+                    [result.low[best] > result.accuracy[name] for name in others]
+                    + [result.accuracy[best] > result.accuracy[name] for name in others]
+                )
+            ),
+            int(seeds[four].min()),
+            command,
+        ),
+    ]
+
+
+def _order(runs: pd.DataFrame, seeds: pd.Series, command: str) -> list[Claim]:
+    claims = []
+    for control, what in (
+        ("three-stage-reversed", "the same stages in reverse order (same cost)"),
+        ("three-stage-shuffled", "the same stages in random order (same cost)"),
+        ("constant", "one light plan to the end"),
+    ):
+        if control in set(runs.scheme):
+            difference = paired(runs, "three-stage", control)
+            claims.append(
+                Claim(
+                    f"Heavy first and light later is better than {what}",
+                    "claimed, no figure",
+                    f"three-stage less {control}: {_points(*difference)}",
+                    _sign(difference),
+                    int(seeds[control]),
+                    command,
+                )
+            )
+    return claims
+
+
+def _stability(rough: pd.DataFrame, runs: pd.DataFrame, seeds: pd.Series, command: str) -> Claim:
+    pooled, pruned = "three-stage", "three-stage-pruned"
+    unrest = paired(rough, pruned, pooled, "loss")
+    better = paired(runs, pooled, pruned)
+    means = rough.groupby("scheme").loss.mean()
+    return Claim(
+        "Pooling trains more steadily than attention-based pruning",
+        "claimed, no figure",
+        f"change of the loss from log to log (standard deviation): pooled {means[pooled]:.4f}, pruned "
+        f"{means[pruned]:.4f} nats, difference {unrest[0]:+.4f} ({unrest[1]:+.4f} to {unrest[2]:+.4f}); "
+        f"accuracy, pooled less pruned: {_points(*better)}",
+        _sign(unrest),
+        int(seeds[pruned]),
+        command,
+    )
+
+
+def _sign(difference: tuple[float, float, float]) -> str:
+    """The verdict on a claim that a difference is above 0, from its interval."""
+    _, low, high = difference
+    return YES if low > 0 else f"{NO}: the opposite holds" if high < 0 else f"{NO}: within the noise"
+
+
+def _all(holds: pd.Series) -> str:
+    return YES if holds.all() else PARTLY if holds.any() else NO
+
+
+def _points(middle: float, low: float, high: float) -> str:
+    return f"{100 * middle:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}) points"
+
+
+def _share(row: pd.Series) -> str:
+    return f"{row.accuracy:.1%} ({row.low:.1%} to {row.high:.1%})"
+
+
+PAGES: dict[str, tuple[str, Callable[[Path], list[Claim]]]] = {"llavolta": ("LLaVolta", llavolta)}
+
+
+def render(paper: str) -> str:
+    """The page of ``paper`` as Markdown."""
+    title, claims = PAGES[paper]
+    lines = [
+        f"# {title}: claims and what we find",
+        "",
+        "Written by `python -m llavolta.claims` from the CSV files beside it; do not edit. Ours is the embedded scale",
+        "(8 layers, 144 visual tokens, handwritten digits) unless said otherwise: it can support a claim or cast doubt",
+        "on it, not settle it for 7B. Intervals are 95%: over seeds (Student's t; differences paired by seed), or over",
+        "questions where a single model is looked at. Commands run in `notebooks/`, after `papermill`.",
+        "",
+        "| claim | published | ours (95% interval) | seeds | verdict | command |",
+        "|---|---|---|---|---|---|",
+    ]
+    try:
+        found = claims(PAPERS / paper)
+    except (FileNotFoundError, KeyError) as error:
+        raise ClaimsError(f"papers/{paper} lacks figures ({error}); run the notebooks that write them") from None
+    for claim in found:
+        cells = [claim.text, claim.published, claim.ours, "" if claim.seeds is None else str(claim.seeds)]
+        lines.append("| " + " | ".join([*cells, claim.verdict, f"`{claim.command}`" if claim.command else ""]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m llavolta.claims", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
+    options = parser.parse_args(arguments)
+    try:
+        for paper in PAGES:
+            page = PAPERS / paper / "claims.md"
+            text = render(paper)
+            if not options.check:
+                page.write_text(text)
+                print(f"written: papers/{paper}/claims.md")
+            elif not page.exists() or page.read_text() != text:
+                raise ClaimsError(f"papers/{paper}/claims.md is out of date; run python -m llavolta.claims")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

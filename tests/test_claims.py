@@ -1,0 +1,90 @@
+"""The pages of claims say what their figures say, and are up to date."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pandas as pd
+import pytest
+
+from llavolta import claims
+from llavolta.compare import BASELINE, CONTROLS
+from llavolta.schemes import SCHEMES
+
+
+@pytest.mark.parametrize("paper", claims.PAGES)
+def test_the_committed_page_is_what_its_figures_give(paper):
+    assert (claims.PAPERS / paper / "claims.md").read_text() == claims.render(paper), "run python -m llavolta.claims"
+
+
+@pytest.mark.parametrize("paper", claims.PAGES)
+def test_commands_name_notebooks_and_parameters_that_exist(paper):
+    for notebook, arguments in re.findall(r"`(\w+\.ipynb) OUT\.ipynb([^`]*)`", claims.render(paper)):
+        source = (claims.PAPERS.parent / "notebooks" / notebook).read_text()
+        for name in re.findall(r"-p (\w+)", arguments):
+            assert f'"{name} = ' in source, name
+
+
+@pytest.fixture
+def papers(tmp_path, monkeypatch):
+    """Made-up figures: every scheme 90% but for what a test changes, seeds alike."""
+    shutil.copytree(claims.PAPERS / "llavolta", tmp_path / "llavolta")
+    names = [*SCHEMES, *CONTROLS]
+    rows = [dict(scheme=n, seed=s, type="overall", accuracy=0.9 + 0.001 * s) for n in names for s in range(5)]
+    pd.DataFrame(rows).to_csv(tmp_path / "llavolta" / "compare-runs.csv", index=False)
+    costs = [dict(scheme=n, time=1.0 if n == BASELINE else 0.7, flops=0.7) for n in names]
+    pd.DataFrame(costs).to_csv(tmp_path / "llavolta" / "compare-costs.csv", index=False)
+    monkeypatch.setattr(claims, "PAPERS", tmp_path)
+    return tmp_path / "llavolta"
+
+
+def verdicts(folder) -> dict[str, str]:
+    return {claim.text: claim.verdict for claim in claims.llavolta(folder)}
+
+
+def change(folder, scheme: str, by: list[float]) -> None:
+    runs = pd.read_csv(folder / "compare-runs.csv")
+    runs.loc[runs.scheme == scheme, "accuracy"] += by
+    runs.to_csv(folder / "compare-runs.csv", index=False)
+
+
+LOST, FOUR, TIME = "Nothing is lost at", "Four stages are", "Staged compression"
+
+
+def verdict(folder, start: str) -> str:
+    return next(value for text, value in verdicts(folder).items() if text.startswith(start))
+
+
+def test_equal_accuracies_lose_nothing_and_favour_nothing(papers):
+    assert verdict(papers, LOST) == "reproduced"
+    assert verdict(papers, FOUR) == "not reproduced"
+    assert verdict(papers, TIME) == "reproduced"
+    order = [value for text, value in verdicts(papers).items() if text.startswith("Heavy first")]
+    assert order == ["not reproduced: within the noise"] * 3
+
+
+def test_a_clear_loss_and_a_clear_gain(papers):
+    change(papers, "three-stage", [-0.03, -0.031, -0.029, -0.03, -0.03])
+    assert verdict(papers, LOST) == "in part"
+    assert verdict(papers, "Heavy first and light later is better than the same stages in reverse") == (
+        "not reproduced: the opposite holds"
+    )
+    change(papers, "four-stage-wider", [0.05, 0.051, 0.049, 0.05, 0.05])
+    assert verdict(papers, FOUR) == "reproduced"
+
+
+def test_too_little_time_saved(papers):
+    costs = pd.read_csv(papers / "compare-costs.csv")
+    costs.loc[costs.scheme == "four-stage-wider", "time"] = 0.9
+    costs.to_csv(papers / "compare-costs.csv", index=False)
+    assert verdict(papers, TIME) == "in part"
+
+
+def test_a_stale_page_and_missing_figures_are_errors(papers, capsys):
+    change(papers, "heavy", [0.01] * 5)
+    (papers / "claims.md").write_text("old")
+    assert claims.main(["--check"]) == 1 and "out of date" in capsys.readouterr().err
+    assert claims.main([]) == 0 and claims.main(["--check"]) == 0
+    (papers / "attention.csv").unlink()
+    assert claims.main([]) == 1 and "papers/llavolta lacks figures" in capsys.readouterr().err

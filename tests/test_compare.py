@@ -1,0 +1,115 @@
+"""Schemes side by side: statistics against hand-computed values, controls of equal cost, failures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from llavolta import SCHEMES, PlanError, Scheme
+from llavolta.compare import (
+    CONTROLS,
+    CompareError,
+    accuracies,
+    compare,
+    contestants,
+    headline,
+    mean_interval,
+    roughness,
+    table,
+    table_of_one_seed,
+)
+from llavolta.config import TrainConfig
+from llavolta.data import DataError
+from llavolta.plan import tokens_per_layer
+
+
+def cost(scheme: Scheme) -> float:
+    return sum(stage.share * sum(tokens_per_layer(stage.plan, 32, 576)) for stage in scheme.stages)
+
+
+@pytest.mark.parametrize("name", ["three-stage-reversed", "three-stage-shuffled"])
+def test_order_controls_cost_what_the_scheme_costs(name):
+    assert cost(CONTROLS[name]) == pytest.approx(cost(SCHEMES["three-stage"]))
+    plans = [stage.plan for stage in CONTROLS[name].stages]
+    assert plans != [stage.plan for stage in SCHEMES["three-stage"].stages]
+    assert set(plans) == {"2:avgpool:8", "16:avgpool:8", "none"}
+
+
+def test_a_shuffled_scheme_gives_each_plan_its_steps_in_blocks():
+    scheme = SCHEMES["heavy"].shuffled("mixed", blocks=3, seed=1)
+    plans = [scheme.stages[scheme.stage_at(step, 60)].plan for step in range(60)]
+    assert plans.count("none") == 30 and len(scheme.stages) == 6
+    assert scheme == SCHEMES["heavy"].shuffled("mixed", blocks=3, seed=1)
+    assert scheme != SCHEMES["heavy"].shuffled("mixed", blocks=3, seed=2)
+
+
+def test_the_pruned_control_keeps_as_many_tokens_as_pooling():
+    for pruned, pooled in zip(CONTROLS["three-stage-pruned"].stages, SCHEMES["three-stage"].stages, strict=True):
+        assert tokens_per_layer(pruned.plan, 32, 576) == tokens_per_layer(pooled.plan, 32, 576)
+
+
+def test_contestants_are_scaled_and_the_baseline_is_always_there():
+    chosen = contestants(["heavy"], {"mine": [{"plan": "3:avgpool:2", "share": 1}]}, 8)
+    assert list(chosen) == ["single-stage", "heavy", "mine"]
+    assert chosen["heavy"].stages[0].plan == "1:avgpool:8" and chosen["mine"].stages[0].plan == "3:avgpool:2"
+    with pytest.raises(PlanError, match="names layer 9"):
+        contestants(["heavy"], {"mine": ["9:avgpool:2"]}, 8)
+    with pytest.raises(CompareError, match="unknown scheme 'x'"):
+        contestants(["x"], {}, 8)
+
+
+def test_mean_interval_is_students():
+    # mean 3, standard deviation sqrt(2.5), t of 4 degrees of freedom at 97.5% is 2.776445
+    low, high = mean_interval([1, 2, 3, 4, 5])
+    assert (low, high) == pytest.approx((3 - 2.776445 * np.sqrt(2.5 / 5), 3 + 2.776445 * np.sqrt(2.5 / 5)))
+    with pytest.raises(CompareError, match="two seeds"):
+        mean_interval([1.0])
+
+
+@pytest.fixture
+def answers() -> pd.DataFrame:
+    """Two schemes, three seeds, four questions: the second scheme loses one question of seed 2."""
+    rows = [
+        dict(
+            scheme=scheme, seed=seed, type="ab"[q % 2], correct=q <= seed and not (scheme == "heavy" and q + seed == 4)
+        )
+        for seed in range(3)
+        for scheme in ("single-stage", "heavy")
+        for q in range(4)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_table_pairs_the_seeds(answers):
+    runs = accuracies(answers)
+    overall = runs.query("type == 'overall'").pivot(index="seed", columns="scheme", values="accuracy")
+    assert overall["single-stage"].tolist() == [0.25, 0.5, 0.75] and overall["heavy"].tolist() == [0.25, 0.5, 0.5]
+    row = table(runs).loc["heavy"]
+    assert row.difference == pytest.approx(-0.25 / 3)
+    half = 4.302653 * np.std([0, 0, -0.25], ddof=1) / np.sqrt(3)
+    assert (row.difference_low, row.difference_high) == pytest.approx((-0.25 / 3 - half, -0.25 / 3 + half))
+    assert table(runs).loc["single-stage"].difference == 0
+    assert table(runs, kind="a").loc["heavy"].accuracy == pytest.approx(np.mean([0.5, 0.5, 0.5]))
+
+
+def test_one_seed_pairs_the_questions(answers):
+    row = table_of_one_seed(answers[answers.seed == 2]).loc["heavy"]
+    assert row.difference == -0.25 and row.difference_low >= -1 and row.difference_high == 0
+    assert "no loss shown" in headline(table_of_one_seed(answers[answers.seed == 2]).assign(time=0.5), 1)
+
+
+def test_roughness_leaves_the_jump_between_stages_out():
+    rows = [
+        dict(scheme="s", seed=0, step=k, stage=1 + (k > 2), loss=loss, grad_norm=1.0)
+        for k, loss in enumerate([1.0, 0.9, 0.7, 5.0, 4.8])
+    ]
+    row = roughness(pd.DataFrame(rows)).iloc[0]
+    assert row.loss == pytest.approx(np.std([-0.1, -0.2, -0.2], ddof=1)) and row.grad_norm == 1
+
+
+def test_a_failing_run_stops_the_comparison_with_its_error(scenes, small_model, tmp_path):
+    options = dict(model=str(small_model), data=str(scenes / "train.json"), align_steps=0, max_steps=2, batch_size=4)
+    config = TrainConfig(output=str(tmp_path), **options)
+    with pytest.raises(DataError, match="no data file nowhere.json"):
+        compare(contestants([], {"mine": ["none"]}, 4), [0], config, "nowhere.json", workers=2, progress=False)
