@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaNextConfig
+from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
 
 from llavolta import AveragePool, MultiBlockTokenFusion, SpatialTokenFusion, compress, replace_projector
+from llavolta.cost import cost_model
 from llavolta.data import LlavaData
 from llavolta.errors import UnsupportedModel
 from llavolta.evaluate import evaluate, greedy, prompts
@@ -137,6 +138,13 @@ class TestSizes:
         assert [tuple(part.weight.shape) for part in blocks.mlp[::2]] == [(4096, 8192), (1024, 4096)]
         assert [tuple(part.weight.shape) for part in tokens.mlp[::2]] == [(16384, 4096), (4096, 16384)]
         assert with_projector(config, "stf:3").image_seq_length == 64
+
+    def test_the_cost_model_sees_the_projector(self):
+        """Two operations per weight and row: of 576 patches in MBTF, of 144 windows in STF."""
+        cost = cost_model(with_projector(LlavaConfig(text_config=LlamaConfig()), "mbtf+stf"))
+        patches, windows = 4096 * 8192 + 1024 * 4096, 16384 * 4096 + 4096 * 16384
+        assert cost.visual == 144
+        assert cost.step("none").projector.forward == 2 * (576 * patches + 144 * windows)
 
     @pytest.mark.parametrize(("depth", "blocks"), [(5, [-2, 3, 2, 1]), (2, [-2]), (12, [-2, *range(10, 0, -1)])])
     def test_usual_blocks_of_other_towers(self, depth, blocks):
@@ -280,15 +288,15 @@ class TestInTheFramework:
         assert torch.isfinite(loss) and loss != before and torch.equal(model(**batch).loss, before)
         assert model.model.multi_modal_projector.tokens.mlp[0].weight.grad.abs().max() > 0
 
-    def test_windows_leave_a_square_grid_of_their_own(self):
-        seen = []
+    def test_windows_leave_a_square_grid_of_their_own(self, monkeypatch):
+        seen, call = [], AveragePool.__call__
 
-        class Looks(AveragePool):
-            def __call__(self, tokens):
-                seen.append((tokens.mask.sum(1).tolist(), tokens.grid.tolist()))
-                return super().__call__(tokens)
+        def looks(self, tokens):
+            seen.append((tokens.mask.sum(1).tolist(), tokens.grid.tolist()))
+            return call(self, tokens)
 
-        with compress(model := fused("stf:2"), {1: Looks(2)}):
+        monkeypatch.setattr(AveragePool, "__call__", looks)
+        with compress(model := fused("stf:2"), "1:avgpool:2"):
             model(**ragged_batch([[3, 4]], grid=6) | {"pixel_values": pixels(1)})
         assert seen == [([36], [[6, 6]])]
 
