@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import math
 import re
 import sys
@@ -20,12 +21,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
+from llavolta.compressors import VisualTokens
 from llavolta.cost import step_cost
 from llavolta.masks import cache_bytes
 from llavolta.patch import IGNORED, compress
+from llavolta.plan import parse_plan
+from llavolta.probe import TowerProbe
 from llavolta.train import set_trainable
 
 
@@ -64,7 +69,7 @@ def step_times(
     tasks = {plan: partial(step, plan) for plan in plans}
     seconds = interleaved(tasks, rounds, device, progress) / len(batches)
     text, images, labelled = _sizes(model, batches)
-    flops = [step_cost(model.config, plan, text, images, labelled, phase).total for plan in plans]
+    flops = [step_cost(model.config, plan, text, images, labelled=labelled, phase=phase).total for plan in plans]
     base = plans.index("none")
     return pd.DataFrame(
         {
@@ -246,15 +251,112 @@ def _prefill(model, batch: dict, plans: Sequence[str], rounds: int, progress: bo
     )
 
 
+BEFORE_PROJECTOR = (
+    "random:0.25",
+    "avgpool:4",
+    "avgpool2d:2",
+    "downsample:0.25",
+    "kmeans:0.25",
+    "prumerge",
+    "prumerge+",
+)
+
+
+def tower_tokens(images: int, grid: int = 24, width: int = 1024) -> VisualTokens:
+    """Random features (images, grid^2, width), queries and keys, as a compressor at "vision" gets them."""
+    length, generator = grid * grid, torch.Generator().manual_seed(0)
+    hidden, query, key = (
+        torch.randn(*shape, width, generator=generator) for shape in ((images, length), (images,), (images, length + 1))
+    )
+    mask = torch.ones(images, length, dtype=torch.bool)
+    positions = torch.arange(length)[None, :, None].expand(images, -1, -1)
+    sides = torch.full((images, 2), grid)
+    return VisualTokens(hidden, mask, positions, sides, probe=TowerProbe(query, key, length))
+
+
+def prumerge_loop(tokens: VisualTokens, plus: bool = False, neighbours: int = 32) -> list[Tensor]:
+    """PruMerge (``plus``: PruMerge+) word for word, image by image and token by token: (M, C) of each image. Slow."""
+    results = []
+    for x, query, keys in zip(tokens.hidden, tokens.probe.query, tokens.probe.key, strict=True):
+        a = torch.softmax(torch.stack([query @ key for key in keys]) / math.sqrt(len(query)), 0)[-len(x) :]
+        keys, places = keys[-len(x) :], range(len(x))
+        low, high = np.percentile(a.numpy(), [25, 75])
+        ranked = sorted(places, key=lambda j: -a[j].item())
+        kept = ranked[: sum(value > high + 1.5 * (high - low) for value in a.tolist())]
+        if plus:
+            step = max(1, int(int(len(x) / max(1, len(kept))) / 3))
+            kept = kept + [j for j in places[::step] if j not in kept]
+        merged = []
+        for i in sorted(kept):
+            alike = {j: torch.dot(keys[i], keys[j]) / (keys[i].norm() * keys[j].norm()) for j in places if j != i}
+            nearest = sorted(alike, key=lambda j: -alike[j].item())[:neighbours]
+            merged.append(x[i] + sum(a[j] * x[j] for j in nearest))
+        if len(kept) < len(x):
+            merged.append(sum(a[j] * x[j] for j in places if j not in kept))
+        results.append(torch.stack(merged))
+    return results
+
+
+@torch.no_grad()
+def compressor_times(
+    images: int = 32,
+    tower_images: int = 4,
+    grid: int = 24,
+    width: int = 1024,
+    layers: int = 24,
+    rounds: int = 5,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Seconds of each compressor on a vision tower's output of ``images`` x ``grid``^2 tokens.
+
+    loop: how many times longer ``prumerge_loop`` takes on the same tokens (one round of it). tower: the compressor's
+    time over that of the forward pass of a CLIP ViT of this width and depth, both on ``tower_images`` images, the
+    median over rounds in which they ran in turn.
+    """
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    plans = {name: parse_plan(f"vision:{name}")["vision"] for name in BEFORE_PROJECTOR}
+    device, tokens, few = (
+        torch.device("cpu"),
+        tower_tokens(images, grid, width),
+        tower_tokens(tower_images, grid, width),
+    )
+    seconds = interleaved({name: partial(plan, tokens) for name, plan in plans.items()}, rounds, device, progress)
+
+    sizes = dict(hidden_size=width, intermediate_size=4 * width, num_attention_heads=max(1, width // 64))
+    config = CLIPVisionConfig(**sizes, num_hidden_layers=layers, image_size=14 * grid, patch_size=14)
+    tower, pixels = CLIPVisionModel(config).eval(), torch.randn(tower_images, 3, 14 * grid, 14 * grid)
+    tasks = {"tower": partial(tower, pixels)} | {name: partial(plan, few) for name, plan in plans.items()}
+    short = interleaved(tasks, rounds, device, progress)
+
+    table = pd.DataFrame({"compressor": list(plans), "seconds": np.median(seconds, axis=0)})
+    table["tokens_left"] = [plan(tokens).mask.sum(1).double().mean().item() for plan in plans.values()]
+    table["tower"] = np.median(short[:, 1:] / short[:, :1], axis=0)
+    table["loop"] = math.nan
+    for name, plus in (("prumerge", False), ("prumerge+", True)):
+        start = _now(device)
+        prumerge_loop(tokens, plus)
+        row = table.compressor == name
+        table.loc[row, "loop"] = (_now(device) - start) / table.seconds[row]
+    return table
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llavolta.bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    compressors = commands.add_parser("compressors", help="the compressors before the projector, against the tower")
+    for name in ("images", "tower_images", "grid", "width", "layers", "rounds"):
+        default = inspect.signature(compressor_times).parameters[name].default
+        compressors.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     step = commands.add_parser("step", help="a training step and a prefill under several plans")
     for name, kind in typing.get_type_hints(Sizes).items():
         step.add_argument(f"--{name}", type=kind, default=getattr(Sizes, name))
     step.add_argument("--rounds", type=int, default=7)
     options = vars(parser.parse_args(arguments))
-    options.pop("command")
+    if options.pop("command") == "compressors":
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}\n")
+        print(compressor_times(**options).to_string(index=False, float_format="{:.4f}".format))
+        return 0
     rounds = options.pop("rounds")
     sizes = Sizes(**options)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {sizes}")

@@ -19,7 +19,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
@@ -254,11 +254,10 @@ class CostModel:
             if not features:
                 raise UnsupportedModel("the pictures hold no pixel_values or pixel_values_videos")
             # What reaches the decoder: the features, and those for its later layers (deep-stack).
-            deep = [
-                feature for output in encoded.values() for feature in getattr(output, "deepstack_features", None) or []
-            ]
-            if any(feature.requires_grad for feature in features):
-                sum(feature.sum() for feature in features + deep).backward()
+            deep = tree_leaves([getattr(output, "deepstack_features", None) for output in encoded.values()])
+            reaching = [feature for feature in [*features, *deep] if feature is not None and feature.requires_grad]
+            if reaching:
+                sum(feature.sum() for feature in reaching).backward()
         tokens = sum(len(feature) for feature in features)
         return forward, sum(marks), counter.get_total_flops() - forward, tokens
 

@@ -100,6 +100,30 @@ def _projector(base: nn.Module) -> nn.Module | None:
     return projector
 
 
+def tower_attentions(parts: Parts) -> list[nn.Module]:
+    """The attention, with ``q_proj`` and ``k_proj``, of the last encoder layer of each vision tower.
+
+    Raises UnsupportedModel for a tower without such a layer, or without a class token (SigLIP).
+    """
+    found = []
+    for name, tower in parts.base.named_children():
+        stacks = [part for part in tower.modules() if isinstance(part, nn.ModuleList) and len(part)]
+        if tower in (parts.decoder, parts.projector) or not stacks:
+            continue
+        names = {parameter.rpartition(".")[2] for parameter, _ in tower.named_parameters()}
+        if not names & {"class_embedding", "cls_token"}:
+            raise UnsupportedModel(
+                f"{name} ({type(tower).__name__}) has no class token whose attention could rank patches; use a "
+                "compressor that needs none, such as downsample or kmeans"
+            )
+        last = max(stacks, key=len)[-1]
+        attention = next((m for m in last.modules() if hasattr(m, "q_proj") and hasattr(m, "k_proj")), None)
+        if attention is None:
+            raise UnsupportedModel(f"{name}: no q_proj and k_proj in its last layer {type(last).__name__}")
+        found.append(attention)
+    return found
+
+
 def encode_pictures(base: nn.Module, args: tuple, kwargs: dict) -> dict:
     """The arguments of the base model with its pictures encoded ahead, as ``generate`` hands them over too.
 

@@ -14,6 +14,7 @@ What happens in one forward pass, with a compressor at the input of decoder laye
 
 The plan's "vision" entry works at the projector instead: the hook before it shortens each picture, the hook behind it
 puts what is left at its anchors among the placeholders' rows and marks the others, and layer 0 drops the marked ones.
+A compressor that needs "tower" is handed what the projections of queries and keys in the tower's last layer gave.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
 from llavolta.compressors import CompressedTokens, Compressor, VisualTokens, keep_tokens
+from llavolta.compressors.base import sum_groups
 from llavolta.errors import UnsupportedModel
 from llavolta.families import (
     Pictures,
@@ -36,11 +38,12 @@ from llavolta.families import (
     find_pictures,
     is_compiled,
     pools_frames,
+    tower_attentions,
     visual_tokens,
 )
 from llavolta.masks import look_up_mask, sliding_window, whole_cache
 from llavolta.plan import VISION, Layer, Plan, check_layers, format_plan, parse_plan
-from llavolta.probe import LayerInput, LayerProbe
+from llavolta.probe import LayerInput, LayerProbe, TowerProbe
 
 IGNORED = -100  # the label of tokens without loss, as everywhere in transformers
 BLENDED = (
@@ -113,6 +116,7 @@ class _Pass:
     rows: _Rows | None = None
     masks: dict[tuple[int, int], object] = field(default_factory=dict)  # by layer of the plan and stock mask
     cached: dict[int, _CachedRows] = field(default_factory=dict)  # what the cache will hold, by layer of the plan
+    moved: Tensor | int = 0  # (B, 1) how far closing the gaps of this pass has moved its last token up
 
     @property
     def has_pictures(self) -> bool:
@@ -127,11 +131,18 @@ class _CachedRows:
     original: Tensor
     valid: Tensor
     seen: int  # how many tokens, compressed or not, this cache was shown
+    moved: Tensor | int = 0  # (B, 1) how far the positions of later tokens move up
 
 
 @dataclass(frozen=True)
 class _DropMarked(Compressor):
-    """Drops the tokens that the compressor before the projector removed."""
+    """Drops the tokens that the compressor before the projector removed; ``close``: and closes the gaps."""
+
+    close: bool
+
+    @property
+    def contiguous(self) -> bool:
+        return self.close
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
         left = keep_tokens(tokens, ~tokens.hidden[..., 0].isnan())
@@ -159,7 +170,9 @@ class Compression:
             )
         self._steps: dict[int, list[Compressor]] = {layer: [c] for layer, c in working.items()}
         if self._vision is not None:
-            self._steps[0] = [_DropMarked(), *self._steps.get(0, [])]
+            self._steps[0] = [_DropMarked(self._vision.contiguous), *self._steps.get(0, [])]
+        self._towers = tower_attentions(self.parts) if self._vision and "tower" in self._vision.needs else []
+        self._tower: dict[str, Tensor] = {}  # what the last tower gave, until the projector takes it
         self._captured = {layer - 1 for layer, c in working.items() if "previous_layer" in c.needs}
         self.labelled_only = labelled_only if labelled_only is not None else bool(self._steps)
         self._pass: _Pass | None = None
@@ -210,6 +223,9 @@ class Compression:
             hook = partial(self._before_layer, number, segment)
             add(parts.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
         if self._vision is not None:
+            for attention in self._towers:
+                add(attention.q_proj.register_forward_hook(partial(self._after_tower, "query")))
+                add(attention.k_proj.register_forward_hook(partial(self._after_tower, "key")))
             kept: list[tuple[CompressedTokens, int]] = []
             add(parts.projector.register_forward_pre_hook(partial(self._before_projector, kept)))
             add(parts.projector.register_forward_hook(partial(self._after_projector, kept)))
@@ -316,9 +332,26 @@ class Compression:
             if hasattr(self.parts.base, "rope_deltas"):
                 raise UnsupportedModel("with a plan at layer 0, pass the position_ids of the new tokens with the cache")
             position_ids = torch.arange(seen, seen + new, device=state.real.device)[None]
-        return {**inputs, "position_ids": position_ids}
+        first = self._caches.get(state.cache, {}).get(0)
+        return {**inputs, "position_ids": position_ids - (0 if first is None else first.moved)}
 
     # --- around the projector ---
+
+    def _after_tower(self, name: str, module, args, output):
+        self._tower[name] = (output[:, 0].clone() if name == "query" else output).detach()
+
+    def _tower_probe(self, images: int, length: int) -> TowerProbe | None:
+        if not self._towers:
+            return None
+        probe, self._tower = TowerProbe(**self._tower, length=length), {}
+        given = probe.key.shape[:2]
+        if given not in ((images, length), (images, length + 1)):
+            raise UnsupportedModel(
+                f"the vision tower made {given[0]} x {given[1]} tokens, but {images} x {length} reach the projector: "
+                f"merged before it, they cannot be ranked by {self._vision}; use a compressor that needs no attention "
+                "of the tower, such as downsample or kmeans"
+            )
+        return probe
 
     def _before_projector(self, kept: list, module, args):
         hidden = args[0]
@@ -329,7 +362,8 @@ class Compression:
         positions = torch.arange(length, device=hidden.device)[None, :, None].expand(images, -1, -1)
         side = round(length**0.5)
         grid = torch.tensor((side, side) if side * side == length else (1, length), device=hidden.device)
-        tokens = VisualTokens(hidden, mask, positions, grid.expand(images, -1), module.training)
+        probe = self._tower_probe(images, length)
+        tokens = VisualTokens(hidden, mask, positions, grid.expand(images, -1), module.training, probe)
         out = _check(self._vision(tokens), tokens, f"compressor {self._vision} at 'vision'")
         kept.append((out, length))
         return (out.hidden, *args[1:])
@@ -445,6 +479,10 @@ class Compression:
         out_positions = out.positions if out.positions is not None else positions[anchor_rows]
         new = flat.index_select(0, source).index_copy(0, target[out.mask], out.hidden[out.mask])
         new_positions = positions.index_select(0, source).index_copy(0, target[out.mask], out_positions[out.mask])
+        if compressor.contiguous:
+            gone = (rows.valid & ~keep).cumsum(1)
+            state.moved = gone[:, -1:]
+            new_positions = new_positions - gone.gather(1, take).view(-1, 1)
         later = rows.later.gather(1, take)
         if number == 0:  # later stock masks have the columns that are left here
             later = _columns(new_length, state)
@@ -509,6 +547,7 @@ class Compression:
             torch.cat([past.original, index + past.seen], dim=1),
             torch.cat([past.valid, valid], dim=1),
             past.seen + length,
+            past.moved + state.moved,
         )
 
     def _mask(self, mask, segment: int, number: int, state: _Pass):
@@ -585,12 +624,10 @@ def _merge_like(out: CompressedTokens, features: Tensor, mask: Tensor) -> Tensor
     """features (I, L, C) of the tokens before a compressor -> (I, M, C), merged or dropped as the tokens were."""
     if out.group is None:
         return features.gather(1, out.anchor[..., None].expand(-1, -1, features.shape[-1]))
-    images, windows = out.mask.shape
-    group = out.group.masked_fill(~mask, windows)[..., None]  # padding goes to a window to spare
-    total = features.new_zeros(images, windows + 1, features.shape[-1], dtype=torch.float32)
-    total = total.scatter_add(1, group.expand_as(features), features.float())[:, :-1]
-    count = total.new_zeros(images, windows + 1, 1).scatter_add(1, group, torch.ones_like(group, dtype=total.dtype))
-    return (total / count[:, :-1].clamp(min=1)).to(features.dtype)
+    windows = out.mask.shape[1]
+    group = out.group.masked_fill(~mask, windows)
+    total, count = (sum_groups(values.float(), group, windows) for values in (features, mask[..., None]))
+    return (total / count.clamp(min=1)).to(features.dtype)
 
 
 def _add_deepstack(hidden: Tensor, rows: _Rows, layer: int) -> Tensor:

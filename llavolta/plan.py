@@ -105,10 +105,15 @@ def check_layers(plan: Plan, num_layers: int) -> Plan:
                 f"are 0..{num_layers - 1}"
             )
     for layer, compressor in plan.items():
+        wrong = None
         if "previous_layer" in compressor.needs and layer in (VISION, 0):
-            raise PlanError(
-                f"plan {format_plan(plan)!r}: {compressor.name} ranks by the layer before it, so from layer 1"
-            )
+            wrong = "ranks by the layer before it, so from layer 1"
+        elif "decoder" in compressor.needs and layer == VISION:
+            wrong = "ranks by the attention of a decoder layer, so from layer 0, not at 'vision'"
+        elif "tower" in compressor.needs and layer != VISION:
+            wrong = f"works on the vision tower's output only; write 'vision:{compressor.name}'"
+        if wrong:
+            raise PlanError(f"plan {format_plan(plan)!r}: {compressor.name} {wrong}")
     return plan
 
 

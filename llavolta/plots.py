@@ -143,11 +143,16 @@ def token_map(picture: np.ndarray, groups: np.ndarray, ax=None, title: str = "")
 
 
 def stage_token_maps(picture: np.ndarray, maps: dict[str, np.ndarray]) -> Figure:
-    """Token maps of several plans side by side on one picture; a map's groups as in ``token_map``."""
-    figure, axes = plt.subplots(1, len(maps), figsize=(2.7 * len(maps), 3.1), squeeze=False, layout="constrained")
-    for ax, (name, groups) in zip(axes[0], maps.items(), strict=True):
+    """Token maps of several plans side by side on one picture, five a row; groups as in ``token_map``."""
+    columns = min(len(maps), 5)
+    rows = -(-len(maps) // columns)
+    size, dpi = (2.7 * columns, 3.1 * rows), 100 if rows == 1 else 70  # many maps make a large file
+    figure, axes = plt.subplots(rows, columns, figsize=size, dpi=dpi, squeeze=False, layout="constrained")
+    for ax, (name, groups) in zip(axes.flat, maps.items(), strict=False):
         token_map(picture, groups, ax, f"{name}\n{_left(groups)} of {groups.size} tokens")
         ax.title.set_fontsize(11)
+    for ax in axes.flat[len(maps) :]:
+        ax.set_axis_off()
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Attention, keys and question at one decoder layer, computed from its own weights for the rows asked for only."""
+"""Attention, keys and question at one layer, computed from its own weights for the rows asked for only."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LayerProbe:
     @torch.no_grad()
     def attention(self, query: str, previous: bool) -> Tensor:
         if query not in ("last", "instruction"):
-            raise ValueError(f"query must be 'last' or 'instruction', not {query!r}")
+            raise ValueError(f"query must be 'last' or 'instruction' at a decoder layer, not {query!r}")
         if previous and self.before is None:
             raise ValueError('the attention of the previous layer needs "previous_layer" in needs, and a layer above 0')
         rows, mask = self._queries(query)
@@ -72,6 +72,40 @@ class LayerProbe:
             return _compact(last)
         answers = self.answers & self.valid
         return _compact(torch.where(answers.any(1, keepdim=True), answers, last))
+
+
+@dataclass
+class TowerProbe:
+    """What a compressor may ask at "vision": the class token's attention and the keys of the tower's last layer.
+
+    query (I, D): of the class token. key (I, T, D): of the class token and all patches; both as the layer's own query
+    and key projections gave them. length: L, the last of these T tokens that go to the projector.
+    """
+
+    query: Tensor
+    key: Tensor
+    length: int
+
+    @torch.no_grad()
+    def attention(self, query: str, previous: bool) -> Tensor:
+        if query != "class" or previous:
+            raise ValueError("at 'vision' there is the attention of the class token only: tokens.attention('class')")
+        scores = matmul_float32(self.query[:, None], self.key.transpose(1, 2))[:, 0]
+        return (scores * self.key.shape[-1] ** -0.5).softmax(-1)[:, -self.length :]
+
+    def keys(self) -> Tensor:
+        return self.key[:, -self.length :]
+
+    def question(self):
+        raise ValueError("there is no question yet at 'vision'; use a decoder layer")
+
+    row = question
+
+
+def matmul_float32(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in float32, also under autocast: for scores and distances whose order decides."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float()
 
 
 def _compact(chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from llavolta.compressors import CompressedTokens, Compressor, VisualTokens
 from llavolta.cost import step_cost
 from llavolta.data import LlavaData
 from llavolta.errors import UserError
-from llavolta.plan import check_layers, format_plan, parse_plan, tokens_per_layer
+from llavolta.plan import VISION, check_layers, format_plan, parse_plan
 from llavolta.schemes import plan_compression_ratio
 
 KINDS = ("visual", "system and prompt", "question")
@@ -419,6 +419,10 @@ class _Recorder(Compressor):
     def is_identity(self) -> bool:
         return self.inner.is_identity
 
+    @property
+    def contiguous(self) -> bool:
+        return self.inner.contiguous
+
     def num_tokens(self, num_tokens: int) -> float:
         return self.inner.num_tokens(num_tokens)
 
@@ -427,7 +431,8 @@ class _Recorder(Compressor):
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
         out = self.inner(tokens)
-        self.seen.append((_destination(out, tokens), tuple(tokens.grid[0].tolist())))
+        counts = int(out.mask.sum()), int(tokens.mask.sum())
+        self.seen.append((_destination(out, tokens), tuple(tokens.grid[0].tolist()), counts))
         return out
 
 
@@ -445,17 +450,18 @@ def _destination(out: CompressedTokens, tokens: VisualTokens) -> Tensor:
 def recording(model, plan) -> Iterator[SimpleNamespace]:
     """``compress(model, plan)`` that notes where tokens go in its first pass, ready when the block ends.
 
-    maps: see ``token_map``. shape: rows and columns of the first picture, None if nothing was removed.
+    maps: see ``token_map``. shape: rows and columns of the first picture, None if nothing was removed. counts: by layer
+    of the plan, how many tokens were left of how many.
     """
     plan = {layer: _Recorder(compressor) for layer, compressor in parse_plan(plan).items()}
-    record = SimpleNamespace(maps={}, shape=None)
+    record = SimpleNamespace(maps={}, shape=None, counts={})
     with patch.compress(model, plan):
         yield record
     where = None
     for layer, recorder in plan.items():
         if not recorder.seen:  # it removes nothing, so compress left it out
             continue
-        step, shape = recorder.seen[0]
+        step, shape, record.counts[layer] = recorder.seen[0]
         if where is None:
             where, record.shape = step, shape
         else:
@@ -484,15 +490,15 @@ def token_map(model, batch, plan) -> dict[int | str, np.ndarray]:
 class View:
     """What one plan does with one question.
 
-    plan: its text. maps: see ``token_map``. tokens: how many visual tokens each decoder layer works on. shape: rows
-    and columns of the first picture. ratio: the compression ratio. flops: those of a training step relative to no
-    compression; NaN where cost.step_cost does not know the model. answer: the model's greedy answer. guesses: the five
-    likeliest first tokens of the answer and their probabilities.
+    plan: its text. maps: see ``token_map``. tokens: how many visual tokens each decoder layer worked on. shape: rows
+    and columns of the first picture. ratio: the compression ratio, from these tokens. flops: those of a training step
+    relative to no compression, at the plan's mean number of tokens; NaN where cost.step_cost does not know the model.
+    answer: the model's greedy answer. guesses: the five likeliest first tokens of the answer and their probabilities.
     """
 
     plan: str
     maps: dict[int | str, np.ndarray]
-    tokens: list[float]
+    tokens: list[int]
     ratio: float
     flops: float
     answer: str
@@ -534,16 +540,39 @@ def view(model, processor, question: str, images: list, plan: str, text_tokens: 
     model.train(training)
     likeliest = out.logits[0][0].float().softmax(-1).topk(5)
     pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    tokens = _tokens_left(record.counts, len(parts.layers), visual)
     return View(
         plan=format_plan(parse_plan(plan)),
         maps=record.maps,
-        tokens=tokens_per_layer(plan, len(parts.layers), visual),
-        ratio=plan_compression_ratio(plan, len(parts.layers), visual),
+        tokens=tokens,
+        ratio=len(tokens) * visual / sum(tokens),
         flops=_relative_flops(families.unwrap(model).config, plan, text_tokens),
         answer=processor.decode(out.sequences[0, length:], skip_special_tokens=True).strip(),
         guesses={processor.tokenizer.decode([token]).strip() or "(blank)": chance for token, chance in pairs},
         shape=record.shape or _square(visual // max(len(images), 1)),
     )
+
+
+def views(model, processor, question: str, images: list, plans: Sequence[str], text_tokens: float = 64) -> list[View]:
+    """``view`` under each of ``plans``; one that this model cannot do is left out, and a printed line says why."""
+    seen = []
+    for plan in plans:
+        try:
+            seen.append(view(model, processor, question, images, plan, text_tokens))
+        except (UserError, ValueError) as error:
+            print(f"{plan} is left out: {error}")
+    return seen
+
+
+def _tokens_left(counts: dict, depth: int, visual: int) -> list[int]:
+    """Of ``visual`` tokens, those that each of ``depth`` layers worked on; see ``recording``."""
+    tokens = []
+    for layer in range(depth):
+        for place in (VISION, layer) if layer == 0 else (layer,):
+            left, of = counts.get(place, (1, 1))
+            visual = round(visual * left / of)
+        tokens.append(visual)
+    return tokens
 
 
 def design_table(config, layers: Sequence[int], strides: Sequence[int], text_tokens: float = 64) -> pd.DataFrame:

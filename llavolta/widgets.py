@@ -24,6 +24,7 @@ from llavolta.compressors import COMPRESSORS
 from llavolta.data import LlavaData, open_image
 from llavolta.errors import UserError
 from llavolta.families import find_parts
+from llavolta.plan import VISION, Layer
 
 WIDE = ui.Layout(width="420px")
 STYLE = {"description_width": "90px"}
@@ -36,7 +37,7 @@ class Explorer:
     show, None while ``message`` shows an error. draw: (picture, view) -> figure.
     """
 
-    def __init__(self, model, processor, data: LlavaData, draw: Callable, layer: int, compressor: str, **options):
+    def __init__(self, model, processor, data: LlavaData, draw: Callable, layer: Layer, compressor: str, **options):
         self.model, self.processor, self.data, self.draw = model, processor, data, draw
         self.view: studies.View | None = None
         self._own: list[Image.Image] = []  # pictures that are not of ``data``; the last is in use while ``_use_own``
@@ -47,9 +48,11 @@ class Explorer:
             self._asked.setdefault(question["index"], []).append(question)
         self._compute = lru_cache(256)(self._view)
 
-        depth = len(find_parts(model).layers)
-        self.layer = ui.IntSlider(
-            layer, 0, depth - 1, continuous_update=False, description="layer K", layout=WIDE, style=STYLE
+        parts = find_parts(model)
+        places = [VISION] * (parts.projector is not None) + list(range(len(parts.layers)))
+        layer = layer if layer in places else places[-1]
+        self.layer = ui.SelectionSlider(
+            options=places, value=layer, continuous_update=False, description="layer K", layout=WIDE, style=STYLE
         )
         names = sorted(COMPRESSORS)
         self.compressor = ui.Dropdown(options=names, value=compressor, description="compressor", style=STYLE)
@@ -157,6 +160,9 @@ class Explorer:
 
     def _on_compressor(self, change) -> None:
         self._show_options()
+        if "tower" in COMPRESSORS[self.compressor.value].needs and VISION in self.layer.options:
+            self._quiet, self.layer.value = True, VISION
+            self._quiet = False
         self.refresh()
 
     def _on_entry(self, change) -> None:
@@ -188,7 +194,7 @@ class Explorer:
 
 
 def redundancy_explorer(
-    model, processor, data: LlavaData, layer: int = 2, compressor: str = "avgpool", **options
+    model, processor, data: LlavaData, layer: Layer = 2, compressor: str = "avgpool", **options
 ) -> Explorer:
     """Sliders for layer and compressor; shows token map, ratio, FLOPs, answer and how sure the model is of it.
 
@@ -198,7 +204,7 @@ def redundancy_explorer(
 
 
 def design_explorer(
-    model, processor, data: LlavaData, layer: int = 2, compressor: str = "avgpool", **options
+    model, processor, data: LlavaData, layer: Layer = 2, compressor: str = "avgpool", **options
 ) -> Explorer:
     """The same controls; shows token map, ratio, FLOPs, answer and the tokens that each layer works on."""
     return Explorer(model, processor, data, plots.picture_with_layers, layer, compressor, **options)
@@ -207,6 +213,8 @@ def design_explorer(
 def _control(name: str, kind, value, tokens: int) -> ui.Widget:
     """The control for one option of a compressor, from its type and default; whole numbers run up to ``tokens``."""
     common = dict(description=name, layout=WIDE, style=STYLE)
+    if typing.get_origin(kind) is typing.Literal:
+        return ui.Dropdown(options=typing.get_args(kind), value=value, **common)
     if kind is bool:
         return ui.Checkbox(bool(value), **common)
     if kind is int:

@@ -53,7 +53,9 @@ def use(model, attention: str):
     return model
 
 
-@pytest.mark.parametrize("plan", ["1:avgpool:3", "0:avgpool:2;2:pyramiddrop:0.5", "vision:avgpool:2"])
+@pytest.mark.parametrize(
+    "plan", ["1:avgpool:3", "0:avgpool:2;2:pyramiddrop:0.5", "vision:avgpool:2", "vision:prumerge:0.5"]
+)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_logits_loss_and_gradients(backend, plan, side):
     batch, found = ragged_batch(RAGGED, side=side), []

@@ -44,3 +44,12 @@ def test_the_batch_is_labelled_at_its_end():
     assert (batch["input_ids"] == 5).sum(1).tolist() == [16, 16]
     with pytest.raises(ValueError, match="square number"):
         bench.Sizes(visual=17).model()
+
+
+def test_compressors_are_set_against_the_tower_and_the_loop():
+    table = bench.compressor_times(images=2, tower_images=1, grid=4, width=64, layers=2, rounds=1, progress=False)
+    table = table.set_index("compressor")
+    assert table.index.tolist() == list(bench.BEFORE_PROJECTOR)
+    assert table.tokens_left.drop(["prumerge", "prumerge+"]).tolist() == [4] * 5
+    assert (table.seconds > 0).all() and (table.tower > 0).all()
+    assert table.loop.dropna().index.tolist() == ["prumerge", "prumerge+"]

@@ -15,8 +15,10 @@ from tiny import IMAGE, ragged_batch, tiny_llava
 from llavolta import (
     AveragePool2d,
     Compressor,
+    Downsample,
     FastV,
     KeepRatio,
+    KMeans,
     PlanError,
     PyramidDrop,
     RandomDrop,
@@ -33,6 +35,7 @@ from llavolta.schemes import scale_plan
 
 RAGGED = [[3, 4], [2, 0, 5], [6], [1, 3, 2]]  # one image, two in a row, none, two apart
 NO_GRID = ("video_llava", "mistral3")  # a class token among each frame's tokens; rectangles of unknown sides
+CLASS_TOKEN = ("llava", "llava_next", "video_llava")  # whose attention at "vision" can rank all that is projected
 NO_ATTENTION = ("aya_vision",)  # Cohere 2 rotates in its sliding-window layers only
 GREEDY = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None, suppress_tokens=[IMAGE])
 
@@ -48,7 +51,14 @@ def example(name: str) -> Compressor:
     return kind(**{f.name: 2 for f in fields(kind) if f.default is MISSING})
 
 
+def places(name: str) -> list:
+    """Where the compressor can stand: at a decoder layer, before the projector, or at either."""
+    needs = COMPRESSORS[name].needs
+    return [1] * ("tower" not in needs) + ["vision"] * (not needs & {"decoder", "previous_layer"})
+
+
 every_compressor = pytest.mark.parametrize("name", sorted(COMPRESSORS))
+every_place = pytest.mark.parametrize(("name", "place"), [(n, p) for n in sorted(COMPRESSORS) for p in places(n)])
 
 
 class Watched(Compressor):
@@ -69,6 +79,10 @@ class Watched(Compressor):
         self.calls.append((tokens, out))
         return out
 
+    @property
+    def contiguous(self):
+        return self.inner.contiguous
+
     def num_tokens(self, num_tokens):
         return self.inner.num_tokens(num_tokens)
 
@@ -79,28 +93,41 @@ def model():
 
 
 def test_the_matrix_has_every_compressor_of_the_package_and_a_users():
-    assert {"avgpool", "avgpool2d", "random", "fastv", "pyramiddrop", "loudest"} <= COMPRESSORS.keys()
+    methods = {
+        "avgpool",
+        "avgpool2d",
+        "downsample",
+        "kmeans",
+        "random",
+        "fastv",
+        "pyramiddrop",
+        "prumerge",
+        "prumerge+",
+    }
+    assert methods | {"loudest"} <= COMPRESSORS.keys()
     assert parse_plan("2:loudest:7") == {2: COMPRESSORS["loudest"](7)}
 
 
 @every_compressor
 def test_plan_text_and_bad_options(name):
-    plan = {2: example(name)}
+    place = places(name)[0]
+    plan = {place: example(name)}
     assert parse_plan(format_plan(plan)) == plan
     for bad in ("-1", "0", "many") if name != "loudest" else ("1:1",):  # the README leaves checks out
-        with pytest.raises(PlanError, match=name):
-            parse_plan(f"2:{name}:{bad}")
+        with pytest.raises(PlanError, match=re.escape(name)):
+            parse_plan(f"{place}:{name}:{bad}")
 
 
-@every_compressor
-def test_what_is_left_of_each_picture(model, name):
+@every_place
+def test_what_is_left_of_each_picture(model, name, place):
     watched = Watched(example(name))
-    with compress(model, {1: watched}):
+    with compress(model, {place: watched}):
         out = model(**ragged_batch(RAGGED))
     [(tokens, left)] = watched.calls
     count = left.mask.sum(1)
     assert tokens.hidden.shape[:2] == (5, 16) and count.min() >= 1 and count.max() < 16
-    assert count.double().mean() == pytest.approx(watched.num_tokens(16))
+    if getattr(watched.inner, "keep", None) != "adaptive":
+        assert count.double().mean() == pytest.approx(watched.num_tokens(16))
     assert (left.mask.long().diff(dim=1) <= 0).all()  # padding at the end
     for picture, (anchor, mask) in enumerate(zip(left.anchor, left.mask, strict=True)):
         assert (anchor[mask].diff() > 0).all() and anchor[mask].max() < 16
@@ -110,46 +137,52 @@ def test_what_is_left_of_each_picture(model, name):
     assert torch.isfinite(out.logits).all()
 
 
-@every_compressor
-def test_text_before_the_first_image_is_untouched_and_rows_do_not_mix(model, name):
+@every_place
+def test_text_before_the_first_image_is_untouched_and_rows_do_not_mix(model, name, place):
     batch = ragged_batch([[3, 4], [3, 0, 5]])
     alone = {key: value[:1] for key, value in batch.items()}
     stock = model(**batch).logits
-    with compress(model, {1: example(name)}):
+    with compress(model, {place: example(name)}):
         out = model(**batch).logits
         torch.testing.assert_close(model(**alone).logits[0], out[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(out[:, :3], stock[:, :3], rtol=1e-5, atol=1e-5)
     assert (out[:, -1] - stock[:, -1]).abs().max() > 1e-3
 
 
-@every_compressor
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_reaches_projector_and_repeats_under_a_seed(name, dtype):
+@every_place
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"])
+def test_training_reaches_tower_and_projector_and_repeats_under_a_seed(name, place, dtype):
+    mixed = dtype == "autocast"
+    dtype = torch.float32 if mixed else dtype
     model, batch = tiny_llava(dtype=dtype).train(), ragged_batch(RAGGED, dtype=dtype)
 
     def step(seed):
         torch.manual_seed(seed)
         model.zero_grad()
-        loss = model(**batch).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = model(**batch).loss
         loss.backward()
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
         return gradients
 
-    with compress(model, {1: example(name), 3: example(name) if name != "avgpool2d" else RandomDrop(0.5)}):
+    with compress(model, {place: example(name), 3: example(name) if place == 1 else RandomDrop(0.5)}):
         first, second = step(0), step(0)
     assert all(torch.equal(first[n], second[n]) for n in first)
     assert first["model.multi_modal_projector.linear_1.weight"].abs().max() > 0
+    assert any(n.endswith("layers.0.mlp.fc1.weight") and "tower" in n and g.abs().max() > 0 for n, g in first.items())
 
 
-@every_compressor
-def test_generation(model, name):
+@every_place
+def test_generation(model, name, place):
     batch = ragged_batch([[3, 4], [2, 0, 5]], side="left")
     del batch["labels"]
-    with compress(model, {1: example(name)}):
+    with compress(model, {place: example(name)}):
         torch.manual_seed(0)
         first = model.generate(**batch, **GREEDY)
         assert torch.equal(model.generate(**batch, **GREEDY), first)
+        if "vision" in places(name):  # those that rank by the decoder choose anew for each token without a cache
+            assert torch.equal(model.generate(**batch, **GREEDY, use_cache=False), first)
         sampled = model.generate(**batch, **{**GREEDY, "do_sample": True})
         beams = model.generate(**batch, **GREEDY, num_beams=3)
     assert first.shape == sampled.shape == beams.shape == (2, batch["input_ids"].shape[1] + 5)
@@ -158,13 +191,16 @@ def test_generation(model, name):
 @every_compressor
 def test_on_every_family(name):
     """The compressors that need attention meet every kind of norm and rotary embedding; what cannot work says so."""
+    place = places(name)[0]
     for family in FAMILIES.values():
         tiny, refused = family("left"), None
-        if name == "avgpool2d" and family.__name__ in NO_GRID:
+        if name in ("avgpool2d", "downsample") and family.__name__ in NO_GRID:
             refused = pytest.raises(ValueError, match="rectangle")
+        if place == "vision" and family.__name__ not in CLASS_TOKEN:
+            refused = pytest.raises(UnsupportedModel, match=r"class token|merge[sd].*use (a compressor|layer 0)|q_proj")
         if name in ("fastv", "pyramiddrop") and family.__name__ in NO_ATTENTION:
             refused = pytest.raises(UnsupportedModel, match="some layers only")
-        with compress(tiny.model.train(), {1: example(name)}), refused or nullcontext():
+        with refused or nullcontext(), compress(tiny.model.train(), {place: example(name)}):
             tiny.model(**tiny.batch).loss.backward()
         gradients = [p.grad for p in tiny.model.parameters() if p.grad is not None]
         assert bool(gradients) != bool(refused) and all(torch.isfinite(gradient).all() for gradient in gradients)
@@ -198,6 +234,68 @@ def test_average_pooling_in_squares_by_hand():
         assert out.positions[0, place, 0] == sum(100 + w for w in window) // len(window)
         assert out.anchor[0, place] in window and all(out.group[0, w] == place for w in window)
     torch.testing.assert_close(out.hidden[1, 0], hidden[1, :4].mean(0))
+
+
+def test_resizing_by_area_by_hand():
+    """Every token repeated h x w times, then the mean over H x W blocks: exact area weights in whole numbers."""
+    torch.manual_seed(0)
+    hidden, sizes = torch.randn(2, 40, 8), [(5, 7), (2, 3)]
+    mask = torch.arange(40) < torch.tensor([[5 * 7], [2 * 3]])
+    out = Downsample(0.3)(
+        VisualTokens(hidden, mask, torch.arange(40)[None, :, None].expand(2, -1, 1), torch.tensor(sizes))
+    )
+    assert out.grid.tolist() == [[3, 4], [1, 2]] and out.mask.sum(1).tolist() == [12, 2]
+    for image, ((height, width), (down, across)) in enumerate(zip(sizes, out.grid.tolist(), strict=True)):
+        fine = hidden[image, : height * width].view(height, width, 8)
+        fine = fine.repeat_interleave(down, 0).repeat_interleave(across, 1)
+        expected = fine.view(down, height, across, width, 8).mean((1, 3)).flatten(0, 1)
+        torch.testing.assert_close(out.hidden[image, : down * across], expected)
+        for cell, anchor in enumerate(out.anchor[image, : down * across].tolist()):
+            row, column = cell // across, cell % across
+            assert anchor // width == int((row + 0.5) * height / down)
+            assert anchor % width == int((column + 0.5) * width / across)
+            assert out.group[image, anchor] == cell
+    assert [Downsample(keep).num_tokens(576) for keep in (0.05, 0.11, 0.25, 0.5, 1)] == [25, 64, 144, 289, 576]
+
+
+def lloyd(points: torch.Tensor, start: list[int], iterations: int) -> list[list[int]]:
+    """The clusters of points (L, C), one by one; without empty ones, in the order of the members nearest their mean."""
+    centres = [points[i] for i in start]
+    for _ in range(iterations + 1):
+        clusters = [[] for _ in centres]
+        for i, point in enumerate(points):
+            distance = [((point - centre) ** 2).sum().item() for centre in centres]
+            clusters[distance.index(min(distance))].append(i)
+        centres = [points[c].mean(0) if c else old for c, old in zip(clusters, centres, strict=True)]
+    return sorted((c for c in clusters if c), key=lambda c: nearest_to_mean(points, c))
+
+
+def nearest_to_mean(points: torch.Tensor, members: list[int]) -> int:
+    return min(members, key=lambda i: (points[i] - points[members].mean(0)).norm().item())
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 6])
+def test_k_means_by_hand(iterations):
+    generator = torch.Generator().manual_seed(iterations)
+    hidden, counts = torch.randn(3, 20, 6, generator=generator), [20, 13, 1]
+    mask = torch.arange(20) < torch.tensor(counts)[:, None]
+    positions = torch.arange(20)[None, :, None].expand(3, -1, 1)
+    out = KMeans(0.3, iterations, seed=5)(VisualTokens(hidden, mask, positions))
+    draw = torch.rand(20, generator=torch.Generator().manual_seed(5)).tolist()
+    for image, count in enumerate(counts):
+        start = sorted(range(count), key=lambda i: -draw[i])[: max(1, round(0.3 * count))]
+        clusters = lloyd(hidden[image, :count], start, iterations)
+        assert out.mask[image].sum() == len(clusters)
+        for number, members in enumerate(clusters):
+            torch.testing.assert_close(out.hidden[image, number], hidden[image, members].mean(0))
+            assert out.anchor[image, number] == nearest_to_mean(hidden[image], members)
+            assert all(out.group[image, member] == number for member in members)
+
+
+def test_k_means_of_equal_tokens_leaves_one():
+    hidden, mask = torch.ones(2, 9, 4), torch.ones(2, 9, dtype=torch.bool)
+    out = KMeans(0.5)(VisualTokens(hidden, mask, torch.arange(9)[None, :, None].expand(2, -1, 1)))
+    assert out.mask.tolist() == [[True], [True]] and torch.equal(out.hidden, hidden[:, :1])
 
 
 def test_squares_stay_a_grid_for_the_next_layer(model):
@@ -315,11 +413,22 @@ def test_what_a_compressor_may_ask_for(model):
     torch.testing.assert_close(keys, layer.self_attn.k_proj(layer.input_layernorm(visual)), rtol=1e-4, atol=1e-4)
 
 
-def test_compressors_that_need_the_decoder_say_where_they_can_stand(model):
+def test_compressors_say_where_they_can_stand(model):
+    @dataclass(frozen=True)
+    class Asks(KeepRatio):
+        def scores(self, tokens):
+            return tokens.attention("class")
+
     for plan in ("0:fastv:0.5", "vision:fastv:0.5"):
         with pytest.raises(PlanError, match="from layer 1"):
             compress(model, plan)
-    with compress(model, "vision:pyramiddrop:0.5"), pytest.raises(ValueError, match="decoder layers only"):
+    with pytest.raises(PlanError, match="from layer 0, not at 'vision'"):
+        compress(model, "vision:pyramiddrop:0.5")
+    with pytest.raises(PlanError, match="write 'vision:prumerge'"):
+        compress(model, "2:prumerge")
+    with compress(model, {"vision": Asks()}), pytest.raises(ValueError, match='lists "tower" in needs'):
+        model(**ragged_batch(RAGGED))
+    with compress(model, {1: Asks()}), pytest.raises(ValueError, match="not 'class'"):
         model(**ragged_batch(RAGGED))
 
     class Forgets(FastV):

@@ -14,6 +14,7 @@ from llavolta import UnsupportedModel, cache_bytes, compress
 
 GREEDY = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None, suppress_tokens=[IMAGE, VIDEO])
 PLANS = ["0:avgpool:3", "2:avgpool:3", "1:avgpool:2;3:avgpool:2", "vision:avgpool:2;2:avgpool:2"]
+PLANS += ["vision:prumerge:0.25;2:avgpool:2"]  # which moves text up, too
 
 
 @pytest.fixture(scope="module")

@@ -191,6 +191,7 @@ def test_lora_resumes_bit_for_bit(lora, settings, tmp_path):
 
 
 def test_qlora_ends_in_a_plain_model_of_full_precision(settings, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="pip install 'llavolta[qlora]' to test 4 bits")
     config = TrainConfig(output=str(tmp_path / "run"), lora_rank=4, quantize="nf4", **{**settings, "max_steps": 3})
     run = train(config, progress=False)
     before, after = weights(run / "align"), weights(run)

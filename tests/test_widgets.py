@@ -50,8 +50,20 @@ def test_sliders_and_choosers(loaded, explorer):
 def test_every_compressor_of_the_registry_has_its_controls(loaded, name):
     explorer = widgets.design_explorer(*loaded, layer=2)
     explorer.compressor.value = name
-    assert explorer.view.plan.startswith(f"2:{name}") and explorer.draw is plots.picture_with_layers
+    place = "vision" if name.startswith("prumerge") else 2  # the only place where these can stand
+    assert explorer.view.plan.startswith(f"{place}:{name}") and explorer.draw is plots.picture_with_layers
     shown(explorer, loaded[2][0].images)
+
+
+def test_options_in_words_and_a_number_of_tokens_that_depends_on_the_picture(loaded):
+    explorer = widgets.design_explorer(*loaded, layer="vision", compressor="prumerge+")
+    left = len(set(explorer.view.grid().ravel()))
+    assert explorer.view.tokens == [left] * 4 and f"{144 / left:.3f}" in explorer.message.value
+    explorer.options["keep"].value = "0.25"
+    explorer.options["weights"].value = "normalised"
+    assert explorer.view.plan == "vision:prumerge+:0.25:normalised:contiguous:32" and explorer.view.tokens == [36] * 4
+    explorer.options["keep"].value = "most"
+    assert "keep must be" in explorer.message.value and explorer.view is None
 
 
 def test_a_plan_that_cannot_be_is_one_line(explorer):

@@ -50,7 +50,7 @@ def test_a_wrapper_around_the_model(outside):
         compress(model, "1:avgpool:3")
 
 
-@pytest.mark.parametrize("plan", ["1:avgpool:3", "2:fastv:0.5"])
+@pytest.mark.parametrize("plan", ["1:avgpool:3", "2:fastv:0.5", "vision:prumerge:0.5"])
 def test_lora(plan):
     model, batch = tiny_llava(), ragged_batch(RAGGED)
     lora = LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
@@ -69,7 +69,10 @@ def test_lora(plan):
             assert peft.generate(**{k: v for k, v in batch.items() if k != "labels"}, max_new_tokens=2).shape[0] == 4
 
 
-@pytest.mark.parametrize("plan", ["0:avgpool:2", "1:avgpool:3", "1:fastv:0.5", "2:pyramiddrop:0.5", "vision:avgpool:2"])
+@pytest.mark.parametrize(
+    "plan",
+    ["0:avgpool:2", "1:avgpool:3", "1:fastv:0.5", "2:pyramiddrop:0.5", "vision:avgpool:2", "vision:prumerge:0.5"],
+)
 def test_gradient_checkpointing_gives_equal_gradients(plan):
     model, batch = tiny_llava().train(), ragged_batch(RAGGED)
     with compress(model, plan):
@@ -121,19 +124,20 @@ def test_gradient_accumulation_counts_the_items_of_the_whole_batch(tmp_path):
     assert_same(parts, whole, tolerance=1e-4)
 
 
+@pytest.mark.parametrize("plan", ["1:pyramiddrop:0.5", "vision:prumerge:0.5"])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_torch_compile(in_place):
+def test_torch_compile(in_place, plan):
     """A model that was compiled and run before compression starts, and runs on after it ends."""
     batch, plain = ragged_batch([[3, 4], [2, 5]]), tiny_llava(layers=2)
     stock = plain(**batch).loss
-    with compress(plain, "1:pyramiddrop:0.5"):
+    with compress(plain, plan):
         expected = plain(**batch).logits
     model = tiny_llava(layers=2)
     model.compile(backend="eager") if in_place else None
     compiled = model if in_place else torch.compile(model, backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(**batch).loss, stock)
-        with compress(compiled, "1:pyramiddrop:0.5"):
+        with compress(compiled, plan):
             torch.testing.assert_close(compiled(**batch).logits, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(compiled(**batch).loss, stock)
     torch.compiler.reset()

@@ -10,7 +10,10 @@ from llavolta.compressors.base import (
     VisualTokens,
     keep_tokens,
 )
+from llavolta.compressors.downsample import Downsample
 from llavolta.compressors.fastv import FastV
+from llavolta.compressors.kmeans import KMeans
+from llavolta.compressors.prumerge import PruMerge, PruMergePlus
 from llavolta.compressors.pyramiddrop import PyramidDrop
 from llavolta.compressors.random_drop import RandomDrop
 
@@ -20,8 +23,12 @@ __all__ = [
     "AveragePool2d",
     "CompressedTokens",
     "Compressor",
+    "Downsample",
     "FastV",
+    "KMeans",
     "KeepRatio",
+    "PruMerge",
+    "PruMergePlus",
     "PyramidDrop",
     "RandomDrop",
     "VisualTokens",

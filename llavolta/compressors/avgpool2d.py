@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from llavolta.compressors.base import CompressedTokens, Compressor, VisualTokens, require_int
+from llavolta.compressors.base import CompressedTokens, Compressor, VisualTokens, require_int, sum_groups
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class AveragePool2d(Compressor):
 
     Windows at the right and lower edge are smaller where k does not divide the grid, and average what they hold. A
     pooled token takes the place of the window's token nearest its centre and the mean of its positions, cut to an
-    integer. The "downsample" baseline of VTC-Bench (arXiv 2510.07143), and of LLaVA-STF's tables (arXiv 2506.07138).
+    integer. A baseline of LLaVA-STF's tables (arXiv 2506.07138); see Downsample for shares other than 1 / k^2.
     Raises ValueError for tokens that are no rectangle, as after another compressor or with a class token among them.
     """
 
@@ -41,22 +41,17 @@ class AveragePool2d(Compressor):
         height, width = tokens.grid.unbind(1)
         if bool(((height == 1) & (width > 1)).any()):
             raise ValueError(f"{self} needs pictures that are a rectangle of tokens; use avgpool at this place")
-        images, length, channels = tokens.hidden.shape
         rows, columns = (height + k - 1) // k, (width + k - 1) // k  # (I,) windows down and across
         windows = int((rows * columns).max())
 
-        place = torch.arange(length, device=mask.device)
+        place = torch.arange(mask.shape[1], device=mask.device)
         row, column = place // width[:, None], place % width[:, None]  # (I, L)
         group = ((row // k) * columns[:, None] + column // k).masked_fill(~mask, windows)  # padding: a window to spare
 
-        def total(values):  # (I, L, D) -> (I, M, D)
-            index = group[..., None].expand_as(values)
-            return values.new_zeros(images, windows + 1, values.shape[-1]).scatter_add(1, index, values)[:, :-1]
-
-        count = total(mask.long()[..., None])[..., 0]
+        count = sum_groups(mask.long()[..., None], group, windows)[..., 0]
         at_least_one = count.clamp(min=1)[..., None]
-        hidden = (total(tokens.hidden.float()) / at_least_one).to(tokens.hidden.dtype)
-        positions = total(tokens.positions) // at_least_one
+        hidden = (sum_groups(tokens.hidden.float(), group, windows) / at_least_one).to(tokens.hidden.dtype)
+        positions = sum_groups(tokens.positions, group, windows) // at_least_one
 
         window = torch.arange(windows, device=mask.device)
         top, left = (window // columns[:, None]) * k, (window % columns[:, None]) * k

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from llavolta.probe import LayerProbe
+from llavolta.probe import LayerProbe, TowerProbe
 
 COMPRESSORS: dict[str, type[Compressor]] = {}
 
@@ -23,8 +23,8 @@ class VisualTokens:
     positions: (I, L, A) integer rotary positions; A is 1, or 3 where the model has 3-D positions.
     grid: (I, 2) height and width in tokens; (1, n) where the n tokens are not (or no longer) a known rectangle.
     training: whether the model is in training mode.
-    probe: what computes ``attention``, ``keys`` and ``question`` when they are asked for; None on the vision
-    tower's output, where there is no decoder layer yet.
+    probe: what computes ``attention``, ``keys`` and ``question`` when they are asked for. At "vision" there is no
+    decoder layer yet: ``attention("class")`` and ``keys`` of the tower are all, for a compressor that needs "tower".
     """
 
     hidden: Tensor
@@ -32,14 +32,14 @@ class VisualTokens:
     positions: Tensor
     grid: Tensor | None = None
     training: bool = False
-    probe: LayerProbe | None = None
+    probe: LayerProbe | TowerProbe | None = None
 
     def __post_init__(self):
         if self.grid is None:
             count = self.mask.sum(1)
             self.grid = torch.stack([torch.ones_like(count), count], dim=1)
 
-    def attention(self, query: Literal["last", "instruction"] = "last", previous: bool = False) -> Tensor:
+    def attention(self, query: Literal["last", "instruction", "class"] = "last", previous: bool = False) -> Tensor:
         """(I, L) attention that each visual token gets, the mean over heads (and queries), in float32, no gradient.
 
         query: "last", the last real token of each row of the batch; or "instruction", the tokens just before each
@@ -47,11 +47,15 @@ class VisualTokens:
         (a compressor that asks for it lists "previous_layer" in ``needs``); else in this layer, from its own input
         norm, query and key projections and rotary embeddings. The softmax is over all earlier tokens of this pass,
         also in layers with a sliding window, and not over an older part of a conversation in the cache.
+
+        At "vision" there is "class" alone: ``softmax(q_cls k^T / sqrt(D))`` of the tower's last encoder layer, all
+        heads as one of width D, over the class token and all patches (arXiv 2403.15388).
         """
         return self._probe().attention(query, previous)
 
     def keys(self) -> Tensor:
-        """(I, L, D) keys of this layer, all heads side by side, before rotation; no gradient."""
+        """(I, L, D) keys of this layer (at "vision": of the tower's last one), all heads side by side, before rotation;
+        no gradient."""
         return self._probe().keys()
 
     @property
@@ -64,9 +68,12 @@ class VisualTokens:
         """(I,) the row of the batch that each picture stands in."""
         return self._probe().row()
 
-    def _probe(self) -> LayerProbe:
+    def _probe(self) -> LayerProbe | TowerProbe:
         if self.probe is None:
-            raise ValueError("attention, keys, question and row exist at decoder layers only, not at 'vision'")
+            raise ValueError(
+                "attention, keys, question and row exist at decoder layers; at 'vision' there are attention('class') "
+                'and keys for a compressor that lists "tower" in needs'
+            )
         return self.probe
 
 
@@ -96,7 +103,8 @@ class Compressor(ABC):
 
     Write a frozen dataclass whose fields are the options in the order of the plan text
     (``"2:avgpool:8"`` -> ``AveragePool(8)``), check them in ``__post_init__``, and write ``__call__``.
-    ``needs``: "previous_layer" for ``tokens.attention(previous=True)``.
+    ``needs``: "previous_layer" for ``tokens.attention(previous=True)``, so from layer 1; "decoder" for what exists at
+    decoder layers only; "tower" for attention and keys of the vision tower, so at "vision" only.
     """
 
     name: ClassVar[str] = ""
@@ -120,6 +128,11 @@ class Compressor(ABC):
         """True when nothing is ever removed; the model is then left exactly as it is."""
         return False
 
+    @property
+    def contiguous(self) -> bool:
+        """At "vision": whether all tokens behind a gap, text too, move up, as if the shorter sequence had been fed."""
+        return False
+
     def __str__(self) -> str:
         """The plan text, such as ``avgpool:8``."""
         return ":".join([self.name, *(str(getattr(self, field.name)) for field in fields(self))])
@@ -135,8 +148,7 @@ class KeepRatio(Compressor):
     keep: float = 0.5
 
     def __post_init__(self):
-        if isinstance(self.keep, bool) or not isinstance(self.keep, int | float) or not 0 < self.keep <= 1:
-            raise ValueError(f"{self.name}: keep must be above 0 and at most 1, not {self.keep!r}")
+        require_share(self.name, "keep", self.keep)
 
     @property
     def is_identity(self) -> bool:
@@ -151,7 +163,7 @@ class KeepRatio(Compressor):
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
         scores = self.scores(tokens).masked_fill(~tokens.mask, -torch.inf)
-        count = (tokens.mask.sum(1).double() * self.keep).round().clamp(min=1)
+        count = share_of(tokens.mask, self.keep)
         rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         return keep_tokens(tokens, rank < count[:, None])
 
@@ -164,6 +176,22 @@ def keep_tokens(tokens: VisualTokens, keep: Tensor) -> CompressedTokens:
     anchor = torch.argsort(~keep, dim=1, stable=True)[:, :longest]
     hidden = tokens.hidden.gather(1, anchor[..., None].expand(-1, -1, tokens.hidden.shape[-1]))
     return CompressedTokens(hidden, torch.arange(longest, device=keep.device) < count[:, None], anchor)
+
+
+def share_of(mask: Tensor, keep: float) -> Tensor:
+    """(I,) how many tokens the share ``keep`` of each picture's are, at least one; mask (I, L)."""
+    return (mask.sum(1).double() * keep).round().clamp(min=1).long()
+
+
+def sum_groups(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """values (I, L, D) -> (I, groups, D), the sum of those of each group; group (I, L), ``groups`` at padding."""
+    index = group[..., None].expand_as(values)
+    return values.new_zeros(len(values), groups + 1, values.shape[-1]).scatter_add(1, index, values)[:, :-1]
+
+
+def require_share(owner: str, name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"{owner}: {name} must be above 0 and at most 1, not {value!r}")
 
 
 def require_int(owner: str, name: str, value: int, at_least: int) -> None:

@@ -22,6 +22,7 @@ class PyramidDrop(KeepRatio):
     """
 
     name: ClassVar[str] = "pyramiddrop"
+    needs: ClassVar[frozenset[str]] = frozenset({"decoder"})
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         return tokens.attention("instruction")
