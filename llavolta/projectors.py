@@ -218,9 +218,11 @@ class LlavaStfForConditionalGeneration(LlavaForConditionalGeneration):
         self.model.multi_modal_projector = TokenFusionProjector(config)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As ever, with a README.md that says how to load the folder."""
+        """As ever, with a README.md that says how to load the folder, unless it has one."""
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
-        (Path(save_directory) / "README.md").write_text(NOTE)
+        note = Path(save_directory) / "README.md"
+        if not note.exists():
+            note.write_text(NOTE)
 
 
 AutoConfig.register(LlavaStfConfig.model_type, LlavaStfConfig)
