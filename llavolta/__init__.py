@@ -20,6 +20,7 @@ from llavolta.errors import UnsupportedModel
 from llavolta.masks import cache_bytes
 from llavolta.patch import Compression, compress
 from llavolta.plan import PlanError, format_plan, parse_plan, tokens_per_layer
+from llavolta.projectors import MultiBlockTokenFusion, SpatialTokenFusion, replace_projector
 from llavolta.schemes import SCHEMES, Scheme, Stage, compression_ratio, plan_compression_ratio
 
 __version__ = "0.1.0"
@@ -34,12 +35,14 @@ __all__ = [
     "FastV",
     "KMeans",
     "KeepRatio",
+    "MultiBlockTokenFusion",
     "PlanError",
     "PruMerge",
     "PruMergePlus",
     "PyramidDrop",
     "RandomDrop",
     "Scheme",
+    "SpatialTokenFusion",
     "Stage",
     "UnsupportedModel",
     "VisualTokens",
@@ -50,5 +53,6 @@ __all__ = [
     "keep_tokens",
     "parse_plan",
     "plan_compression_ratio",
+    "replace_projector",
     "tokens_per_layer",
 ]

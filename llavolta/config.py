@@ -10,6 +10,7 @@ import yaml
 
 from llavolta.errors import UserError
 from llavolta.plan import check_layers, parse_plan
+from llavolta.projectors import OWN, parse_projector
 from llavolta.schemes import SCHEMES, Scheme, Stage
 
 PRESETS = {file.stem: file for file in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
@@ -53,8 +54,9 @@ class TrainConfig:
     """Everything a run depends on. The defaults are the embedded scale; ``PRESETS`` names others.
 
     model: a Hugging Face folder or hub name; "embedded" is the tiny LLaVA in data/. vision_tower, language_model:
-    folders or hub names to make a LLaVA of, with a new projector, in place of ``model``. data, images: LLaVA JSON and
-    image folder; "digits" is the generated digits VQA of so many ``scenes``.
+    folders or hub names to make a LLaVA of, with a new projector, in place of ``model``. projector: a new one for
+    projector alignment to train, such as "stf:2" (see llavolta.projectors); "mlp" leaves the model's own. data, images:
+    LLaVA JSON and image folder; "digits" is the generated digits VQA of so many ``scenes``.
 
     scheme: a name of SCHEMES (layers are scaled to the model's depth), a list of plans, or a list of {plan, share}
     (both taken as they are). pivots: the optimizer steps at which a stage ends and the next begins; else stages have
@@ -76,6 +78,7 @@ class TrainConfig:
     model: str = "embedded"
     vision_tower: str | None = None
     language_model: str | None = None
+    projector: str = OWN
     data: str = "digits"
     images: str | None = None
     align_data: str | None = None
@@ -133,6 +136,8 @@ class TrainConfig:
             raise ConfigError("vision_tower and language_model make a model together; give both or neither")
         if self.vision_tower is not None and not self.aligns:
             raise ConfigError("a model made of vision_tower and language_model is not aligned; raise align_steps")
+        if parse_projector(self.projector) is not None and not self.aligns:
+            raise ConfigError(f"projector {self.projector!r} is a new one, which is not aligned; raise align_steps")
         if self.quantize is not None and (self.quantize != "nf4" or not self.lora_rank):
             raise ConfigError(f"quantize must be 'nf4', with a lora_rank above 0, not {self.quantize!r}")
         if self.tower_learning_rate is not None and not self.train_tower:

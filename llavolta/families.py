@@ -95,6 +95,8 @@ def _projector(base: nn.Module) -> nn.Module | None:
     projector = getattr(base, "multi_modal_projector", None)
     if projector is None or any(True for _ in projector.parameters(recurse=False)):
         return None
+    if getattr(projector, "merges_tokens", False):  # our own
+        return None
     return projector
 
 

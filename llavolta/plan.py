@@ -58,21 +58,26 @@ def _parse_entry(entry: str, plan: str) -> tuple[Layer, Compressor]:
     if name not in COMPRESSORS:
         raise PlanError(f"unknown compressor {name!r} in plan {plan!r}; known: {', '.join(sorted(COMPRESSORS))}")
     kind = COMPRESSORS[name]
-    names = [field.name for field in fields(kind)]
+    try:
+        given = parse_options(name, options, [field.name for field in fields(kind)])
+        return layer if layer == VISION else int(layer), kind(**given)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"plan {plan!r}: {error}") from None
+
+
+def parse_options(owner: str, options: list[str], names: list[str]) -> dict:
+    """{name: value} of ``options`` in the order of ``names`` or written ``name=value``. Raises ValueError."""
     given = {}
     for place, option in enumerate(options):
         key, equals, value = option.partition("=")
         if not equals:
             if place >= len(names):
-                raise PlanError(f"{name!r} in plan {plan!r} takes {len(names)} options ({', '.join(names)}), not more")
+                raise ValueError(f"{owner!r} takes {len(names)} options ({', '.join(names)}), not more")
             key, value = names[place], option
         if key not in names or key in given:
-            raise PlanError(f"option {key!r} of {name!r} in plan {plan!r} is unknown or given twice; options: {names}")
+            raise ValueError(f"option {key!r} of {owner!r} is unknown or given twice; options: {names}")
         given[key] = _number_or_text(value)
-    try:
-        return layer if layer == VISION else int(layer), kind(**given)
-    except (TypeError, ValueError) as error:
-        raise PlanError(f"plan {plan!r}: {error}") from None
+    return given
 
 
 def _number_or_text(value: str) -> int | float | bool | str:

@@ -52,6 +52,7 @@ from llavolta.models import (
 )
 from llavolta.patch import Compression, compress
 from llavolta.plan import tokens_per_layer
+from llavolta.projectors import ProjectorSpec, parse_projector, replace_projector, with_projector
 from llavolta.schemes import Scheme
 
 RUNS = DATA / "runs"
@@ -242,11 +243,12 @@ def _sizes(config: TrainConfig) -> tuple[int, int]:
             raise ConfigError(f"model {name!r} cannot be read: {str(error).splitlines()[0]}") from None
 
     if config.vision_tower is None:
-        whole = read(config.model)
+        whole = with_projector(read(config.model), config.projector)
         return whole.get_text_config().num_hidden_layers, getattr(whole, "image_seq_length", 0)
     vision = read(config.vision_tower)
     vision = getattr(vision, "vision_config", vision)
-    return read(config.language_model).num_hidden_layers, (vision.image_size // vision.patch_size) ** 2
+    projector = parse_projector(config.projector) or ProjectorSpec()
+    return read(config.language_model).num_hidden_layers, projector.num_tokens(vision.image_size // vision.patch_size)
 
 
 def _steps(config: TrainConfig, phase: str, data: Path, images: str | Path | None) -> int:
@@ -403,6 +405,8 @@ def _run(config, output: Path, phase: str, model_name: str, data, images, scheme
         model, processor = join(config.vision_tower, config.language_model)
     else:
         model, processor = load_model(model_name, config.quantize if phase == "instruct" else None)
+    if phase == "align":
+        model, processor = replace_projector(model, processor, config.projector)
     num_layers, num_tokens = len(find_parts(model).layers), getattr(model.config, "image_seq_length", 0)
     set_trainable(model, phase, config.train_tower)
     if phase == "instruct" and config.lora_rank:
