@@ -172,7 +172,7 @@ def step_report(sizes: Sizes, rounds: int = 5, progress: bool = True) -> dict[st
         "step": step,
         "overhead": _overhead(sizes, rounds, progress),
         "memory": _memory(sizes),
-        "prefill": _prefill(model.eval(), batch, plans, rounds, progress),
+        "prefill": prefill_times(model.eval(), batch, plans, rounds, progress),
     }
 
 
@@ -231,7 +231,7 @@ def _peak_resident() -> int:
 
 
 @torch.no_grad()
-def _prefill(model, batch: dict, plans: Sequence[str], rounds: int, progress: bool) -> pd.DataFrame:
+def prefill_times(model, batch: dict, plans: Sequence[str], rounds: int = 5, progress: bool = True) -> pd.DataFrame:
     """Time of reading the prompt into a cache, and the bytes of the cache, relative to no compression."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     size: dict[str, int] = {}
@@ -242,7 +242,7 @@ def _prefill(model, batch: dict, plans: Sequence[str], rounds: int, progress: bo
             model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         size[plan] = cache_bytes(cache)
 
-    plans = ["none", *plans]
+    plans = list(dict.fromkeys(["none", *plans]))
     seconds = interleaved({plan: partial(prefill, plan) for plan in plans}, rounds, model.device, progress)
     bytes_ = np.array([size[plan] for plan in plans])
     return pd.DataFrame(

@@ -25,6 +25,7 @@ from llavolta.data import Collator, LlavaData
 from llavolta.errors import UserError
 from llavolta.evaluate import evaluate, interval
 from llavolta.plan import check_layers, parse_plan
+from llavolta.projectors import OWN
 from llavolta.schemes import SCHEMES, Scheme
 
 BASELINE = "single-stage"
@@ -74,12 +75,15 @@ def compare(
     questions: int = 1200,
     workers: int = 1,
     progress: bool = True,
+    plans: Mapping[str, str] | None = None,
+    changes: Mapping[str, dict] | None = None,
 ) -> pd.DataFrame:
     """Train every scheme with every seed and ask each model the first ``questions`` held-out questions.
 
     config: what the runs share; its output is the folder that holds them all, as ``<seed>/<scheme>``. Projector
     alignment is done once a seed. heldout: LLaVA JSON; None: the held-out digits scenes. workers: runs at a time, each
-    in a process of its own (on the CPU with its share of the cores).
+    in a process of its own (on the CPU with its share of the cores). plans: by scheme, the plan in force while
+    answering (default: none). changes: by scheme, what differs in its configuration, as ``{"projector": "stf:2"}``.
     Returns one row per scheme, seed and question: see evaluate.evaluate. Raises what ``train`` raises, at once; what is
     finished stays.
     """
@@ -87,26 +91,31 @@ def compare(
         raise CompareError(f"workers must be a whole number of at least 1, not {workers!r}")
     setup = train.prepare(_any(config))  # builds the data once, before the workers need it
     heldout = Path(heldout) if heldout else train.digits_data() / "heldout.json"
-    root = Path(config.output)
+    root, plans, changes = Path(config.output), plans or {}, changes or {}
     aligned, runs = {}, {}
     for seed in seeds:
-        aligned[seed] = replace(config, output=str(root / f"{seed}" / train.ALIGN), stage=0, seed=seed)
         for name, scheme in schemes.items():
-            start = dict(model=aligned[seed].output, align_steps=0) if config.aligns else {}
+            own = replace(config, seed=seed, **changes.get(name, {}))
+            start = {}
+            if own.aligns:
+                kind = "" if own.projector == OWN else "-" + own.projector.replace(":", "-")
+                first = root / f"{seed}" / f"{train.ALIGN}{kind}"
+                aligned[first] = replace(_any(own), output=str(first), stage=0)
+                start = dict(model=str(first), align_steps=0, align_epochs=None, projector=OWN)
+            run = replace(own, output=str(root / f"{seed}" / name), stage=None, plan=None, **start)
             stages = [asdict(stage) for stage in scheme.stages]
-            run = replace(config, output=str(root / f"{seed}" / name), scheme=stages, seed=seed, **start)
-            runs[name, seed] = replace(run, max_steps=setup.total_steps, epochs=None)
+            runs[name, seed] = replace(run, scheme=stages, pivots=None, max_steps=setup.total_steps, epochs=None)
     if workers == 1:
-        for seed in seeds if config.aligns else ():
-            train.train(aligned[seed], progress=False)
+        for first in aligned.values():
+            train.train(first, progress=False)
         bar = tqdm(runs.items(), desc="runs", disable=not progress)
-        frames = {key: _run(run, heldout, questions) for key, run in bar}
+        frames = {key: _run(run, heldout, questions, plans.get(key[0], "none")) for key, run in bar}
     else:
         threads = max(1, (os.cpu_count() or 1) // workers)
         with ProcessPoolExecutor(
             workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
         ) as pool:
-            frames = _in_pool(pool, aligned if config.aligns else {}, runs, heldout, questions, progress)
+            frames = _in_pool(pool, aligned, runs, heldout, questions, plans, progress)
     return pd.concat([frames[name, seed].assign(scheme=name, seed=seed) for name, seed in runs], ignore_index=True)
 
 
@@ -115,7 +124,7 @@ def _any(config: train.TrainConfig) -> train.TrainConfig:
     return replace(config, scheme=["none"], stage=None, plan=None)
 
 
-def _in_pool(pool, aligned: dict, runs: dict, heldout: Path, questions: int, progress: bool) -> dict:
+def _in_pool(pool, aligned: dict, runs: dict, heldout: Path, questions: int, plans: Mapping, progress: bool) -> dict:
     """The answers of every run; what cannot start any more after a failure is given up."""
     frames = {}
     with tqdm(total=len(aligned) + len(runs), desc="runs", disable=not progress) as bar:
@@ -123,7 +132,9 @@ def _in_pool(pool, aligned: dict, runs: dict, heldout: Path, questions: int, pro
             for done in as_completed([pool.submit(train.train, config, False) for config in aligned.values()]):
                 done.result()
                 bar.update()
-            waiting = {pool.submit(_run, run, heldout, questions): key for key, run in runs.items()}
+            waiting = {
+                pool.submit(_run, run, heldout, questions, plans.get(key[0], "none")): key for key, run in runs.items()
+            }
             for done in as_completed(waiting):
                 frames[waiting[done]] = done.result()
                 bar.set_postfix_str(" ".join(map(str, waiting[done])))
@@ -134,8 +145,8 @@ def _in_pool(pool, aligned: dict, runs: dict, heldout: Path, questions: int, pro
     return frames
 
 
-def _run(config: train.TrainConfig, heldout: Path, questions: int) -> pd.DataFrame:
-    """Train ``config`` unless its folder holds the trained model already, and its answers likewise."""
+def _run(config: train.TrainConfig, heldout: Path, questions: int, plan: str) -> pd.DataFrame:
+    """Train ``config`` unless its folder holds the trained model already, and its answers under ``plan`` likewise."""
     output = Path(config.output)
     file = output / "answers.csv"
     if not file.exists():
@@ -144,7 +155,7 @@ def _run(config: train.TrainConfig, heldout: Path, questions: int) -> pd.DataFra
         train.claim(config)
         return held[:questions]
     model, processor = train.load_model(str(output))
-    answers = evaluate(model, processor, LlavaData(heldout), limit=questions, progress=False)
+    answers = evaluate(model, processor, LlavaData(heldout), plan, questions, progress=False)
     part = file.with_suffix(".part")
     answers.to_csv(part, index=False)
     part.replace(file)

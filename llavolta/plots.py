@@ -399,3 +399,33 @@ def measured_and_predicted(table: pd.DataFrame) -> Figure:
     ax.set(ylabel="training time relative\nto no compression", ylim=(0, 1.2))
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def budget_curves(table: pd.DataFrame, kinds: Sequence[str] = ("overall", "difficult")) -> Figure:
+    """Accuracy against the budget, a line per method, a panel per kind of question; table: see budgets.accuracy."""
+    figure, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 4.4), squeeze=False, layout="constrained")
+    methods = list(dict.fromkeys(table.method))
+    for ax, kind in zip(axes[0], kinds, strict=True):
+        for number, method in enumerate(methods):
+            part = table.query("type == @kind and method == @method").sort_values("budget")
+            middle = 100 * part.accuracy.to_numpy()
+            ax.errorbar(
+                100 * part.budget,
+                middle,
+                yerr=np.abs(100 * part[["low", "high"]].to_numpy().T - middle),
+                color=COLOURS[number % len(COLOURS)],
+                marker=LAYER_MARKERS[number % len(LAYER_MARKERS)],
+                linestyle="--" if number >= len(COLOURS) else "-",
+                markersize=5,
+                linewidth=1.5,
+                capsize=2,
+                elinewidth=0.8,
+                label=method,
+            )
+        ticks = sorted({100 * budget for budget in table.budget})
+        ax.set_xscale("log")
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.set_xticks([], minor=True)
+        ax.set(title=kind, xlabel="visual tokens left, mean over layers (%)", ylabel="accuracy (%)", ylim=(0, 102))
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=10)
+    return figure

@@ -121,13 +121,16 @@ class Scheme:
         )
 
 
+def scale_layer(layer: int, num_layers: int, reference_layers: int = REFERENCE_LAYERS) -> int:
+    """``layer`` of a model of ``reference_layers`` layers in one of ``num_layers``; see Scheme.scaled."""
+    return max(min(layer, 1), math.floor(layer * num_layers / reference_layers + 0.5))
+
+
 def scale_plan(plan: str, num_layers: int, reference_layers: int = REFERENCE_LAYERS) -> str:
     """``plan`` moved from a model of ``reference_layers`` layers to one of ``num_layers``; see Scheme.scaled."""
     scaled = {}
     for layer, compressor in parse_plan(plan).items():
-        new = layer
-        if layer != VISION:
-            new = max(min(layer, 1), math.floor(layer * num_layers / reference_layers + 0.5))
+        new = layer if layer == VISION else scale_layer(layer, num_layers, reference_layers)
         if new in scaled:
             raise PlanError(f"plan {plan!r} has two layers that both become layer {new} of {num_layers}")
         scaled[new] = compressor

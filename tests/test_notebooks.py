@@ -200,3 +200,32 @@ def test_07_cost_planner(tmp_path):
 )
 def test_07_cost_planner_stops_with_one_clear_line(tmp_path, wrong, message):
     assert_one_clear_line("07_cost_planner", tmp_path, {"timing_rounds": 0}, wrong, message)
+
+
+def test_05_compare_compressors(study, scenes, tmp_path):
+    data = dict(data=str(scenes / "train.json"), align_data=str(scenes / "align.json"))
+    options = dict(model=study["model"], align_steps=2, batch_size=8, **data)
+    settings = dict(**study, limit=8, budgets=[0.25, 0.5], timing_rounds=1, train_steps=3, options=options, workers=1)
+    folders = dict(output=str(tmp_path / "runs"), record=str(tmp_path))
+    notebook = run("05_compare_compressors", tmp_path, **settings, **folders)
+    assert pictures(notebook) == 3 and "Without compression:" in outputs(notebook)
+    trained = pd.read_csv(tmp_path / "trained.csv", index_col="scheme")
+    assert {"single-stage", "three-stage", "PruMerge (adaptive)", "PruMerge+", "STF", "MBTF + STF"} <= set(
+        trained.index
+    )
+    assert trained.tokens[["single-stage", "STF", "PruMerge+", "random drop"]].tolist() == [1, 0.25, 0.25, 0.25]
+    free = pd.read_csv(tmp_path / "training-free.csv")
+    assert set(free.budget) == {0.25, 0.5} and "PyramidDrop" in set(free[free.budget == 0.5].method)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"methods": ["lottery"]}, "BudgetError: unknown method 'lottery'; choose from random drop"),
+        ({"budgets": [1.5]}, "BudgetError: a budget is a share of the tokens"),
+        ({"budget": 1}, "ParameterError: unknown parameter 'budget'"),
+    ],
+)
+def test_05_compare_compressors_stops_with_one_clear_line(study, tmp_path, wrong, message):
+    settings = {**study, "limit": 4, "train_steps": 0}
+    assert_one_clear_line("05_compare_compressors", tmp_path, settings, wrong, message)
