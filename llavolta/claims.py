@@ -1,4 +1,5 @@
-"""Claims of the papers beside our figures: ``python -m llavolta.claims`` writes papers/*/claims.md from the CSV there.
+"""Claims of the papers beside our figures: ``python -m llavolta.claims`` writes papers/*/claims.md from the CSV there,
+and the README's table of results.
 
 Every figure and verdict is computed from those files, which the notebooks write (``-p record ../papers/llavolta``);
 ``--check`` only says whether a page is out of date.
@@ -18,9 +19,11 @@ from llavolta.compare import BASELINE, paired, roughness, table
 from llavolta.errors import UserError
 from llavolta.schemes import SCHEMES, compression_ratio, plan_compression_ratio
 
-PAPERS = Path(__file__).resolve().parent.parent / "papers"
+README = Path(__file__).resolve().parent.parent / "README.md"
+PAPERS = README.parent / "papers"
 REDUNDANCY = "01_redundancy.ipynb OUT.ipynb -p record ../papers/llavolta"
 COMPARE = "04_compare_schemes.ipynb OUT.ipynb -p seeds {seeds} -p record ../papers/llavolta"
+COMPRESSORS = "05_compare_compressors.ipynb OUT.ipynb -p record ../papers/compressors"
 YES, PARTLY, NO, OPEN = "reproduced", "in part", "not reproduced", "not tested"
 
 
@@ -175,6 +178,96 @@ def _stability(rough: pd.DataFrame, runs: pd.DataFrame, seeds: pd.Series, comman
     )
 
 
+def prumerge(folder: Path) -> list[Claim]:
+    """The claims of PruMerge (arXiv 2403.15388) and of two studies that doubt such methods."""
+    trained = pd.read_csv(folder.parent / "compressors" / "trained.csv").set_index("scheme")
+    free = pd.read_csv(folder.parent / "compressors" / "training-free.csv")
+    adaptive, plus = trained.loc["PruMerge (adaptive)"], trained.loc["PruMerge+"]
+    return [
+        Claim(
+            "14 times fewer visual tokens with comparable accuracy after fine-tuning (PruMerge)",
+            "5.5% of the tokens",
+            f"{adaptive.tokens:.1%} of the tokens ({1 / adaptive.tokens:.0f} times fewer), trained with it: "
+            f"{_loss(adaptive)}",
+            _comparable(adaptive),
+            1,
+            COMPRESSORS,
+        ),
+        Claim(
+            "4 times fewer visual tokens with comparable accuracy after fine-tuning (PruMerge+)",
+            "25% of the tokens",
+            f"{plus.tokens:.0%} of the tokens, trained with it: {_loss(plus)}",
+            _comparable(plus),
+            1,
+            COMPRESSORS,
+        ),
+        _baseline_is_strong("random drop", "Random drop is a strong baseline (UniPruneBench)", free),
+        _baseline_is_strong("downsampling", "Downsampling beats many methods (VTC-Bench)", free),
+    ]
+
+
+def _baseline_is_strong(baseline: str, text: str, free: pd.DataFrame) -> Claim:
+    """Which methods a simple baseline beats by more than both intervals, and which beat it, without training."""
+    said, wins, losses = [], 0, 0
+    for budget, part in free.groupby("budget"):
+        rows = part.set_index("method")
+        own = rows.loc[baseline]
+        rest = rows.drop(index=[baseline, "no compression"])
+        beaten, better = rest[rest.high < own.low], rest[rest.low > own.high]
+        wins, losses = wins + len(beaten), losses + len(better)
+        said.append(f"{budget:.0%}: {_share(own)}, beats {len(beaten)}, loses to {len(better)} of {len(rest)}")
+    verdict = YES if wins > losses else PARTLY if wins else NO
+    return Claim(text, "claimed over many models", "training-free, " + "; ".join(said), verdict, 1, COMPRESSORS)
+
+
+def llava_stf(folder: Path) -> list[Claim]:
+    """The claims of LLaVA-STF (arXiv 2506.07138)."""
+    trained = pd.read_csv(folder.parent / "compressors" / "trained.csv").set_index("scheme")
+    stf, both, pooled = (trained.loc[name] for name in ("STF", "MBTF + STF", "average pooling"))
+    return [
+        Claim(
+            "A quarter of the tokens, accuracy comparable or better",
+            "GQA 61.9 against 62.0, POPE 86.0 against 85.9, MMB 66.2 against 64.3",
+            f"STF: {_loss(stf)}; MBTF + STF: {_loss(both)}",
+            _all(pd.Series([stf.difference_high >= 0, both.difference_high >= 0])),
+            1,
+            COMPRESSORS,
+        ),
+        Claim(
+            "Better than average pooling to a quarter of the tokens",
+            "VQAv2 78.1 against 77.0, VizWiz 51.1 against 44.0; GQA 61.9 against 62.1",
+            f"STF {_share(stf)}, average pooling {_share(pooled)}",
+            _apart(stf, pooled),
+            1,
+            COMPRESSORS,
+        ),
+        Claim(
+            "Fusing several blocks of the tower (MBTF) adds to STF",
+            "claimed, ablation",
+            f"MBTF + STF {_share(both)}, STF {_share(stf)}",
+            _apart(both, stf),
+            1,
+            COMPRESSORS,
+        ),
+    ]
+
+
+def _loss(row: pd.Series) -> str:
+    change = _points(row.difference, row.difference_low, row.difference_high)
+    return f"{_share(row)}, {change} against no compression"
+
+
+def _comparable(row: pd.Series) -> str:
+    return YES if row.difference_high >= 0 else NO
+
+
+def _apart(first: pd.Series, second: pd.Series) -> str:
+    """The verdict on a claim that ``first`` is more accurate, from two intervals."""
+    if first.low > second.high:
+        return YES
+    return f"{NO}: the opposite holds" if first.high < second.low else f"{NO}: within the noise"
+
+
 def _sign(difference: tuple[float, float, float]) -> str:
     """The verdict on a claim that a difference is above 0, from its interval."""
     _, low, high = difference
@@ -193,7 +286,36 @@ def _share(row: pd.Series) -> str:
     return f"{row.accuracy:.1%} ({row.low:.1%} to {row.high:.1%})"
 
 
-PAGES: dict[str, tuple[str, Callable[[Path], list[Claim]]]] = {"llavolta": ("LLaVolta", llavolta)}
+def results(folder: Path) -> str:
+    """The table of schemes in the README: accuracy, its difference to the baseline's, and cost, from ``folder``."""
+    runs = pd.read_csv(folder / "compare-runs.csv")
+    costs = pd.read_csv(folder / "compare-costs.csv").set_index("scheme")
+    seeds = runs.groupby("scheme").seed.nunique()
+    lines = [
+        "| scheme | accuracy | less the baseline's, points | training time | FLOPs | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in table(runs, costs).iterrows():
+        change = _points(row.difference, row.difference_low, row.difference_high).removesuffix(" points")
+        change = "" if name == BASELINE else change
+        lines.append(f"| `{name}` | {_share(row)} | {change} | {row.time:.2f} | {row.flops:.2f} | {seeds[name]} |")
+    return "\n".join(lines)
+
+
+def readme(text: str) -> str:
+    """README's ``text`` with its table of results brought up to date."""
+    start, end = "<!-- results: python -m llavolta.claims -->\n", "\n<!-- end of results -->"
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise ClaimsError("README.md has lost the marks around its table of results")
+    before, rest = text.split(start)
+    return before + start + results(PAPERS / "llavolta") + end + rest.split(end)[1]
+
+
+PAGES: dict[str, tuple[str, Callable[[Path], list[Claim]]]] = {
+    "llavolta": ("LLaVolta", llavolta),
+    "prumerge": ("PruMerge", prumerge),
+    "llava-stf": ("LLaVA-STF", llava_stf),
+}
 
 
 def render(paper: str) -> str:
@@ -225,14 +347,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     options = parser.parse_args(arguments)
     try:
-        for paper in PAGES:
-            page = PAPERS / paper / "claims.md"
-            text = render(paper)
+        pages = {PAPERS / paper / "claims.md": render(paper) for paper in PAGES}
+        pages[README] = readme(README.read_text())
+        for page, text in pages.items():
+            name = page.relative_to(README.parent)
             if not options.check:
                 page.write_text(text)
-                print(f"written: papers/{paper}/claims.md")
+                print(f"written: {name}")
             elif not page.exists() or page.read_text() != text:
-                raise ClaimsError(f"papers/{paper}/claims.md is out of date; run python -m llavolta.claims")
+                raise ClaimsError(f"{name} is out of date; run python -m llavolta.claims")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

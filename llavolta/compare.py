@@ -220,11 +220,12 @@ def table_of_one_seed(answers: pd.DataFrame, cost: pd.DataFrame | None = None) -
 
 def _against_baseline(wide: pd.DataFrame, interval_of, cost: pd.DataFrame | None) -> pd.DataFrame:
     rows = {}
-    for name, values in wide.items():
+    for name in wide:
         row = {}
-        for prefix, part in (("", values), ("difference_", values - wide[BASELINE])):
-            low, high = interval_of(part)
-            row |= {prefix.rstrip("_") or "accuracy": part.mean(), f"{prefix}low": low, f"{prefix}high": high}
+        for prefix, values in (("", wide[name]), ("difference_", wide[name] - wide[BASELINE])):
+            values = values.dropna()  # a scheme may have fewer seeds than others
+            low, high = interval_of(values)
+            row |= {prefix.rstrip("_") or "accuracy": values.mean(), f"{prefix}low": low, f"{prefix}high": high}
         rows[name] = row
     result = pd.DataFrame.from_dict(rows, orient="index").rename_axis("scheme")
     return result if cost is None else result.join(cost)

@@ -18,6 +18,11 @@ def test_the_committed_page_is_what_its_figures_give(paper):
     assert (claims.PAPERS / paper / "claims.md").read_text() == claims.render(paper), "run python -m llavolta.claims"
 
 
+def test_the_readme_shows_the_recorded_results():
+    text = claims.README.read_text()
+    assert text == claims.readme(text), "run python -m llavolta.claims"
+
+
 @pytest.mark.parametrize("paper", claims.PAGES)
 def test_commands_name_notebooks_and_parameters_that_exist(paper):
     for notebook, arguments in re.findall(r"`(\w+\.ipynb) OUT\.ipynb([^`]*)`", claims.render(paper)):
@@ -29,14 +34,16 @@ def test_commands_name_notebooks_and_parameters_that_exist(paper):
 @pytest.fixture
 def papers(tmp_path, monkeypatch):
     """Made-up figures: every scheme 90% but for what a test changes, seeds alike."""
-    shutil.copytree(claims.PAPERS / "llavolta", tmp_path / "llavolta")
+    shutil.copytree(claims.PAPERS, tmp_path / "papers")
+    shutil.copy(claims.README, tmp_path)
     names = [*SCHEMES, *CONTROLS]
     rows = [dict(scheme=n, seed=s, type="overall", accuracy=0.9 + 0.001 * s) for n in names for s in range(5)]
-    pd.DataFrame(rows).to_csv(tmp_path / "llavolta" / "compare-runs.csv", index=False)
+    pd.DataFrame(rows).to_csv(tmp_path / "papers" / "llavolta" / "compare-runs.csv", index=False)
     costs = [dict(scheme=n, time=1.0 if n == BASELINE else 0.7, flops=0.7) for n in names]
-    pd.DataFrame(costs).to_csv(tmp_path / "llavolta" / "compare-costs.csv", index=False)
-    monkeypatch.setattr(claims, "PAPERS", tmp_path)
-    return tmp_path / "llavolta"
+    pd.DataFrame(costs).to_csv(tmp_path / "papers" / "llavolta" / "compare-costs.csv", index=False)
+    monkeypatch.setattr(claims, "PAPERS", tmp_path / "papers")
+    monkeypatch.setattr(claims, "README", tmp_path / "README.md")
+    return tmp_path / "papers" / "llavolta"
 
 
 def verdicts(folder) -> dict[str, str]:
@@ -79,6 +86,16 @@ def test_too_little_time_saved(papers):
     costs.loc[costs.scheme == "four-stage-wider", "time"] = 0.9
     costs.to_csv(papers / "compare-costs.csv", index=False)
     assert verdict(papers, TIME) == "in part"
+
+
+def test_the_readme_follows_its_figures(papers):
+    change(papers, "heavy", [0.01] * 5)
+    assert claims.main([]) == 0
+    row = next(line for line in claims.README.read_text().splitlines() if line.startswith("| `heavy` |"))
+    # 90.2% and 91.2% are the means; all seeds differ by one point, so the interval of the difference is a point
+    assert "| 91.2% (91.0% to 91.4%) | +1.0 (+1.0 to +1.0) | 0.70 | 0.70 | 5 |" in row
+    claims.README.write_text("no marks")
+    assert claims.main([]) == 1
 
 
 def test_a_stale_page_and_missing_figures_are_errors(papers, capsys):
