@@ -1,4 +1,4 @@
-# make demo | test | lab | notebooks: each sets up .venv first. PYTHON names the interpreter (3.11 or newer).
+# make demo | test | lab | notebooks | evidence: each sets up .venv first. PYTHON names the interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
@@ -30,4 +30,12 @@ notebooks: install
 	cd notebooks && for notebook in *.ipynb; do ../$(BIN)/papermill $$notebook $$notebook || exit 1; done
 	$(BIN)/python -c "from llavolta import SCHEMES, plots; plots.scheme_diagram(SCHEMES['three-stage'].scaled(8), 8, 144, 300).savefig('papers/llavolta/three-stage.png', dpi=120)"
 
-.PHONY: install demo test lab notebooks
+# Every figure in papers/ and the README's table; two to three hours on 2 cores, resumed where it was interrupted.
+evidence: install
+	mkdir -p data/runs
+	cd notebooks && ../$(BIN)/papermill 01_redundancy.ipynb ../data/runs/01.ipynb -p record ../papers/llavolta
+	cd notebooks && ../$(BIN)/papermill 04_compare_schemes.ipynb ../data/runs/04.ipynb -p seeds 5 -p record ../papers/llavolta
+	cd notebooks && ../$(BIN)/papermill 05_compare_compressors.ipynb ../data/runs/05.ipynb -p record ../papers/compressors
+	$(BIN)/python -m llavolta.claims
+
+.PHONY: install demo test lab notebooks evidence
