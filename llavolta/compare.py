@@ -6,10 +6,12 @@ where it stopped.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -139,8 +141,10 @@ def _in_pool(pool, aligned: dict, runs: dict, heldout: Path, questions: int, pla
                 frames[waiting[done]] = done.result()
                 bar.set_postfix_str(" ".join(map(str, waiting[done])))
                 bar.update()
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                raise CompareError("a run was killed, perhaps for want of memory; lower workers and go on") from None
             raise
     return frames
 
@@ -148,10 +152,11 @@ def _in_pool(pool, aligned: dict, runs: dict, heldout: Path, questions: int, pla
 def _run(config: train.TrainConfig, heldout: Path, questions: int, plan: str) -> pd.DataFrame:
     """Train ``config`` unless its folder holds the trained model already, and its answers under ``plan`` likewise."""
     output = Path(config.output)
-    file = output / "answers.csv"
-    if not file.exists():
+    asked = hashlib.blake2b(plan.encode() + heldout.read_bytes(), digest_size=6).hexdigest()
+    file = output / f"answers-{asked}.csv"
+    if not any(output.glob("answers-*.csv")):
         train.train(config, progress=False)
-    elif len(held := pd.read_csv(file, dtype=_TEXT, keep_default_na=False)) >= questions:
+    elif file.exists() and len(held := pd.read_csv(file, dtype=_TEXT, keep_default_na=False)) >= questions:
         train.claim(config)
         return held[:questions]
     model, processor = train.load_model(str(output))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,7 +22,7 @@ from llavolta.compare import (
     table,
     table_of_one_seed,
 )
-from llavolta.config import TrainConfig
+from llavolta.config import ConfigError, TrainConfig
 from llavolta.data import DataError
 from llavolta.plan import tokens_per_layer
 
@@ -111,5 +114,29 @@ def test_roughness_leaves_the_jump_between_stages_out():
 def test_a_failing_run_stops_the_comparison_with_its_error(scenes, small_model, tmp_path):
     options = dict(model=str(small_model), data=str(scenes / "train.json"), align_steps=0, max_steps=2, batch_size=4)
     config = TrainConfig(output=str(tmp_path), **options)
-    with pytest.raises(DataError, match="no data file nowhere.json"):
+    with pytest.raises(DataError, match="no data file .*nowhere.json"):
         compare(contestants([], {"mine": ["none"]}, 4), [0], config, "nowhere.json", workers=2, progress=False)
+
+
+def test_answers_are_kept_for_their_questions_and_plan_only(scenes, small_model, tmp_path):
+    options = dict(model=str(small_model), data=str(scenes / "train.json"), align_steps=0, max_steps=2, batch_size=4)
+    config, schemes = TrainConfig(output=str(tmp_path / "runs"), **options), contestants([], {}, 4)
+    heldout = scenes / "heldout.json"
+
+    def ask(questions: int, file=heldout, plan="none"):
+        plans = {"single-stage": plan}
+        return compare(schemes, [0], config, file, questions, progress=False, plans=plans)
+
+    first = ask(8)
+    model = tmp_path / "runs" / "0" / "single-stage" / "model.safetensors"
+    trained = model.stat().st_mtime_ns
+    pd.testing.assert_frame_equal(ask(4), first[:4])
+    assert len(ask(12)) == 12 and len(ask(4, plan="0:avgpool:144")) == 4
+    other = tmp_path / "other.json"
+    entries = json.loads(heldout.read_text())[::-1]
+    other.write_text(json.dumps(entries))
+    shutil.copytree(scenes / "images", tmp_path / "images")
+    assert ask(4, other).answer.tolist() == [turn["value"] for turn in entries[0]["conversations"][1::2]]
+    assert model.stat().st_mtime_ns == trained and not list(model.parent.glob("checkpoint-*"))
+    with pytest.raises(ConfigError, match="another run"):
+        compare(schemes, [0], TrainConfig(output=str(tmp_path / "runs"), learning_rate=1e-5, **options), heldout, 4)
