@@ -135,12 +135,22 @@ def open_image(folder: Path, path: str, name: str, pad: tuple[int, int, int] | N
         raise DataError(f"{name}: no image {path!r} in {folder}; check the image folder or fetch the file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{name}: image {path!r} cannot be read ({error}); fetch it again or drop the entry") from None
-    if pad is None or image.width == image.height:
+    return pad_to_square(image, pad)
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int] | None) -> Image.Image:
+    """``image`` in the middle of a square of ``colour`` (RGB), as LLaVA-1.5 sees it; None leaves it as it is."""
+    if colour is None or image.width == image.height:
         return image
     side = max(image.size)
-    square = Image.new("RGB", (side, side), pad)
+    square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
+
+
+def padding_colour(processor) -> tuple[int, int, int]:
+    """The colour (RGB) that ``processor`` normalises to 0, which LLaVA-1.5 pads with."""
+    return tuple(round(255 * mean) for mean in processor.image_processor.image_mean)
 
 
 @dataclass

@@ -15,17 +15,22 @@ def _normal(text: str) -> str:
     return " ".join(text.strip().rstrip(".").lower().split())
 
 
-def render(processor, question: str, images: int) -> str:
-    """The prompt that asks ``question`` about so many pictures, by the processor's chat template."""
-    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+def render(processor, question: str, images: int, videos: int = 0) -> str:
+    """The prompt that asks ``question`` about so many pictures and clips, by the processor's chat template."""
+    content = [{"type": "image"}] * images + [{"type": "video"}] * videos + [{"type": "text", "text": question}]
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
 def prompts(model, processor, asked: list[tuple[str, list]], padding_side: str = "left"):
-    """A batch for ``model`` from pairs of a question and its opened pictures."""
-    texts = [render(processor, question, len(images)) for question, images in asked]
-    images = [image for _, pictures in asked for image in pictures]
-    batch = processor(text=texts, images=images or None, padding=True, padding_side=padding_side, return_tensors="pt")
+    """A batch for ``model`` from pairs of a question and its opened pictures; a list of frames is a clip."""
+    clips = [[look for look in looks if isinstance(look, list)] for _, looks in asked]
+    images = [[look for look in looks if not isinstance(look, list)] for _, looks in asked]
+    texts = [
+        render(processor, question, len(pictures), len(videos))
+        for (question, _), pictures, videos in zip(asked, images, clips, strict=True)
+    ]
+    visual = {"images": sum(images, []) or None} | ({"videos": sum(clips, [])} if any(clips) else {})
+    batch = processor(text=texts, **visual, padding=True, padding_side=padding_side, return_tensors="pt")
     return batch.to(model.device, model.dtype)
 
 

@@ -45,23 +45,23 @@ def model_path(name: str) -> str:
     return path
 
 
-def load_model(name: str, quantize: str | None = None) -> tuple:
-    """(model, processor) of a Hugging Face folder or hub name, float32; "embedded" is the one in data/.
+def load_model(name: str, quantize: str | None = None, dtype: torch.dtype = torch.float32) -> tuple:
+    """(model, processor) of a Hugging Face folder or hub name; "embedded" is the one in data/.
 
     A folder of adapters is loaded with the model that they were trained on, and merged into it. quantize: "nf4".
     Raises ConfigError when weights are missing, which ``from_pretrained`` would fill with random numbers.
     """
     path = model_path(name)
     if (Path(path) / "adapter_config.json").exists():
-        model, processor = load_model(PeftConfig.from_pretrained(path).base_model_name_or_path)
+        model, processor = load_model(PeftConfig.from_pretrained(path).base_model_name_or_path, dtype=dtype)
         return PeftModel.from_pretrained(model, path).merge_and_unload(), processor
     options = {"quantization_config": _four_bits()} if quantize else {}
-    model = _whole(AutoModelForImageTextToText, path, **options)
+    model = _whole(AutoModelForImageTextToText, path, dtype=dtype, **options)
     return model, AutoProcessor.from_pretrained(path)
 
 
-def _whole(kind: type, path: str, **options) -> nn.Module:
-    model, info = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
+def _whole(kind: type, path: str, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
+    model, info = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigError(

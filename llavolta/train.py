@@ -36,7 +36,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from llavolta import digits
 from llavolta.config import PRESETS, ConfigError, TrainConfig
-from llavolta.data import Collator, GroupedSampler, LlavaData
+from llavolta.data import Collator, GroupedSampler, LlavaData, padding_colour
 from llavolta.errors import UserError
 from llavolta.families import find_parts, unwrap
 from llavolta.models import (
@@ -412,7 +412,7 @@ def _run(config, output: Path, phase: str, model_name: str, data, images, scheme
     if phase == "instruct" and config.lora_rank:
         base = Path(model_name).resolve()  # the adapters may be loaded from elsewhere
         model = with_adapters(model, config, str(base) if base.exists() else model_name)
-    pad = tuple(round(255 * mean) for mean in processor.image_processor.image_mean) if config.pad_to_square else None
+    pad = padding_colour(processor) if config.pad_to_square else None
     size, accumulated = config.batches(phase, int(os.environ.get("WORLD_SIZE", 1)))
     arguments = TrainingArguments(
         output_dir=str(output),

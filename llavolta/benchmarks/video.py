@@ -1,0 +1,128 @@
+"""MSVD-QA and MSRVTT-QA as tasks of lmms-eval, from their published files, and the frames of a clip.
+
+Two scores, as the literature has two: exact match with the one-word answer (Xu et al., 2017), offline; and the
+judged accuracy and score of Video-ChatGPT (arXiv 2306.05424), which lmms-eval has for ActivityNet-QA, by your judge.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from llavolta.data import DataError
+from llavolta.errors import UserError
+
+KINDS = (".mp4", ".avi", ".webm", ".mkv")
+TASKS = {"msvd_qa": "vid{}", "msrvtt_qa": "video{}"}  # and what the clip of a numbered video is called
+TEMPLATES = Path(__file__).parent / "tasks"
+
+
+class JudgeError(UserError, RuntimeError):
+    """A judged score without a judge."""
+
+
+def read_frames(path: str | Path, count: int) -> list[Image.Image]:
+    """``count`` frames (RGB) of the clip at ``path``, taken uniformly from the first to the last. Raises DataError."""
+    import av  # part of the extra environment
+
+    try:
+        with av.open(str(path)) as container:
+            total = sum(1 for packet in container.demux(video=0) if packet.size)
+        places = np.linspace(0, total - 1, count).round().astype(int).tolist() if total else []
+        kept: dict[int, Image.Image] = {}
+        with av.open(str(path)) as container:
+            for number, frame in enumerate(container.decode(video=0)):
+                if number in places:
+                    kept[number] = frame.to_image()
+        return [kept[place] for place in places] or _refuse(path, "no frames")
+    except (OSError, ValueError, IndexError) as error:  # PyAV's own errors are of these kinds
+        return _refuse(path, error)
+    except KeyError as error:
+        return _refuse(path, f"frame {error} of {total} is missing")
+
+
+def _refuse(path: str | Path, why: object):
+    raise DataError(f"the clip {path} cannot be read ({why}); fetch it again") from None
+
+
+def prepare(task: str, questions: Path, videos: Path, output: Path, answers: Path | None = None) -> Path:
+    """Write ``output``: the task files of ``task`` and ``task``_judged, for ``--include_path``.
+
+    questions: a JSON list of entries with ``question`` and ``video_name`` (or ``video_id``, a number), and
+    ``question_id`` (or ``id``); ``answer`` there or in ``answers``, by ``question_id``: the layouts of the data
+    sets' own test_qa.json and of Video-ChatGPT's test_q.json and test_a.json. Raises DataError.
+    """
+    if task not in TASKS:
+        raise DataError(f"unknown task {task!r}; {' or '.join(TASKS)}")
+    entries = _read(questions)
+    told = {entry["question_id"]: entry for entry in _read(answers)} if answers else {}
+    files = {file.stem: file.resolve() for file in sorted(videos.glob("*")) if file.suffix.lower() in KINDS}
+    rows, absent = [], []
+    for entry in entries:
+        try:
+            name = entry["video_name"] if "video_name" in entry else TASKS[task].format(entry["video_id"])
+            number = entry["question_id"] if "question_id" in entry else entry["id"]
+            answer = {**entry, **told.get(number, {})}["answer"]
+            rows.append(
+                {"question_id": str(number), "video_name": name, "question": entry["question"], "answer": str(answer)}
+            )
+        except KeyError as error:
+            raise DataError(f"{questions}: an entry has no {error}: {str(entry)[:80]}") from None
+        if name not in files:
+            absent.append(name)
+    if absent:
+        raise DataError(f"{videos} lacks the clips of {len(absent)} of {len(rows)} questions, such as {absent[0]!r}")
+    output.mkdir(parents=True, exist_ok=True)
+    rows = [{**row, "type": 0, "video": str(files[row["video_name"]])} for row in rows]
+    (output / f"{task}.json").write_text(json.dumps(rows))
+    for name, template in ((task, "video_qa.yaml"), (f"{task}_judged", "video_qa_judged.yaml")):
+        head = {"include": str(TEMPLATES / template), "task": name, "dataset_path": "json"}
+        head["dataset_kwargs"] = {"data_files": {"test": f"{task}.json"}}
+        (output / f"{name}.yaml").write_text(json.dumps(head, indent=1))  # JSON is YAML
+    return output
+
+
+def _read(file: Path) -> list[dict]:
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read as JSON: {error}") from None
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"{file} must hold a JSON list of questions")
+    return entries
+
+
+# What the task files name.
+
+
+def doc_to_visual(doc: dict) -> list[str]:
+    return [doc["video"]]
+
+
+def doc_to_text(doc: dict, lmms_eval_specific_kwargs: dict) -> str:
+    question = doc["question"].strip().capitalize()
+    question += "" if question.endswith("?") else "?"
+    return f"{lmms_eval_specific_kwargs['pre_prompt']}{question}{lmms_eval_specific_kwargs['post_prompt']}"
+
+
+def score_judged(doc: dict, results: list[str]) -> dict:
+    """lmms-eval's own judging of ActivityNet-QA, on this question. Raises JudgeError without an endpoint."""
+    require_judge("this task")
+    os.environ.setdefault("HF_HOME", str(Path.home() / ".cache/huggingface"))  # the module below wants it set
+    from lmms_eval.tasks.activitynetqa.utils import activitynetqa_process_results
+
+    verdict = activitynetqa_process_results(doc, results)["gpt_eval_score"]
+    return {"gpt_eval_accuracy": 100.0 * (verdict["Correctness"] == "yes"), "gpt_eval_score": verdict["score"]}
+
+
+def require_judge(tasks: str) -> None:
+    """Raise JudgeError unless the environment names a judge."""
+    if not os.environ.get("OPENAI_API_KEY"):
+        raise JudgeError(
+            f"{tasks}: scored by a language model as judge, and there is none; set OPENAI_API_KEY, and for an endpoint "
+            "of your own OPENAI_API_URL and MODEL_VERSION (see lmms-eval), or take another task"
+        )
