@@ -1,16 +1,25 @@
 # make demo | test | lab | notebooks | evidence: each sets up .venv first. PYTHON names the interpreter (3.11 or newer).
+# make eval | test-eval: the same in .venv-eval, which has lmms-eval, too.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+EVAL_BIN := .venv-eval/bin
+EVAL_INSTALLED := .venv-eval/installed
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 export TOKENIZERS_PARALLELISM := false
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED) $(EVAL_INSTALLED): %/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("llavolta needs Python 3.11 or newer: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(PYTHON) -m venv $*
+	$*/bin/python $(PIP_INSTALL) --constraint constraints.txt --editable '.[test]'
+	$(if $(findstring eval,$*),$*/bin/python $(PIP_INSTALL) --no-deps --requirement requirements-eval.txt)
 	@touch $@
 
+$(EVAL_INSTALLED): requirements-eval.txt
+
 install: $(INSTALLED)
+
+install-eval: $(EVAL_INSTALLED)
 
 demo: install
 	mkdir -p data/runs
@@ -38,4 +47,11 @@ evidence: install
 	cd notebooks && ../$(BIN)/papermill 05_compare_compressors.ipynb ../data/runs/05.ipynb -p record ../papers/compressors
 	$(BIN)/python -m llavolta.claims
 
-.PHONY: install demo test lab notebooks evidence
+# The embedded model through lmms-eval, without compression and with the plan of stage I; answers must agree with ours.
+eval: install-eval
+	$(EVAL_BIN)/python -m llavolta.benchmarks embedded
+
+test-eval: install-eval
+	$(EVAL_BIN)/python -m pytest tests/test_benchmarks.py
+
+.PHONY: install install-eval demo test lab notebooks evidence eval test-eval

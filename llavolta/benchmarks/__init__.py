@@ -8,22 +8,12 @@ video.py    MSVD-QA and MSRVTT-QA
 Only plugin.py imports lmms-eval.
 """
 
-# lmms-eval's names of the benchmarks of the papers.
-IMAGE_TASKS = (
-    "gqa",
-    "vqav2_val",
-    "vizwiz_vqa_val",
-    "scienceqa_img",
-    "textvqa_val",
-    "pope",
-    "mme",
-    "mmbench_en_dev_static",
-    "mmbench_cn_dev",
-    "seedbench",
-    "llava_in_the_wild",
-    "mmvet",
+# lmms-eval's names of the papers' benchmarks; those for a server write the files that it takes.
+TASKS = (
+    *("gqa", "vqav2_val", "vizwiz_vqa_val", "scienceqa_img", "textvqa_val", "pope", "mme", "mmbench_en_dev_static"),
+    *("mmbench_cn_dev", "seedbench", "llava_in_the_wild", "mmvet", "activitynetqa"),
+    *("vqav2_test", "vizwiz_vqa_test", "mmbench_en_test", "mmbench_cn_test"),
 )
-SERVER_TASKS = ("vqav2_test", "vizwiz_vqa_test", "mmbench_en_test", "mmbench_cn_test")
 # A judge, a language model behind an endpoint of OpenAI's make, scores these.
 JUDGED_TASKS = (
     "llava_in_the_wild",

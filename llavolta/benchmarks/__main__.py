@@ -8,28 +8,38 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pandas as pd
 
+from llavolta.benchmarks import TASKS
 from llavolta.benchmarks.local import DIGITS, HarnessError, write_digits
 from llavolta.benchmarks.run import read_samples, run
-from llavolta.benchmarks.video import TASKS, prepare
+from llavolta.benchmarks.video import CLIP_NAMES, prepare
 from llavolta.data import LlavaData
 from llavolta.errors import UserError
 from llavolta.evaluate import evaluate
+from llavolta.families import find_parts
 from llavolta.models import load_model
 from llavolta.schemes import scale_plan
 from llavolta.train import RUNS, digits_data, embedded_llava
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+STAGE_I = "2:avgpool:8"  # of a model of 32 layers
 
 
-def embedded(model: str | None, output: Path, plans: list[str], limit: int | None, batch_size: int = 64) -> None:
-    """Evaluate the embedded model on the digits by lmms-eval and by ``llavolta.evaluate``; raise unless all agree."""
+def embedded(model: str | None, output: Path, plans: list[str] | None, limit: int, batch_size: int = 64) -> None:
+    """Evaluate a model on the digits by lmms-eval and by ``llavolta.evaluate``; HarnessError unless all answers agree.
+
+    plans: without, and the paper's "2:avgpool:8" scaled to the model's depth, unless given.
+    """
     model = model or str(embedded_llava())
     data = LlavaData(digits_data() / "heldout.json")
-    shutil.rmtree(output, ignore_errors=True)
+    for old in (output / "tasks", output / "cache", *output.glob("plan-*")):
+        shutil.rmtree(old, ignore_errors=True)
+    datasets.disable_progress_bars()
     order = write_digits(output / "tasks", data, limit)
     loaded, processor = load_model(model)
+    plans = plans or ["none", scale_plan(STAGE_I, len(find_parts(loaded).layers))]
     for number, plan in enumerate(plans):
         start, folder = time.perf_counter(), output / f"plan-{number}"
         cache = OFFLINE | {"LMMS_EVAL_DATASETS_CACHE": str(output / "cache")}
@@ -73,7 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="tasks of lmms-eval with any checkpoint and plan; exits with 1 on failure")
     runs.add_argument("--model", required=True, help="folder or hub name")
-    runs.add_argument("--tasks", required=True, help="lmms-eval's names, with commas between")
+    runs.add_argument(
+        "--tasks", required=True, help=f"lmms-eval's names, with commas between; the papers': {', '.join(TASKS)}"
+    )
     runs.add_argument("--output", required=True, type=Path, help="a new folder")
     runs.add_argument("--plan", default="none")
     runs.add_argument("--batch-size", type=int, default=16)
@@ -82,16 +94,16 @@ def main(arguments: list[str] | None = None) -> int:
     runs.add_argument("--limit", type=int, help="the first so many questions a task")
     runs.add_argument("--model-args", nargs="*", default=[], metavar="NAME=VALUE", help="such as pad_to_square=true")
     video = commands.add_parser("video", help="make tasks of MSVD-QA or MSRVTT-QA from the published files")
-    video.add_argument("task", choices=list(TASKS))
+    video.add_argument("task", choices=list(CLIP_NAMES))
     video.add_argument("questions", type=Path, help="test_qa.json, or test_q.json with --answers")
     video.add_argument("--answers", type=Path, help="test_a.json")
     video.add_argument("--videos", type=Path, required=True, help="folder of the clips")
     video.add_argument("--output", type=Path, required=True, help="folder for the task files, for --include")
     local = commands.add_parser("embedded", help="the embedded model on the digits, compared with llavolta.evaluate")
     local.add_argument("--model", help="a trained folder instead of the embedded one")
-    local.add_argument("--output", type=Path, default=RUNS / "eval", help="replaced")
-    local.add_argument("--plans", nargs="+", default=["none", scale_plan("2:avgpool:8", 8)])
-    local.add_argument("--limit", type=int, help="the first so many questions")
+    local.add_argument("--output", type=Path, default=RUNS / "eval", help="an earlier one there is replaced")
+    local.add_argument("--plans", nargs="+", help=f"none, and {STAGE_I} scaled to the model's depth, unless given")
+    local.add_argument("--limit", type=int, default=600, help="the first so many of 1200 questions")
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
     try:

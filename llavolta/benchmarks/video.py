@@ -17,7 +17,7 @@ from llavolta.data import DataError
 from llavolta.errors import UserError
 
 KINDS = (".mp4", ".avi", ".webm", ".mkv")
-TASKS = {"msvd_qa": "vid{}", "msrvtt_qa": "video{}"}  # and what the clip of a numbered video is called
+CLIP_NAMES = {"msvd_qa": "vid{}", "msrvtt_qa": "video{}"}  # what the clip of a numbered video is called
 TEMPLATES = Path(__file__).parent / "tasks"
 
 
@@ -56,15 +56,15 @@ def prepare(task: str, questions: Path, videos: Path, output: Path, answers: Pat
     ``question_id`` (or ``id``); ``answer`` there or in ``answers``, by ``question_id``: the layouts of the data
     sets' own test_qa.json and of Video-ChatGPT's test_q.json and test_a.json. Raises DataError.
     """
-    if task not in TASKS:
-        raise DataError(f"unknown task {task!r}; {' or '.join(TASKS)}")
+    if task not in CLIP_NAMES:
+        raise DataError(f"unknown task {task!r}; {' or '.join(CLIP_NAMES)}")
     entries = _read(questions)
     told = {entry["question_id"]: entry for entry in _read(answers)} if answers else {}
     files = {file.stem: file.resolve() for file in sorted(videos.glob("*")) if file.suffix.lower() in KINDS}
     rows, absent = [], []
     for entry in entries:
         try:
-            name = entry["video_name"] if "video_name" in entry else TASKS[task].format(entry["video_id"])
+            name = entry["video_name"] if "video_name" in entry else CLIP_NAMES[task].format(entry["video_id"])
             number = entry["question_id"] if "question_id" in entry else entry["id"]
             answer = {**entry, **told.get(number, {})}["answer"]
             rows.append(
