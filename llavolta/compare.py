@@ -95,7 +95,7 @@ def compare(
     heldout = Path(heldout) if heldout else train.digits_data() / "heldout.json"
     root, plans, changes = Path(config.output), plans or {}, changes or {}
     aligned, runs = {}, {}
-    for seed, name in sorted((seed, name) for name in schemes for seed in seeds[name]):
+    for seed, name in sorted((number, key) for key in schemes for number in seeds[key]):
         own = replace(config, seed=seed, **changes.get(name, {}))
         start = {}
         if own.aligns:
