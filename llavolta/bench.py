@@ -26,8 +26,9 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from llavolta.compressors import VisualTokens
-from llavolta.cost import cost_model, step_cost
+from llavolta.cost import cost_model
 from llavolta.data import Collator, LlavaData
+from llavolta.dualspeed import add_isolator, fast_mode, slow_mode
 from llavolta.families import find_parts
 from llavolta.masks import cache_bytes
 from llavolta.models import load_model, set_trainable
@@ -35,7 +36,7 @@ from llavolta.patch import IGNORED, compress
 from llavolta.plan import parse_plan
 from llavolta.planner import fit_speed
 from llavolta.probe import TowerProbe
-from llavolta.schemes import SCHEMES
+from llavolta.schemes import SCHEMES, Stage
 from llavolta.train import digits_data
 
 
@@ -48,40 +49,47 @@ def _now(device: torch.device) -> float:
 def step_times(
     model,
     batches: Sequence[dict],
-    plans: Sequence[str],
+    plans: Sequence[str | Stage],
     rounds: int = 5,
     phase: str = "instruct",
     progress: bool = True,
 ) -> pd.DataFrame:
     """Seconds of a training step (forward, backward, AdamW) under each plan, interleaved on the same ``batches``.
 
+    A plan may also be a stage of a scheme: of one with slow steps it is the mean over its fast and slow steps.
     The model is copied, so its weights stay. Returns one row per plan: seconds (median), ratio (the median over
     rounds of this plan's time over that of "none" in the same round), flops_ratio (what the FLOPs promise).
     """
-    plans = list(dict.fromkeys(["none", *plans]))
+    stages = {str(plan): plan if isinstance(plan, Stage) else Stage(plan, 1) for plan in ["none", *plans]}
     model = copy.deepcopy(model).train()
     set_trainable(model, phase)
+    add_isolator(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     device = next(model.parameters()).device
 
-    def step(plan: str) -> None:
-        with compress(model, plan, labelled_only=True):
-            for batch in batches:
+    def step(stage: Stage, slow: bool) -> None:
+        for batch in batches:
+            with slow_mode(model, stage, batch) if slow else fast_mode(model, stage):
                 model(**batch).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
 
-    tasks = {plan: partial(step, plan) for plan in plans}
-    seconds = interleaved(tasks, rounds, device, progress) / len(batches)
+    tasks = {name: partial(step, stage, False) for name, stage in stages.items()}
+    slow = {name: f"slow step of {name}" for name, stage in stages.items() if stage.slow_every}
+    tasks |= {slow[name]: partial(step, stages[name], True) for name in slow}
+    taken = pd.DataFrame(interleaved(tasks, rounds, device, progress) / len(batches), columns=list(tasks))
+    for name in slow:
+        taken[name] += (taken[slow[name]] - taken[name]) / stages[name].slow_every
+    seconds = taken[list(stages)]
     text, images, labelled = _sizes(model, batches)
-    flops = [step_cost(model.config, plan, text, images, labelled=labelled, phase=phase).total for plan in plans]
-    base = plans.index("none")
+    costs = [cost_model(model.config).stage(stage, text, images, labelled, phase=phase) for stage in stages.values()]
+    flops = np.array([sum(often * cost.total for often, cost in parts) for parts in costs])
     return pd.DataFrame(
         {
-            "plan": plans,
-            "seconds": np.median(seconds, axis=0),
-            "ratio": np.median(seconds / seconds[:, [base]], axis=0),
-            "flops_ratio": np.array(flops) / flops[base],
+            "plan": list(stages),
+            "seconds": seconds.median().to_numpy(),
+            "ratio": seconds.div(seconds["none"], axis=0).median().to_numpy(),
+            "flops_ratio": flops / flops[0],
         }
     )
 

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from llavolta.errors import UserError
 from llavolta.evaluate import evaluate, interval
 from llavolta.plan import check_layers, parse_plan
 from llavolta.projectors import OWN
-from llavolta.schemes import SCHEMES, Scheme
+from llavolta.schemes import NEIGHBOURS, SCHEMES, Scheme
 
 BASELINE = "single-stage"
 _three = SCHEMES["three-stage"]
@@ -52,10 +52,10 @@ class CompareError(UserError, ValueError):
 def contestants(names: Sequence[str], own: Mapping[str, Sequence], num_layers: int) -> dict[str, Scheme]:
     """Schemes by name, for a model of ``num_layers`` layers, the baseline first.
 
-    names: of SCHEMES and CONTROLS, scaled to the model's depth. own: more, each a list of plans (equal shares) or of
-    {plan, share}, taken as they are.
+    names: of SCHEMES, CONTROLS and NEIGHBOURS, scaled to the model's depth. own: more, each a list of plans (equal
+    shares) or of {plan, share}, taken as they are.
     """
-    known = {**SCHEMES, **CONTROLS}
+    known = {**SCHEMES, **CONTROLS, **NEIGHBOURS}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise CompareError(f"unknown scheme {', '.join(map(repr, unknown))}; choose from {', '.join(known)}")
@@ -104,8 +104,9 @@ def compare(
             aligned[first] = replace(_any(own), output=str(first), stage=0)
             start = dict(model=str(first), align_steps=0, align_epochs=None, projector=OWN)
         run = replace(own, output=str(root / f"{seed}" / name), stage=None, plan=None, **start)
-        stages = [asdict(stage) for stage in schemes[name].stages]
-        runs[name, seed] = replace(run, scheme=stages, pivots=None, max_steps=setup.total_steps, epochs=None)
+        runs[name, seed] = replace(
+            run, scheme=schemes[name].written, pivots=None, max_steps=setup.total_steps, epochs=None
+        )
     if workers == 1:
         for first in aligned.values():
             train.train(first, progress=False)
@@ -189,12 +190,12 @@ def costs(
     trained, processor = train.load_model(str(model))
     data, collate, size = LlavaData(setup.data, setup.images), Collator(processor, config.max_length), config.batch_size
     batches = [collate([data[i % len(data)] for i in range(k * size, (k + 1) * size)]) for k in range(2)]
-    plans = [stage.plan for scheme in schemes.values() for stage in scheme.stages]
-    steps = bench.step_times(trained, batches, plans, rounds, progress=progress)
+    stages = [stage for scheme in schemes.values() for stage in scheme.stages]
+    steps = bench.step_times(trained, batches, stages, rounds, progress=progress)
     by_plan = steps.set_index("plan")
     rows = []
     for name, scheme in schemes.items():
-        share = pd.Series([stage.share for stage in scheme.stages], [stage.plan for stage in scheme.stages])
+        share = pd.Series([stage.share for stage in scheme.stages], list(map(str, scheme.stages)))
         mean = (by_plan.loc[share.index, ["ratio", "flops_ratio"]].mul(share.to_numpy(), axis=0)).sum()
         rows.append(dict(scheme=name, time=mean.ratio, flops=mean.flops_ratio))
     return pd.DataFrame(rows).set_index("scheme"), steps

@@ -11,8 +11,9 @@ import yaml
 from llavolta.errors import UserError
 from llavolta.plan import check_layers, parse_plan
 from llavolta.projectors import OWN, parse_projector
-from llavolta.schemes import SCHEMES, Scheme, Stage
+from llavolta.schemes import NEIGHBOURS, SCHEMES, Scheme, Stage
 
+NAMED = SCHEMES | NEIGHBOURS
 PRESETS = {file.stem: file for file in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
 
 
@@ -58,10 +59,11 @@ class TrainConfig:
     projector alignment to train, such as "stf:2" (see llavolta.projectors); "mlp" leaves the model's own. data, images:
     LLaVA JSON and image folder; "digits" is the generated digits VQA of so many ``scenes``.
 
-    scheme: a name of SCHEMES (layers are scaled to the model's depth), a list of plans, or a list of {plan, share}
-    (both taken as they are). pivots: the optimizer steps at which a stage ends and the next begins; else stages have
-    their shares. stage: train up to the end of this stage of the scheme (from 1), only projector alignment (0), or
-    everything (None). plan: replaces the plan of ``stage``. align_plan: the plan of projector alignment.
+    scheme: a name of SCHEMES or NEIGHBOURS (layers are scaled to the model's depth), a list of plans, or a list of
+    {plan, share}, maybe with slow_every (both taken as they are; see schemes.Stage). pivots: the optimizer steps at
+    which a stage ends and the next begins; else stages have their shares. stage: train up to the end of this stage of
+    the scheme (from 1), only projector alignment (0), or everything (None). plan: replaces the plan of ``stage``.
+    align_plan: the plan of projector alignment.
 
     max_steps: optimizer steps of the whole scheme; epochs: the same as passes over the data (give one of the two).
     align_steps: those of projector alignment; 0 skips it, for a model that is aligned; align_epochs replaces them.
@@ -158,20 +160,22 @@ class TrainConfig:
 
     def _written_stages(self) -> tuple[Stage, ...]:
         if isinstance(self.scheme, str):
-            if self.scheme not in SCHEMES:
-                raise ConfigError(f"unknown scheme {self.scheme!r}; choose from {', '.join(SCHEMES)}, or list stages")
-            return SCHEMES[self.scheme].stages
+            if self.scheme not in NAMED:
+                raise ConfigError(f"unknown scheme {self.scheme!r}; choose from {', '.join(NAMED)}, or list stages")
+            return NAMED[self.scheme].stages
         return Scheme.of("custom", self.scheme).stages
 
     def resolve_scheme(self, num_layers: int, total_steps: int) -> Scheme:
         """The scheme for a model of ``num_layers`` decoder layers over ``total_steps`` optimizer steps."""
         if isinstance(self.scheme, str):
-            scheme = SCHEMES[self.scheme].scaled(num_layers)
+            scheme = NAMED[self.scheme].scaled(num_layers)
         else:
             scheme = Scheme("custom", self._written_stages())
         if self.pivots is not None:
             plans = [stage.plan for stage in scheme.stages]
-            scheme = Scheme.from_pivots(scheme.name, plans, self.pivots, total_steps)
+            timed = Scheme.from_pivots(scheme.name, plans, self.pivots, total_steps).stages
+            pairs = zip(scheme.stages, timed, strict=True)
+            scheme = replace(scheme, stages=tuple(replace(stage, share=new.share) for stage, new in pairs))
         if self.plan is not None:
             stages = list(scheme.stages)
             stages[self.stage - 1] = replace(stages[self.stage - 1], plan=self.plan)

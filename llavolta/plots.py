@@ -11,8 +11,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from llavolta.cost import PARTS
-from llavolta.plan import tokens_per_layer
-from llavolta.schemes import Scheme, plan_compression_ratio
+from llavolta.schemes import Scheme
 
 COLOURS = sns.color_palette("colorblind")
 sns.set_theme(style="whitegrid", palette="colorblind", context="notebook")
@@ -32,11 +31,11 @@ def scheme_diagram(
         1, len(ends), figsize=(10, 3.2), sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
     for number, (ax, stage) in enumerate(zip(axes[0], scheme.stages, strict=True), start=1):
-        counts = tokens_per_layer(stage.plan, num_layers, num_tokens)
+        counts = stage.tokens_per_layer(num_layers, num_tokens)
         colour = COLOURS[0] if current in (None, number) else "0.7"
         ax.barh(range(num_layers), counts, color=colour, height=0.8)
-        ratio = plan_compression_ratio(stage.plan, num_layers, num_tokens)
-        ax.set_title(f"Stage {number}: {stage.plan}\n{steps[number - 1]} steps, CR {ratio:.2f}", fontsize=11)
+        ratio = num_layers * num_tokens / sum(counts)
+        ax.set_title(f"Stage {number}: {stage}\n{steps[number - 1]} steps, CR {ratio:.2f}", fontsize=11)
         ax.set_xlabel("visual tokens")
         ax.set_xlim(0, num_tokens * 1.05)
         ax.grid(axis="y", visible=False)
