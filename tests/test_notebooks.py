@@ -210,7 +210,7 @@ def test_05_compare_compressors(study, scenes, tmp_path):
     notebook = run("05_compare_compressors", tmp_path, **settings, **folders)
     assert pictures(notebook) == 3 and "Without compression:" in outputs(notebook)
     trained = pd.read_csv(tmp_path / "trained.csv", index_col="scheme")
-    assert {"single-stage", "three-stage", "PruMerge (adaptive)", "PruMerge+", "STF", "MBTF + STF"} <= set(
+    assert {"single-stage", "three-stage", "PruMerge (adaptive)", "PruMerge+", "STF", "MBTF + STF", "DualSpeed"} <= set(
         trained.index
     )
     assert trained.tokens[["single-stage", "STF", "PruMerge+", "random drop"]].tolist() == [1, 0.25, 0.25, 0.25]
