@@ -93,6 +93,7 @@ def compare(
         raise CompareError(f"workers must be a whole number of at least 1, not {workers!r}")
     setup = train.prepare(_any(config))  # builds the data once, before the workers need it
     heldout = Path(heldout) if heldout else train.digits_data() / "heldout.json"
+    LlavaData(heldout)  # refuses what cannot be asked, before anything is trained
     root, plans, changes = Path(config.output), plans or {}, changes or {}
     aligned, runs = {}, {}
     for seed, name in sorted((number, key) for key in schemes for number in seeds[key]):
