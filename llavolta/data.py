@@ -61,7 +61,7 @@ class Index:
     start: np.ndarray  # first byte
     stop: np.ndarray
     has_image: np.ndarray  # or has a video
-    lengths: np.ndarray  # words
+    lengths: np.ndarray  # words, about: blanks are counted
     bad: dict[int, str]
     version: list[int]  # of the file: bytes and time
 
@@ -92,8 +92,8 @@ def _scan_index(file: Path, version: list[int]) -> Index:
     try:
         for start, stop, entry in scan(file):
             try:
-                check_entry(entry, f"{file.name} entry {len(starts)}")
-                words.append(_words(entry))
+                text = check_entry(entry, f"{file.name} entry {len(starts)}")
+                words.append(text.count(" ") + text.count("\n") + 1)
                 pictured.append(any(_paths(entry, medium) for medium in MEDIA))
             except DataError as error:
                 bad[len(starts)] = str(error)
@@ -226,32 +226,32 @@ def _paths(entry: dict, medium: str = "image") -> list[str]:
     return [] if not paths else [paths] if isinstance(paths, str) else list(paths)
 
 
-def _words(entry: dict) -> int:
-    return sum(len(turn["value"].split()) for turn in entry["conversations"])
-
-
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and (value.isascii() or not _SURROGATE.search(value))
 
 
-def check_entry(entry: object, name: str) -> None:
-    """Raise DataError unless ``entry`` is a LLaVA conversation whose placeholders match its pictures and videos."""
+def check_entry(entry: object, name: str) -> str:
+    """The text of ``entry``, a turn a line, if it is a LLaVA conversation whose placeholders match its pictures and
+    videos; else raises DataError, naming it ``name``."""
     turns = entry.get("conversations") if isinstance(entry, dict) else None
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{name} has no 'conversations' list; the file is not in LLaVA's format")
     for turn in turns:
         speaks = isinstance(turn, dict) and isinstance(turn.get("from"), str) and turn["from"] in ROLES
-        if not speaks or not _is_text(turn.get("value")):
+        if not speaks or not isinstance(turn.get("value"), str):
             raise DataError(f"{name}: each turn needs 'from' (human or gpt) and 'value' (text), not {short(turn)}")
     speakers = [turn["from"] for turn in turns if turn["from"] != "system"]
     asked = len(speakers) // 2
     if not asked or speakers != ["human", "gpt"] * asked:
         raise DataError(f"{name}: the turns must alternate human, gpt, human, gpt, ..., not {speakers[:6]}")
+    text = "\n".join([turn["value"] for turn in turns])
+    if not _is_text(text):
+        raise DataError(f"{name}: the text holds half a character (a lone surrogate) and is damaged")
     for medium, placeholder in MEDIA.items():
         paths = entry.get(medium)
         if paths is not None and not isinstance(paths, (str, list)):
             raise DataError(f"{name}: '{medium}' must be a path or a list of paths, not {type(paths).__name__}")
-        paths, placeholders = _paths(entry, medium), sum(turn["value"].count(placeholder) for turn in turns)
+        paths, placeholders = _paths(entry, medium), text.count(placeholder)
         if not all(map(_is_text, paths)):
             raise DataError(f"{name}: '{medium}' must list paths, not {short(paths)}")
         if placeholders != len(paths):
@@ -261,6 +261,7 @@ def check_entry(entry: object, name: str) -> None:
     types = entry.get("types")
     if types and not (isinstance(types, list) and len(types) == asked and all(map(_is_text, types))):
         raise DataError(f"{name}: 'types' must name a type for each of the {asked} questions, not {short(types)}")
+    return text
 
 
 def _messages(entry: dict) -> list[dict]:
