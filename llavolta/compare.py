@@ -189,7 +189,8 @@ def costs(
     """
     setup = train.prepare(_any(config))
     trained, processor = train.load_model(str(model))
-    data, collate, size = LlavaData(setup.data, setup.images), Collator(processor, config.max_length), config.batch_size
+    data, collate = train.open_data(config, setup.data, setup.images), Collator(processor, config.max_length)
+    size = config.batch_size
     batches = [collate([data[i % len(data)] for i in range(k * size, (k + 1) * size)]) for k in range(2)]
     stages = [stage for scheme in schemes.values() for stage in scheme.stages]
     steps = bench.step_times(trained, batches, stages, rounds, progress=progress)

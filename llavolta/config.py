@@ -57,7 +57,9 @@ class TrainConfig:
     model: a Hugging Face folder or hub name; "embedded" is the tiny LLaVA in data/. vision_tower, language_model:
     folders or hub names to make a LLaVA of, with a new projector, in place of ``model``. projector: a new one for
     projector alignment to train, such as "stf:2" (see llavolta.projectors); "mlp" leaves the model's own. data, images:
-    LLaVA JSON and image folder; "digits" is the generated digits VQA of so many ``scenes``.
+    LLaVA JSON and image folder; "digits" is the generated digits VQA of so many ``scenes``. bad_entries: "fail" at the
+    first that cannot be read, or "skip" those that a check of all pictures finds before training; for a large set run
+    ``python -m llavolta.data check`` first, whose findings are used.
 
     scheme: a name of SCHEMES or NEIGHBOURS (layers are scaled to the model's depth), a list of plans, or a list of
     {plan, share}, maybe with slow_every (both taken as they are; see schemes.Stage). pivots: the optimizer steps at
@@ -85,6 +87,7 @@ class TrainConfig:
     images: str | None = None
     align_data: str | None = None
     align_images: str | None = None
+    bad_entries: str = "fail"
     scenes: int = 4000
     scheme: str | list = "three-stage"
     pivots: list | None = None
@@ -132,6 +135,8 @@ class TrainConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
                 raise ConfigError(f"{name} must be a number from {low} to below {high}, not {value!r}")
+        if self.bad_entries not in ("fail", "skip"):
+            raise ConfigError(f"bad_entries must be 'fail' or 'skip', not {self.bad_entries!r}")
         if self.max_steps is not None and self.epochs is not None:
             raise ConfigError("give max_steps or epochs, not both")
         if (self.vision_tower is None) != (self.language_model is None):

@@ -143,7 +143,7 @@ class LlavaData(Dataset):
 
     The structure of every entry is checked on opening, each picture when it is read. Entries and pictures are read
     from their files when asked for; none stay in memory. has_image, lengths: arrays (n,); a video counts as an image,
-    lengths are in words. Raises DataError.
+    lengths are in words. skipped: the entries of the file that are left out. Raises DataError.
     """
 
     def __init__(
@@ -165,7 +165,8 @@ class LlavaData(Dataset):
                 f"{next(iter(bad.values()))}. Entries that are bad: {len(bad)} of {len(self.index.start)}; "
                 f"'python -m llavolta.data check {self.file}' names them, 'bad_entries: skip' trains without them"
             )
-        self.rows = np.setdiff1d(np.arange(len(self.index.start)), [*bad, *(skip or ())])  # entries of the file
+        self.skipped = sorted({*bad, *(skip or ())})
+        self.rows = np.setdiff1d(np.arange(len(self.index.start)), self.skipped)  # entries of the file
         if not len(self.rows):
             raise DataError(f"{self.file}: all of its {len(self.index.start)} entries are bad")
         self.has_image, self.lengths = self.index.has_image[self.rows], self.index.lengths[self.rows]

@@ -4,6 +4,7 @@
 
     config.yaml      the resolved configuration; another one is refused
     metrics.jsonl    one JSON object every few steps
+    skipped.json     the entries left out, under bad_entries: skip
     align/           projector alignment (stage 0), a run folder of its own
     checkpoint-*/    where training can resume; one at the end of every stage
     model.safetensors, config.json, ...   the model of the newest finished stage, a plain Hugging Face folder
@@ -30,6 +31,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch.utils.data import Dataset
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -37,7 +39,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from llavolta import digits
 from llavolta.config import PRESETS, ConfigError, TrainConfig
-from llavolta.data import Collator, GroupedSampler, LlavaData
+from llavolta.data import Collator, DataError, GroupedSampler, LlavaData, find_bad
 from llavolta.dualspeed import ISOLATOR, add_isolator, fast_mode, load_isolator, save_isolator, slow_mode
 from llavolta.errors import UserError
 from llavolta.families import find_parts, unwrap
@@ -269,7 +271,35 @@ def _steps(config: TrainConfig, phase: str, data: Path, images: str | Path | Non
     processes = int(os.environ.get("WORLD_SIZE", 1))
     config.batches(phase, processes)  # refuses what does not divide
     fixed = config.align_epochs is None if phase == "align" else config.max_steps is not None
-    return config.steps(phase, 0 if fixed else len(LlavaData(data, images)), processes)
+    return config.steps(phase, 0 if fixed else len(open_data(config, data, images)), processes)
+
+
+def open_data(
+    config: TrainConfig, data: str | Path, images: str | Path | None, pad: tuple[int, int, int] | None = None
+) -> LlavaData:
+    """The data set at ``data``, without its bad entries if ``config`` skips them. Raises DataError."""
+    if config.bad_entries == "fail":
+        return LlavaData(data, images, pad)
+    with PartialState().local_main_process_first():  # a machine looks for them once
+        return LlavaData(data, images, pad, skip=find_bad(data, images))
+
+
+def _record_skipped(output: Path, dataset: LlavaData, progress: bool) -> None:
+    """Hold the run to the entries that it skips: the same on every machine, and whenever it is resumed."""
+    skipped, file = dataset.skipped, output / "skipped.json"
+    held = json.loads(file.read_text()) if file.exists() else skipped
+    if any(other != skipped for other in gather_object([skipped])):
+        raise DataError(f"the bad entries of {dataset.file.name} differ between machines; give them the same images")
+    if held != skipped:
+        raise DataError(
+            f"{dataset.file.name} has {len(skipped)} bad entries, not the {len(held)} that the run in {output} skipped "
+            "when it began; restore its images, or name another output"
+        )
+    total = len(skipped) + len(dataset)
+    _say(f"skipping {len(skipped)} bad of {total} entries of {dataset.file.name}; {file} lists them", progress)
+    if PartialState().is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(skipped))
 
 
 def train(config: TrainConfig, progress: bool = True) -> Path:
@@ -455,12 +485,15 @@ def _run(config, output: Path, phase: str, model_name: str, data, images, scheme
         seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
     )
+    dataset = open_data(config, data, images, pad)
+    if config.bad_entries == "skip":
+        _record_skipped(output, dataset, progress)
     stages = StageCallback(scheme, stop_after)
     tuned = {PROJECTOR: config.projector_learning_rate, TOWER: config.tower_learning_rate}
     trainer = StageTrainer(
         model=model,
         args=arguments,
-        train_dataset=LlavaData(data, images, pad=pad),
+        train_dataset=dataset,
         data_collator=Collator(processor, config.max_length),
         processing_class=processor,
         callbacks=[stages, MetricsCallback(output / "metrics.jsonl", scheme, num_layers, num_tokens)],
@@ -504,7 +537,7 @@ def _check_checkpoint(checkpoint: Path, scheme: Scheme, total: int) -> None:
 def _export(source: Path, target: Path) -> None:
     """Copy the finished model of ``source`` into ``target`` (the run folder's root)."""
     for file in source.iterdir():
-        if file.is_file() and file.name not in ("config.yaml", "metrics.jsonl", "training_args.bin"):
+        if file.is_file() and file.name not in ("config.yaml", "metrics.jsonl", "skipped.json", "training_args.bin"):
             shutil.copy2(file, target / file.name)
 
 
