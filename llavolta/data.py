@@ -96,7 +96,8 @@ def check_entry(entry: object, name: str) -> None:
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{name} has no 'conversations' list; the file is not in LLaVA's format")
     for turn in turns:
-        if not isinstance(turn, dict) or turn.get("from") not in ROLES or not isinstance(turn.get("value"), str):
+        texts = isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("from", "value"))
+        if not texts or turn["from"] not in ROLES:
             raise DataError(f"{name}: each turn needs 'from' (human or gpt) and 'value' (text), not {str(turn)[:80]}")
     speakers = [turn["from"] for turn in turns if turn["from"] != "system"]
     if len(speakers) < 2 or len(speakers) % 2 or any(s != ("human", "gpt")[i % 2] for i, s in enumerate(speakers)):
