@@ -22,7 +22,7 @@ from llavolta.schemes import SCHEMES, compression_ratio, plan_compression_ratio
 README = Path(__file__).resolve().parent.parent / "README.md"
 PAPERS = README.parent / "papers"
 REDUNDANCY = "01_redundancy.ipynb OUT.ipynb -p record ../papers/llavolta"
-COMPARE = "04_compare_schemes.ipynb OUT.ipynb -p seeds {seeds} -p record ../papers/llavolta"
+COMPARE = "04_compare_schemes.ipynb OUT.ipynb -p controls True -p seeds {seeds} -p record ../papers/llavolta"
 COMPRESSORS = "05_compare_compressors.ipynb OUT.ipynb -p record ../papers/compressors"
 YES, PARTLY, NO, OPEN = "reproduced", "in part", "not reproduced", "not tested"
 
@@ -236,7 +236,7 @@ def llava_stf(folder: Path) -> list[Claim]:
         Claim(
             "Better than average pooling to a quarter of the tokens",
             "VQAv2 78.1 against 77.0, VizWiz 51.1 against 44.0; GQA 61.9 against 62.1",
-            f"STF {_share(stf)}, average pooling {_share(pooled)}",
+            f"STF {_share(stf)}, average pooling {_share(pooled)}, both after {stf.steps:.0f} steps",
             _apart(stf, pooled),
             1,
             COMPRESSORS,
@@ -244,7 +244,7 @@ def llava_stf(folder: Path) -> list[Claim]:
         Claim(
             "Fusing several blocks of the tower (MBTF) adds to STF",
             "claimed, ablation",
-            f"MBTF + STF {_share(both)}, STF {_share(stf)}",
+            f"MBTF + STF {_share(both)}, STF {_share(stf)}, both after {stf.steps:.0f} steps",
             _apart(both, stf),
             1,
             COMPRESSORS,
@@ -254,7 +254,7 @@ def llava_stf(folder: Path) -> list[Claim]:
 
 def _loss(row: pd.Series) -> str:
     change = _points(row.difference, row.difference_low, row.difference_high)
-    return f"{_share(row)}, {change} against no compression"
+    return f"{_share(row)}, {change} against no compression, both after {row.steps:.0f} steps"
 
 
 def _comparable(row: pd.Series) -> str:

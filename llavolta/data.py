@@ -238,8 +238,8 @@ def check_entry(entry: object, name: str) -> str:
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{name} has no 'conversations' list; the file is not in LLaVA's format")
     for turn in turns:
-        speaks = isinstance(turn, dict) and isinstance(turn.get("from"), str) and turn["from"] in ROLES
-        if not speaks or not isinstance(turn.get("value"), str):
+        texts = isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("from", "value"))
+        if not texts or turn["from"] not in ROLES:
             raise DataError(f"{name}: each turn needs 'from' (human or gpt) and 'value' (text), not {short(turn)}")
     speakers = [turn["from"] for turn in turns if turn["from"] != "system"]
     asked = len(speakers) // 2

@@ -112,7 +112,8 @@ def step_time_bars(times: pd.DataFrame, labels: Sequence[str] | None = None) -> 
     ):
         bars = ax.bar(place + shift, times[column], 0.4, label=label, color=colour, hatch=hatch)
         ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
-    ax.set_xticks(place, labels or times.plan)
+    crowded = len(times) > 5
+    ax.set_xticks(place, labels or times.plan, rotation=30 if crowded else 0, ha="right" if crowded else "center")
     ax.set(ylabel="step time relative\nto no compression", ylim=(0, 1.2))
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -292,7 +293,8 @@ def accuracy_against_cost(table: pd.DataFrame, baseline: str) -> Figure:
             label=name,
         )
     ax.axhline(100 * table.accuracy[baseline], color="0.5", linestyle=":")
-    ax.set(xlabel="training time (% of no compression)", ylabel="accuracy (%)")
+    low, high = ax.get_ylim()
+    ax.set(xlabel="training time (% of no compression)", ylabel="accuracy (%)", ylim=(max(low, 0), min(high, 102)))
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 

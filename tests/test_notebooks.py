@@ -169,7 +169,7 @@ def test_04_compare_schemes_goes_on_where_it_stopped(comparison, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"seed": 2}, "ParameterError: unknown parameter 'seed'; known: seeds, schemes"),
+        ({"seed": 2}, "ParameterError: unknown parameter 'seed'; known: seeds, schemes, controls"),
         ({"seeds": 0}, "CompareError: seeds must be a whole number of at least 1"),
         ({"schemes": ["heavier"]}, "CompareError: unknown scheme 'heavier'; choose from single-stage"),
         ({"own": {"heavy": ["none"]}}, "CompareError: a scheme of your own cannot be called 'heavy'"),
