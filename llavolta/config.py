@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import yaml
 
@@ -122,6 +123,10 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
+        for name, kind in get_type_hints(TrainConfig).items():
+            if name not in (*_WHOLE, *_NUMBERS) and not isinstance(getattr(self, name), kind):
+                kind = str(kind).removeprefix("<class '").removesuffix("'>")
+                raise ConfigError(f"{name} must be of type {kind}, not {getattr(self, name)!r}")
         optional = {field.name for field in fields(self) if field.default is None}
         for name, least in _WHOLE.items():
             value = getattr(self, name)
@@ -237,6 +242,21 @@ def preset(name: str) -> dict:
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
     return yaml.safe_load(PRESETS[name].read_text())
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):  # a few lines of copies of copies would fill any memory
+            raise ConfigError("aliases (*name) cannot be used; write the value again")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str, name: str):
+    """The value that ``text`` is in YAML. Raises ConfigError, naming it ``name``."""
+    try:
+        return yaml.load(text, _Loader)
+    except Exception as error:  # PyYAML raises whatever a malformed number, date or tag makes of it
+        raise ConfigError(f"{name} cannot be read as YAML ({' '.join(str(error).split())})") from None
 
 
 def _number(value):

@@ -122,6 +122,8 @@ class Scheme:
     @classmethod
     def from_pivots(cls, name: str, plans: Sequence[str], pivots: Sequence[int], total_steps: int) -> Scheme:
         """A scheme whose stage i ends before optimizer step ``pivots[i]``; the last one ends at ``total_steps``."""
+        if not all(isinstance(pivot, int) for pivot in pivots):
+            raise SchemeError(f"pivots must be optimizer steps, not {list(pivots)}")
         edges = [0, *pivots, total_steps]
         if len(plans) != len(pivots) + 1 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
             raise SchemeError(

@@ -38,7 +38,7 @@ from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from llavolta import digits
-from llavolta.config import PRESETS, ConfigError, TrainConfig
+from llavolta.config import PRESETS, ConfigError, TrainConfig, parse_yaml
 from llavolta.data import Collator, DataError, GroupedSampler, LlavaData, find_bad
 from llavolta.dualspeed import ISOLATOR, add_isolator, fast_mode, load_isolator, save_isolator, slow_mode
 from llavolta.errors import UserError
@@ -589,16 +589,16 @@ def main(arguments: list[str] | None = None) -> int:
             name, equals, value = change.partition("=")
             if not equals:
                 raise ConfigError(f"--set takes NAME=VALUE, not {change!r}")
-            changes[name] = yaml.safe_load(value)
+            changes[name] = parse_yaml(value, f"--set {name}")
         if options.config in PRESETS:
             config = TrainConfig.from_preset(options.config, **changes)
         else:
-            values = yaml.safe_load(Path(options.config).read_text())
+            values = parse_yaml(Path(options.config).read_text(encoding="utf-8"), options.config)
             if not isinstance(values, dict):
                 raise ConfigError(f"{options.config} must hold 'name: value' lines")
             config = TrainConfig.from_dict(values | changes)
         train(config)
-    except (UserError, OSError, yaml.YAMLError, ValueError, FloatingPointError) as error:
+    except (UserError, OSError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
