@@ -124,7 +124,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for name, kind in get_type_hints(TrainConfig).items():
-            if name not in (*_WHOLE, *_NUMBERS) and not isinstance(getattr(self, name), kind):
+            if name not in (*_WHOLE, *_NUMBERS, "stage") and not isinstance(getattr(self, name), kind):
                 kind = str(kind).removeprefix("<class '").removesuffix("'>")
                 raise ConfigError(f"{name} must be of type {kind}, not {getattr(self, name)!r}")
         optional = {field.name for field in fields(self) if field.default is None}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LONGEST = 1 << 23  # characters of an element; a longer one means a broken file
-_OPENING = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*")
+_OPENING = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*(\]?)")
 _AFTER = re.compile(r"[ \t\n\r]*([,\]])[ \t\n\r]*")
 
 
@@ -24,7 +24,7 @@ def scan(file: Path) -> Iterator[tuple[int, int, object]]:
         if not opening:
             raise ValueError("it does not begin as a list")
         at = byte = opening.end()
-        closed = text[at : at + 1] == "]"
+        closed = bool(opening[1])
         while not closed:
             if len(text) - at < LONGEST and (more := source.read(2 * LONGEST)):
                 text, at = text[at:] + more, 0
@@ -32,12 +32,13 @@ def scan(file: Path) -> Iterator[tuple[int, int, object]]:
                 element, stop = decode(text, at)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{error.msg} at byte {byte + _bytes(text, at, error.pos)}") from None
-            yield byte, (byte := byte + _bytes(text, at, stop)), element
+            start, byte = byte, byte + _bytes(text, at, stop)
+            yield start, byte, element
             after = _AFTER.match(text, stop)
             if not after:
                 raise ValueError(f"no comma or end of the list at byte {byte}")
             at, byte, closed = after.end(), byte + after.end() - stop, after[1] == "]"
-        if closed and (text[at:].lstrip("]") or source.read(1)):
+        if text[at:].strip() or source.read(1).strip():
             raise ValueError(f"there is more behind the end of the list at byte {byte}")
 
 
