@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
+import json
 import math
+import random
 import re
 import sys
+import tempfile
 import time
 import typing
 from collections.abc import Callable, Sequence
@@ -25,9 +28,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
+from llavolta import data
 from llavolta.compressors import VisualTokens
-from llavolta.cost import cost_model, step_cost
+from llavolta.cost import cost_model
 from llavolta.data import Collator, LlavaData
+from llavolta.dualspeed import add_isolator, fast_mode, slow_mode
 from llavolta.families import find_parts
 from llavolta.masks import cache_bytes
 from llavolta.models import load_model, set_trainable
@@ -35,7 +40,7 @@ from llavolta.patch import IGNORED, compress
 from llavolta.plan import parse_plan
 from llavolta.planner import fit_speed
 from llavolta.probe import TowerProbe
-from llavolta.schemes import SCHEMES
+from llavolta.schemes import SCHEMES, Stage
 from llavolta.train import digits_data
 
 
@@ -48,40 +53,47 @@ def _now(device: torch.device) -> float:
 def step_times(
     model,
     batches: Sequence[dict],
-    plans: Sequence[str],
+    plans: Sequence[str | Stage],
     rounds: int = 5,
     phase: str = "instruct",
     progress: bool = True,
 ) -> pd.DataFrame:
     """Seconds of a training step (forward, backward, AdamW) under each plan, interleaved on the same ``batches``.
 
+    A plan may also be a stage of a scheme: of one with slow steps it is the mean over its fast and slow steps.
     The model is copied, so its weights stay. Returns one row per plan: seconds (median), ratio (the median over
     rounds of this plan's time over that of "none" in the same round), flops_ratio (what the FLOPs promise).
     """
-    plans = list(dict.fromkeys(["none", *plans]))
+    stages = {str(plan): plan if isinstance(plan, Stage) else Stage(plan, 1) for plan in ["none", *plans]}
     model = copy.deepcopy(model).train()
     set_trainable(model, phase)
+    add_isolator(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     device = next(model.parameters()).device
 
-    def step(plan: str) -> None:
-        with compress(model, plan, labelled_only=True):
-            for batch in batches:
+    def step(stage: Stage, slow: bool) -> None:
+        for batch in batches:
+            with slow_mode(model, stage, batch) if slow else fast_mode(model, stage):
                 model(**batch).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
 
-    tasks = {plan: partial(step, plan) for plan in plans}
-    seconds = interleaved(tasks, rounds, device, progress) / len(batches)
+    tasks = {name: partial(step, stage, False) for name, stage in stages.items()}
+    slow = {name: f"slow step of {name}" for name, stage in stages.items() if stage.slow_every}
+    tasks |= {slow[name]: partial(step, stages[name], True) for name in slow}
+    taken = pd.DataFrame(interleaved(tasks, rounds, device, progress) / len(batches), columns=list(tasks))
+    for name in slow:
+        taken[name] += (taken[slow[name]] - taken[name]) / stages[name].slow_every
+    seconds = taken[list(stages)]
     text, images, labelled = _sizes(model, batches)
-    flops = [step_cost(model.config, plan, text, images, labelled=labelled, phase=phase).total for plan in plans]
-    base = plans.index("none")
+    costs = [cost_model(model.config).stage(stage, text, images, labelled, phase=phase) for stage in stages.values()]
+    flops = np.array([sum(often * cost.total for often, cost in parts) for parts in costs])
     return pd.DataFrame(
         {
-            "plan": plans,
-            "seconds": np.median(seconds, axis=0),
-            "ratio": np.median(seconds / seconds[:, [base]], axis=0),
-            "flops_ratio": np.array(flops) / flops[base],
+            "plan": list(stages),
+            "seconds": seconds.median().to_numpy(),
+            "ratio": seconds.div(seconds["none"], axis=0).median().to_numpy(),
+            "flops_ratio": flops / flops[0],
         }
     )
 
@@ -373,6 +385,59 @@ def scheme_times(model, batches: Sequence[dict], rounds: int = 5, progress: bool
     return pd.DataFrame(rows).set_index("scheme")
 
 
+# LLaVA-1.5's mix665k: entries a folder, fewest and most rounds of an entry, most words of a turn (the mean is half).
+MIX = {
+    "coco/train2017": (364_100, 1, 8, 30),
+    "vg/VG_100K": (86_417, 6, 20, 12),
+    "gqa/images": (72_140, 4, 14, 12),
+    "ocr_vqa/images": (80_000, 3, 6, 14),
+    "textvqa/train_images": (21_953, 1, 2, 30),
+    "": (40_688, 1, 8, 200),  # text alone
+}
+
+
+def write_mix(file: Path, entries: int, seed: int = 0) -> None:
+    """A JSON list of ``entries`` random conversations, as mixed and as large as those of mix665k; no pictures."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyzé", k=rng.randint(1, 9))) for _ in range(5000)]
+    folders = list(MIX)
+    said = {name: [" ".join(rng.choices(words, k=rng.randint(1, MIX[name][3]))) for _ in range(2000)] for name in MIX}
+    chosen = rng.choices(folders, [MIX[name][0] for name in folders], k=entries)
+    with file.open("w") as out:
+        for number, folder in enumerate(chosen):
+            turns = rng.choices(said[folder], k=2 * rng.randint(*MIX[folder][1:3]))
+            turns[0] = f"<image>\n{turns[0]}" if folder else turns[0]
+            entry = {"id": f"{number:012d}", "image": f"{folder}/{number:012d}.jpg"} if folder else {"id": number}
+            entry["conversations"] = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
+            out.write(("[" if number == 0 else ", ") + json.dumps(entry))
+        out.write("]")
+
+
+def data_report(folder: Path, entries: int) -> pd.DataFrame:
+    """Opening a data set as large as ``entries`` of mix665k, each time in a fresh process on the CPU.
+
+    Columns: opening (the first makes the index, the second finds it), seconds, resident_MB (at most, of the process
+    with all it imports), entries_per_second (read in random order, without pictures).
+    """
+    file = folder / "mix.json"
+    write_mix(file, entries)
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        rows = [pool.submit(_open_data, file, folder / "cache").result() for _ in range(2)]
+    columns = ["seconds", "resident_MB", "entries_per_second"]
+    table = pd.DataFrame(rows, columns=columns, index=pd.Index(["first", "second"], name="opening"))
+    return table.assign(file_MB=file.stat().st_size / 1e6)
+
+
+def _open_data(file: Path, cache: Path) -> tuple[float, float, float]:
+    data.CACHE, start = cache, time.perf_counter()
+    opened = LlavaData(file)
+    seconds, some = time.perf_counter() - start, np.random.default_rng(0).permutation(len(opened))[:5000]
+    start = time.perf_counter()
+    for index in some:
+        opened.entry(index)
+    return seconds, _peak_resident() / 1e6, len(some) / (time.perf_counter() - start)
+
+
 def embedded_batches(batch: int = 32, count: int = 2) -> tuple:
     """(model, batches) of the embedded LLaVA and its first training examples."""
     model, processor = load_model("embedded")
@@ -393,8 +458,15 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("--rounds", type=int, default=7)
     schemes = commands.add_parser("schemes", help="time of four schemes, measured and predicted; fails above 10%%")
     schemes.add_argument("--rounds", type=int, default=5)
+    opening = commands.add_parser("data", help="opening a data set of mix665k's size; fails above 20 s or 1 GB")
+    opening.add_argument("--entries", type=int, default=sum(many for many, *_ in MIX.values()))
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
+    if command == "data":
+        with tempfile.TemporaryDirectory() as folder:
+            table = data_report(Path(folder), **options)
+        print(table.to_string(float_format="{:.1f}".format))
+        return int(table.seconds.max() > 20 or table.resident_MB.max() > 1000)
     if command == "schemes":
         table = scheme_times(*embedded_batches(), options["rounds"])
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}\n")

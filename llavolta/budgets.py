@@ -26,7 +26,7 @@ from llavolta.evaluate import evaluate, interval, pictured, prompts
 from llavolta.families import find_parts
 from llavolta.models import load_model
 from llavolta.plan import VISION, PlanError, tokens_per_layer
-from llavolta.schemes import SCHEMES, Scheme, scale_layer, scale_plan
+from llavolta.schemes import NEIGHBOURS, SCHEMES, Scheme, scale_layer, scale_plan
 
 FULL, DOWNSAMPLE = "no compression", "downsampling"
 METHODS = {
@@ -178,6 +178,7 @@ def trained_methods(num_layers: int, num_tokens: int, budget: float = 0.25) -> d
     plans["PruMerge (adaptive)"] = "vision:prumerge"
     plans["PyramidDrop (published)"] = scale_plan(PYRAMIDDROP, num_layers)
     chosen = {BASELINE: Trained(SCHEMES[BASELINE]), "three-stage": Trained(SCHEMES["three-stage"].scaled(num_layers))}
+    chosen["DualSpeed"] = Trained(NEIGHBOURS["dualspeed"].scaled(num_layers))
     chosen |= {name: Trained(Scheme.equal(name, plan), plan) for name, plan in plans.items() if plan is not None}
     for name, projector in (("STF", "stf:2"), ("MBTF + STF", "mbtf+stf:2")):
         chosen[name] = Trained(Scheme.equal(name, "none"), changes={"projector": projector})

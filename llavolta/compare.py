@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from llavolta.errors import UserError
 from llavolta.evaluate import evaluate, interval
 from llavolta.plan import check_layers, parse_plan
 from llavolta.projectors import OWN
-from llavolta.schemes import SCHEMES, Scheme
+from llavolta.schemes import NEIGHBOURS, SCHEMES, Scheme
 
 BASELINE = "single-stage"
 _three = SCHEMES["three-stage"]
@@ -52,10 +52,10 @@ class CompareError(UserError, ValueError):
 def contestants(names: Sequence[str], own: Mapping[str, Sequence], num_layers: int) -> dict[str, Scheme]:
     """Schemes by name, for a model of ``num_layers`` layers, the baseline first.
 
-    names: of SCHEMES and CONTROLS, scaled to the model's depth. own: more, each a list of plans (equal shares) or of
-    {plan, share}, taken as they are.
+    names: of SCHEMES, CONTROLS and NEIGHBOURS, scaled to the model's depth. own: more, each a list of plans (equal
+    shares) or of {plan, share}, taken as they are.
     """
-    known = {**SCHEMES, **CONTROLS}
+    known = {**SCHEMES, **CONTROLS, **NEIGHBOURS}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise CompareError(f"unknown scheme {', '.join(map(repr, unknown))}; choose from {', '.join(known)}")
@@ -71,7 +71,7 @@ def contestants(names: Sequence[str], own: Mapping[str, Sequence], num_layers: i
 
 def compare(
     schemes: Mapping[str, Scheme],
-    seeds: Sequence[int],
+    seeds: Mapping[str, Sequence[int]],
     config: train.TrainConfig,
     heldout: str | Path | None = None,
     questions: int = 1200,
@@ -80,7 +80,7 @@ def compare(
     plans: Mapping[str, str] | None = None,
     changes: Mapping[str, dict] | None = None,
 ) -> pd.DataFrame:
-    """Train every scheme with every seed and ask each model the first ``questions`` held-out questions.
+    """Train every scheme with its ``seeds`` and ask each model the first ``questions`` held-out questions.
 
     config: what the runs share; its output is the folder that holds them all, as ``<seed>/<scheme>``. Projector
     alignment is done once a seed. heldout: LLaVA JSON; None: the held-out digits scenes. workers: runs at a time, each
@@ -93,20 +93,21 @@ def compare(
         raise CompareError(f"workers must be a whole number of at least 1, not {workers!r}")
     setup = train.prepare(_any(config))  # builds the data once, before the workers need it
     heldout = Path(heldout) if heldout else train.digits_data() / "heldout.json"
+    LlavaData(heldout)  # refuses what cannot be asked, before anything is trained
     root, plans, changes = Path(config.output), plans or {}, changes or {}
     aligned, runs = {}, {}
-    for seed in seeds:
-        for name, scheme in schemes.items():
-            own = replace(config, seed=seed, **changes.get(name, {}))
-            start = {}
-            if own.aligns:
-                kind = "" if own.projector == OWN else "-" + own.projector.replace(":", "-")
-                first = root / f"{seed}" / f"{train.ALIGN}{kind}"
-                aligned[first] = replace(_any(own), output=str(first), stage=0)
-                start = dict(model=str(first), align_steps=0, align_epochs=None, projector=OWN)
-            run = replace(own, output=str(root / f"{seed}" / name), stage=None, plan=None, **start)
-            stages = [asdict(stage) for stage in scheme.stages]
-            runs[name, seed] = replace(run, scheme=stages, pivots=None, max_steps=setup.total_steps, epochs=None)
+    for seed, name in sorted((number, key) for key in schemes for number in seeds[key]):
+        own = replace(config, seed=seed, **changes.get(name, {}))
+        start = {}
+        if own.aligns:
+            kind = "" if own.projector == OWN else "-" + own.projector.replace(":", "-")
+            first = root / f"{seed}" / f"{train.ALIGN}{kind}"
+            aligned[first] = replace(_any(own), output=str(first), stage=0)
+            start = dict(model=str(first), align_steps=0, align_epochs=None, projector=OWN)
+        run = replace(own, output=str(root / f"{seed}" / name), stage=None, plan=None, **start)
+        runs[name, seed] = replace(
+            run, scheme=schemes[name].written, pivots=None, max_steps=setup.total_steps, epochs=None
+        )
     if workers == 1:
         for first in aligned.values():
             train.train(first, progress=False)
@@ -118,7 +119,8 @@ def compare(
             workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
         ) as pool:
             frames = _in_pool(pool, aligned, runs, heldout, questions, plans, progress)
-    return pd.concat([frames[name, seed].assign(scheme=name, seed=seed) for name, seed in runs], ignore_index=True)
+    order = [(name, seed) for name in schemes for seed in seeds[name]]
+    return pd.concat([frames[name, seed].assign(scheme=name, seed=seed) for name, seed in order], ignore_index=True)
 
 
 def _any(config: train.TrainConfig) -> train.TrainConfig:
@@ -187,14 +189,15 @@ def costs(
     """
     setup = train.prepare(_any(config))
     trained, processor = train.load_model(str(model))
-    data, collate, size = LlavaData(setup.data, setup.images), Collator(processor, config.max_length), config.batch_size
+    data, collate = train.open_data(config, setup.data, setup.images), Collator(processor, config.max_length)
+    size = config.batch_size
     batches = [collate([data[i % len(data)] for i in range(k * size, (k + 1) * size)]) for k in range(2)]
-    plans = [stage.plan for scheme in schemes.values() for stage in scheme.stages]
-    steps = bench.step_times(trained, batches, plans, rounds, progress=progress)
+    stages = [stage for scheme in schemes.values() for stage in scheme.stages]
+    steps = bench.step_times(trained, batches, stages, rounds, progress=progress)
     by_plan = steps.set_index("plan")
     rows = []
     for name, scheme in schemes.items():
-        share = pd.Series([stage.share for stage in scheme.stages], [stage.plan for stage in scheme.stages])
+        share = pd.Series([stage.share for stage in scheme.stages], list(map(str, scheme.stages)))
         mean = (by_plan.loc[share.index, ["ratio", "flops_ratio"]].mul(share.to_numpy(), axis=0)).sum()
         rows.append(dict(scheme=name, time=mean.ratio, flops=mean.flops_ratio))
     return pd.DataFrame(rows).set_index("scheme"), steps
@@ -255,11 +258,11 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def curves(schemes: Mapping[str, Scheme], seeds: Sequence[int], config: train.TrainConfig) -> pd.DataFrame:
+def curves(seeds: Mapping[str, Sequence[int]], config: train.TrainConfig) -> pd.DataFrame:
     """The rows of every run's metrics.jsonl (step, stage, plan, loss, grad_norm, ...), by scheme and seed."""
     frames = []
-    for seed in seeds:
-        for name in schemes:
+    for name, numbers in seeds.items():
+        for seed in numbers:
             rows = train.read_metrics(Path(config.output) / f"{seed}" / name / "metrics.jsonl")
             frames.append(pd.DataFrame(rows).assign(scheme=name, seed=seed))
     return pd.concat(frames, ignore_index=True)
@@ -281,11 +284,19 @@ def roughness(curves: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def seed_list(seeds: int) -> list[int]:
-    """0, 1, ... of so many ``seeds``."""
-    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
-        raise CompareError(f"seeds must be a whole number of at least 1, not {seeds!r}")
-    return list(range(seeds))
+def seed_lists(seeds: int | Mapping[str, int], schemes: Iterable[str]) -> dict[str, list[int]]:
+    """0, 1, ... of so many ``seeds`` for each of ``schemes``; a mapping gives some of them a number of their own.
+
+    The baseline has as many as any, because every other scheme is compared with it seed by seed.
+    """
+    given = dict(seeds) if isinstance(seeds, Mapping) else {}
+    counts = {name: given.get(name, 1) if given else seeds for name in schemes}
+    unknown = given.keys() - counts.keys()
+    if unknown or any(isinstance(count, bool) or not isinstance(count, int) or count < 1 for count in counts.values()):
+        raise CompareError(f"seeds must be a whole number of at least 1, or one for each scheme, not {seeds!r}")
+    if BASELINE in counts:
+        counts[BASELINE] = max(counts.values())
+    return {name: list(range(count)) for name, count in counts.items()}
 
 
 def record(folder: Path, runs: pd.DataFrame, cost: pd.DataFrame, steps: pd.DataFrame, curves: pd.DataFrame) -> None:
@@ -298,13 +309,14 @@ def record(folder: Path, runs: pd.DataFrame, cost: pd.DataFrame, steps: pd.DataF
     curves[columns].to_csv(folder / "compare-curves.csv", index=False, float_format="%.4f")
 
 
-def headline(table: pd.DataFrame, seeds: int) -> str:
+def headline(table: pd.DataFrame, seeds: Mapping[str, Sequence[int]]) -> str:
     """The comparison in words: what each scheme saves and what it changes."""
-    lines = [f"Over {seeds} seed{'s' if seeds > 1 else ''}, against training without compression:"]
+    lines = ["Against training without compression:"]
     for name, row in table.drop(index=BASELINE).iterrows():
         verdict = "no loss shown" if row.difference_high >= 0 else "a loss"
+        count = f"{len(seeds[name])} seed{'s' if len(seeds[name]) > 1 else ''}"
         lines.append(
-            f"- `{name}`: {1 - row.time:.0%} less training time, accuracy {100 * row.difference:+.1f} points "
+            f"- `{name}` ({count}): {1 - row.time:.0%} less training time, accuracy {100 * row.difference:+.1f} points "
             f"({100 * row.difference_low:+.1f} to {100 * row.difference_high:+.1f}): {verdict}"
         )
     return "\n".join(lines)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import yaml
 
 from llavolta.errors import UserError
 from llavolta.plan import check_layers, parse_plan
 from llavolta.projectors import OWN, parse_projector
-from llavolta.schemes import SCHEMES, Scheme, Stage
+from llavolta.schemes import NEIGHBOURS, SCHEMES, Scheme, Stage
 
+NAMED = SCHEMES | NEIGHBOURS
 PRESETS = {file.stem: file for file in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
 
 
@@ -56,12 +58,15 @@ class TrainConfig:
     model: a Hugging Face folder or hub name; "embedded" is the tiny LLaVA in data/. vision_tower, language_model:
     folders or hub names to make a LLaVA of, with a new projector, in place of ``model``. projector: a new one for
     projector alignment to train, such as "stf:2" (see llavolta.projectors); "mlp" leaves the model's own. data, images:
-    LLaVA JSON and image folder; "digits" is the generated digits VQA of so many ``scenes``.
+    LLaVA JSON and image folder; "digits" is the generated digits VQA of so many ``scenes``. bad_entries: "fail" at the
+    first that cannot be read, or "skip" those that a check of all pictures finds before training; for a large set run
+    ``python -m llavolta.data check`` first, whose findings are used.
 
-    scheme: a name of SCHEMES (layers are scaled to the model's depth), a list of plans, or a list of {plan, share}
-    (both taken as they are). pivots: the optimizer steps at which a stage ends and the next begins; else stages have
-    their shares. stage: train up to the end of this stage of the scheme (from 1), only projector alignment (0), or
-    everything (None). plan: replaces the plan of ``stage``. align_plan: the plan of projector alignment.
+    scheme: a name of SCHEMES or NEIGHBOURS (layers are scaled to the model's depth), a list of plans, or a list of
+    {plan, share}, maybe with slow_every (both taken as they are; see schemes.Stage). pivots: the optimizer steps at
+    which a stage ends and the next begins; else stages have their shares. stage: train up to the end of this stage of
+    the scheme (from 1), only projector alignment (0), or everything (None). plan: replaces the plan of ``stage``.
+    align_plan: the plan of projector alignment.
 
     max_steps: optimizer steps of the whole scheme; epochs: the same as passes over the data (give one of the two).
     align_steps: those of projector alignment; 0 skips it, for a model that is aligned; align_epochs replaces them.
@@ -83,6 +88,7 @@ class TrainConfig:
     images: str | None = None
     align_data: str | None = None
     align_images: str | None = None
+    bad_entries: str = "fail"
     scenes: int = 4000
     scheme: str | list = "three-stage"
     pivots: list | None = None
@@ -117,6 +123,10 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
+        for name, kind in get_type_hints(TrainConfig).items():
+            if name not in (*_WHOLE, *_NUMBERS, "stage") and not isinstance(getattr(self, name), kind):
+                kind = str(kind).removeprefix("<class '").removesuffix("'>")
+                raise ConfigError(f"{name} must be of type {kind}, not {getattr(self, name)!r}")
         optional = {field.name for field in fields(self) if field.default is None}
         for name, least in _WHOLE.items():
             value = getattr(self, name)
@@ -130,6 +140,8 @@ class TrainConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
                 raise ConfigError(f"{name} must be a number from {low} to below {high}, not {value!r}")
+        if self.bad_entries not in ("fail", "skip"):
+            raise ConfigError(f"bad_entries must be 'fail' or 'skip', not {self.bad_entries!r}")
         if self.max_steps is not None and self.epochs is not None:
             raise ConfigError("give max_steps or epochs, not both")
         if (self.vision_tower is None) != (self.language_model is None):
@@ -158,20 +170,22 @@ class TrainConfig:
 
     def _written_stages(self) -> tuple[Stage, ...]:
         if isinstance(self.scheme, str):
-            if self.scheme not in SCHEMES:
-                raise ConfigError(f"unknown scheme {self.scheme!r}; choose from {', '.join(SCHEMES)}, or list stages")
-            return SCHEMES[self.scheme].stages
+            if self.scheme not in NAMED:
+                raise ConfigError(f"unknown scheme {self.scheme!r}; choose from {', '.join(NAMED)}, or list stages")
+            return NAMED[self.scheme].stages
         return Scheme.of("custom", self.scheme).stages
 
     def resolve_scheme(self, num_layers: int, total_steps: int) -> Scheme:
         """The scheme for a model of ``num_layers`` decoder layers over ``total_steps`` optimizer steps."""
         if isinstance(self.scheme, str):
-            scheme = SCHEMES[self.scheme].scaled(num_layers)
+            scheme = NAMED[self.scheme].scaled(num_layers)
         else:
             scheme = Scheme("custom", self._written_stages())
         if self.pivots is not None:
             plans = [stage.plan for stage in scheme.stages]
-            scheme = Scheme.from_pivots(scheme.name, plans, self.pivots, total_steps)
+            timed = Scheme.from_pivots(scheme.name, plans, self.pivots, total_steps).stages
+            pairs = zip(scheme.stages, timed, strict=True)
+            scheme = replace(scheme, stages=tuple(replace(stage, share=new.share) for stage, new in pairs))
         if self.plan is not None:
             stages = list(scheme.stages)
             stages[self.stage - 1] = replace(stages[self.stage - 1], plan=self.plan)
@@ -228,6 +242,21 @@ def preset(name: str) -> dict:
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
     return yaml.safe_load(PRESETS[name].read_text())
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):  # a few lines of copies of copies would fill any memory
+            raise ConfigError("aliases (*name) cannot be used; write the value again")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str, name: str):
+    """The value that ``text`` is in YAML. Raises ConfigError, naming it ``name``."""
+    try:
+        return yaml.load(text, _Loader)
+    except Exception as error:  # PyYAML raises whatever a malformed number, date or tag makes of it
+        raise ConfigError(f"{name} cannot be read as YAML ({' '.join(str(error).split())})") from None
 
 
 def _number(value):

@@ -26,6 +26,7 @@ from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaCon
 from llavolta.errors import UnsupportedModel
 from llavolta.families import encode_pictures, find_parts
 from llavolta.plan import tokens_per_layer
+from llavolta.schemes import Stage
 
 PHASES = ("instruct", "align", "forward")
 PARTS = ("tower", "projector", "linear", "attention", "head")
@@ -172,6 +173,18 @@ class CostModel:
             attention=attention,
             head=_passes(2 * self._head * rows, phase, trains=not lora_rank),  # LoRA leaves the head as it is
         )
+
+    def stage(
+        self, stage: Stage, text_tokens: float = 64, images: float = 1, labelled: float | None = None, **options
+    ) -> list[tuple[float, StepCost]]:
+        """(share of the steps, cost per example) of all that the steps of ``stage`` compute; options: of ``step``."""
+        rows = text_tokens / 4 if labelled is None else labelled
+        pictures = images * len(options.get("visual") or [0])
+        return [
+            (p.share, self.step(p.plan, text_tokens + p.prefix * pictures, images, rows, **(options | phase)))
+            for p in stage.passes
+            for phase in [{} if p.trains else {"phase": "forward"}]
+        ]
 
     def lengths(
         self, plan="none", text_tokens: float = 64, images: float = 1, visual: list[int] | None = None

@@ -1,21 +1,44 @@
-"""LLaVA's training data: a JSON list of conversations and a folder of pictures."""
+"""LLaVA's training data: a JSON list of conversations and a folder of pictures.
+
+``python -m llavolta.data check FILE [FOLDER]`` names every entry that cannot be trained on, and why; its exit status
+is 0 if there is none, 1 if there are some, 2 if the file itself cannot be read.
+"""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import io
 import json
-from collections.abc import Iterator
+import os
+import re
+import sys
+from array import array
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from reprlib import repr as short
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
+from tqdm.auto import tqdm
 
 from llavolta.errors import UserError
+from llavolta.jsonlist import scan
+from llavolta.models import DATA
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+MEDIA = {"image": "<image>", "video": "<video>"}  # an entry's key, and what stands for it in the text
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")  # no reader that starts other programs
 IGNORED = -100
+CACHE = DATA / "cache" / "llava"
+KEPT_FROM = 1 << 25  # bytes of a data file whose index is kept: a smaller one is indexed in a second
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class DataError(UserError, ValueError):
@@ -31,86 +54,215 @@ class Example:
     name: str
 
 
+@dataclass(frozen=True)
+class Index:
+    """Where the n entries of a data file are, and what is known of them. Arrays (n,); bad: reasons by entry."""
+
+    start: np.ndarray  # first byte
+    stop: np.ndarray
+    has_image: np.ndarray  # or has a video
+    lengths: np.ndarray  # words, about: blanks are counted
+    bad: dict[int, str]
+    version: list[int]  # of the file: bytes and time
+
+
+def read_index(file: Path) -> Index:
+    """The index of a data file: one pass over it, kept in data/cache for a large one. Raises DataError."""
+    if not file.is_file():
+        raise DataError(f"no data file {file}; give the path of a JSON list of conversations")
+    version, kept = _version(file), _cached(file, "npz")
+    if kept.exists():
+        try:
+            held = dict(np.load(kept))
+            index = Index(**{**held, "bad": _reasons(held["bad"].item()), "version": held["version"].tolist()})
+            if index.version == version:
+                return index
+        except Exception:  # whatever numpy makes of a damaged file; it is made again
+            kept.unlink(missing_ok=True)
+    index = _scan_index(file, version)
+    if version[0] >= KEPT_FROM:
+        archive = io.BytesIO()
+        np.savez(archive, **{**vars(index), "bad": json.dumps(index.bad)})
+        _keep(kept, archive.getvalue())
+    return index
+
+
+def _scan_index(file: Path, version: list[int]) -> Index:
+    starts, stops, words, pictured, bad = array("q"), array("q"), array("q"), array("b"), {}
+    try:
+        for start, stop, entry in scan(file):
+            try:
+                text = check_entry(entry, f"{file.name} entry {len(starts)}")
+                words.append(text.count(" ") + text.count("\n") + 1)
+                pictured.append(any(_paths(entry, medium) for medium in MEDIA))
+            except DataError as error:
+                bad[len(starts)] = str(error)
+                words.append(0)
+                pictured.append(False)
+            starts.append(start)
+            stops.append(stop)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not JSON that holds a list ({error}); the download may be cut off") from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error})") from None
+    if not starts:
+        raise DataError(f"{file} must hold a JSON list with at least one conversation")
+    return Index(*map(np.array, (starts, stops)), np.array(pictured, bool), np.array(words), bad, version)
+
+
+def _version(file: str | Path | int) -> list[int]:
+    """What changes when a file does."""
+    stat = os.stat(file)
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _cached(file: Path, suffix: str, *more: object) -> Path:
+    """Where something about ``file`` (and ``more``) is kept."""
+    key = hashlib.sha256(repr([str(part) for part in (file.resolve(), *more)]).encode()).hexdigest()[:16]
+    return CACHE / f"{file.stem}-{key}.{suffix}"
+
+
+def _keep(kept: Path, content: bytes) -> None:
+    """Write ``content`` at once, whatever other processes do."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    part = kept.with_name(f"{kept.name}.part{os.getpid()}")
+    part.write_bytes(content)
+    part.replace(kept)
+
+
+def _reasons(text: str) -> dict[int, str]:
+    return {int(index): reason for index, reason in json.loads(text).items()}
+
+
 class LlavaData(Dataset):
     """Conversations in LLaVA's format: ``id``, ``image`` (a path, a list of paths or none), ``conversations``.
 
     file: the JSON list. images: the folder that the image paths are relative to (default: the JSON's own folder).
     pad: pad pictures to squares with this RGB colour, as LLaVA-1.5 does; None leaves them as they are.
-    The structure of every entry is checked on opening, each picture when it is read. Raises DataError.
+    skip: entries of the file to leave out (see ``find_bad``), besides those of a wrong structure; None: none are.
+
+    The structure of every entry is checked on opening, each picture when it is read. Entries and pictures are read
+    from their files when asked for; none stay in memory. has_image, lengths: arrays (n,); a video counts as an image,
+    lengths are in words. skipped: the entries of the file that are left out. Raises DataError.
     """
 
-    def __init__(self, file: str | Path, images: str | Path | None = None, pad: tuple[int, int, int] | None = None):
+    def __init__(
+        self,
+        file: str | Path,
+        images: str | Path | None = None,
+        pad: tuple[int, int, int] | None = None,
+        skip: Collection[int] | None = None,
+    ):
         self.file = Path(file)
         self.folder = Path(images) if images else self.file.parent
         self.pad = pad
-        try:
-            self.entries = json.loads(self.file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise DataError(f"no data file {self.file}; give the path of a JSON list of conversations") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{self.file} is not JSON ({error}); the download may be cut off") from None
-        if not isinstance(self.entries, list) or not self.entries:
-            raise DataError(f"{self.file} must hold a JSON list with at least one conversation")
+        self.index = read_index(self.file)
         if not self.folder.is_dir():
             raise DataError(f"no image folder {self.folder}; give the folder that the image paths are relative to")
-        for index, entry in enumerate(self.entries):
-            check_entry(entry, f"{self.file.name} entry {index}")
-        self.has_image = np.array([bool(entry.get("image")) for entry in self.entries])
-        self.lengths = np.array([_words(entry) for entry in self.entries])
+        bad = self.index.bad
+        if bad and skip is None:
+            raise DataError(
+                f"{next(iter(bad.values()))}. Entries that are bad: {len(bad)} of {len(self.index.start)}; "
+                f"'python -m llavolta.data check {self.file}' names them, 'bad_entries: skip' trains without them"
+            )
+        self.skipped = sorted({*bad, *(skip or ())})
+        self.rows = np.setdiff1d(np.arange(len(self.index.start)), self.skipped)  # entries of the file
+        if not len(self.rows):
+            raise DataError(f"{self.file}: all of its {len(self.index.start)} entries are bad")
+        self.has_image, self.lengths = self.index.has_image[self.rows], self.index.lengths[self.rows]
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        entry = self.entries[index]
-        name = f"{self.file.name} entry {index} (id {entry.get('id')!r})"
+        entry = self.entry(index)
+        name = self._name(index, entry)
+        if _paths(entry, "video"):
+            raise DataError(f"{name} has a video, which this data set cannot decode; give entries with images")
         images = [open_image(self.folder, path, name, self.pad) for path in _paths(entry)]
         return Example(_messages(entry), images, name)
 
+    def entry(self, index: int) -> dict:
+        """The entry as it is in the file."""
+        row = self.rows[index]
+        start, stop = int(self.index.start[row]), int(self.index.stop[row])
+        try:
+            with self.file.open("rb") as source:
+                if _version(source.fileno()) != self.index.version:
+                    raise DataError(f"{self.file} has changed since it was opened; start again")
+                source.seek(start)
+                return json.loads(source.read(stop - start))
+        except OSError as error:
+            raise DataError(f"{self.file} can no longer be read ({error})") from None
+
+    def _name(self, index: int, entry: dict) -> str:
+        return f"{self.file.name} entry {self.rows[index]} (id {short(entry.get('id'))})"
+
     def image_paths(self, index: int) -> list[Path]:
         """The files of an entry's pictures."""
-        return [self.folder / path for path in _paths(self.entries[index])]
+        return [self.folder / path for path in _paths(self.entry(index))]
 
     def questions(self) -> Iterator[dict]:
         """Every turn as a question of its own: index (of the entry), type, question, answer."""
-        for index, entry in enumerate(self.entries):
-            turns = entry["conversations"]
-            types = entry.get("types") or ["all"] * (len(turns) // 2)
-            for asked, answered, kind in zip(turns[::2], turns[1::2], types, strict=True):
-                question = asked["value"].replace("<image>", "").strip()
-                yield {"index": index, "type": kind, "question": question, "answer": answered["value"]}
+        for index in range(len(self)):
+            entry = self.entry(index)
+            texts = [turn["value"] for turn in entry["conversations"] if turn["from"] != "system"]
+            types = entry.get("types") or ["all"] * (len(texts) // 2)
+            for asked, answered, kind in zip(texts[::2], texts[1::2], types, strict=True):
+                question = asked.replace("<image>", "").strip()
+                yield {"index": index, "type": kind, "question": question, "answer": answered}
+
+    def check_media(self, index: int) -> None:
+        """Raise DataError unless each picture of an entry can be decoded and each video is there."""
+        entry = self.entry(index)
+        name = self._name(index, entry)
+        for path in _paths(entry):
+            open_image(self.folder, path, name, eighth=True)
+        for path in _paths(entry, "video"):
+            find_file(self.folder, path, name, "video")
 
 
-def _paths(entry: dict) -> list[str]:
-    image = entry.get("image")
-    return [] if not image else [image] if isinstance(image, str) else list(image)
+def _paths(entry: dict, medium: str = "image") -> list[str]:
+    paths = entry.get(medium)
+    return [] if not paths else [paths] if isinstance(paths, str) else list(paths)
 
 
-def _words(entry: dict) -> int:
-    return sum(len(turn["value"].split()) for turn in entry["conversations"])
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and (value.isascii() or not _SURROGATE.search(value))
 
 
-def check_entry(entry: object, name: str) -> None:
-    """Raise DataError unless ``entry`` is a LLaVA conversation whose placeholders match its pictures."""
+def check_entry(entry: object, name: str) -> str:
+    """The text of ``entry``, a turn a line, if it is a LLaVA conversation whose placeholders match its pictures and
+    videos; else raises DataError, naming it ``name``."""
     turns = entry.get("conversations") if isinstance(entry, dict) else None
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{name} has no 'conversations' list; the file is not in LLaVA's format")
     for turn in turns:
-        if not isinstance(turn, dict) or turn.get("from") not in [*ROLES] or not isinstance(turn.get("value"), str):
-            raise DataError(f"{name}: each turn needs 'from' (human or gpt) and 'value' (text), not {str(turn)[:80]}")
+        texts = isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("from", "value"))
+        if not texts or turn["from"] not in ROLES:
+            raise DataError(f"{name}: each turn needs 'from' (human or gpt) and 'value' (text), not {short(turn)}")
     speakers = [turn["from"] for turn in turns if turn["from"] != "system"]
-    if len(speakers) < 2 or len(speakers) % 2 or any(s != ("human", "gpt")[i % 2] for i, s in enumerate(speakers)):
+    asked = len(speakers) // 2
+    if not asked or speakers != ["human", "gpt"] * asked:
         raise DataError(f"{name}: the turns must alternate human, gpt, human, gpt, ..., not {speakers[:6]}")
-    image = entry.get("image")
-    if image is not None and not isinstance(image, (str, list)):
-        raise DataError(f"{name}: 'image' must be a path or a list of paths, not {type(image).__name__}")
-    if isinstance(image, list) and not all(isinstance(path, str) for path in image):
-        raise DataError(f"{name}: 'image' must list paths, not {str(image)[:80]}")
-    placeholders = sum(turn["value"].count("<image>") for turn in turns)
-    if placeholders != len(_paths(entry)):
-        raise DataError(
-            f"{name} has {placeholders} <image> placeholders for {len(_paths(entry))} images; they must be equal"
-        )
+    text = "\n".join([turn["value"] for turn in turns])
+    if not _is_text(text):
+        raise DataError(f"{name}: the text holds half a character (a lone surrogate) and is damaged")
+    for medium, placeholder in MEDIA.items():
+        paths = entry.get(medium)
+        if paths is not None and not isinstance(paths, (str, list)):
+            raise DataError(f"{name}: '{medium}' must be a path or a list of paths, not {type(paths).__name__}")
+        paths, placeholders = _paths(entry, medium), text.count(placeholder)
+        if not all(map(_is_text, paths)):
+            raise DataError(f"{name}: '{medium}' must list paths, not {short(paths)}")
+        if placeholders != len(paths):
+            raise DataError(
+                f"{name} has {placeholders} {placeholder} placeholders for {len(paths)} {medium}s; they must be equal"
+            )
+    types = entry.get("types")
+    if types and not (isinstance(types, list) and len(types) == asked and all(map(_is_text, types))):
+        raise DataError(f"{name}: 'types' must name a type for each of the {asked} questions, not {short(types)}")
+    return text
 
 
 def _messages(entry: dict) -> list[dict]:
@@ -123,17 +275,37 @@ def _messages(entry: dict) -> list[dict]:
     return messages
 
 
-def open_image(folder: Path, path: str, name: str, pad: tuple[int, int, int] | None = None) -> Image.Image:
-    """The picture at ``path`` below ``folder``, RGB. Raises DataError, naming the entry ``name``."""
-    full = (folder / path).resolve()
-    if not full.is_relative_to(folder.resolve()):
-        raise DataError(f"{name}: image path {path!r} leads out of the image folder")
+def find_file(folder: Path, path: str, name: str, medium: str = "image") -> Path:
+    """The file at ``path`` below ``folder``. Raises DataError if there is none, or if it, or its link, leads out."""
     try:
-        with Image.open(full) as opened:
+        full = (folder / path).resolve()
+        inside, found = full.is_relative_to(folder.resolve()), full.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a loop of links
+        raise DataError(f"{name}: {medium} path {path!r} cannot be followed ({error})") from None
+    if not inside:
+        raise DataError(f"{name}: {medium} path {path!r} leads out of the {medium} folder {folder}; move the file in")
+    if not found:
+        raise DataError(f"{name}: no {medium} {path!r} in {folder}; check the {medium} folder or fetch the file")
+    return full
+
+
+def open_image(
+    folder: Path, path: str, name: str, pad: tuple[int, int, int] | None = None, eighth: bool = False
+) -> Image.Image:
+    """The picture at ``path`` below ``folder``, RGB. Raises DataError, naming the entry ``name``.
+
+    eighth: a JPEG at an eighth of its size, which is decoded faster and breaks at the same faults. A picture of more
+    than PIL.Image.MAX_IMAGE_PIXELS is refused, as its decoded form may not fit in memory.
+    """
+    full = find_file(folder, path, name)
+    try:
+        with Image.open(full, formats=FORMATS) as opened:
+            if Image.MAX_IMAGE_PIXELS and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels are too many")
+            if eighth:
+                opened.draft("RGB", (1, 1))
             image = opened.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"{name}: no image {path!r} in {folder}; check the image folder or fetch the file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises whatever a broken file makes of its readers
         raise DataError(f"{name}: image {path!r} cannot be read ({error}); fetch it again or drop the entry") from None
     return pad_to_square(image, pad)
 
@@ -151,6 +323,51 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int] | None) -> Im
 def padding_colour(processor) -> tuple[int, int, int]:
     """The colour (RGB) that ``processor`` normalises to 0, which LLaVA-1.5 pads with."""
     return tuple(round(255 * mean) for mean in processor.image_processor.image_mean)
+
+
+def find_bad(
+    file: str | Path,
+    images: str | Path | None = None,
+    workers: int | None = None,
+    fresh: bool = False,
+    progress: bool = True,
+) -> dict[int, str]:
+    """The bad entries of a data file, in order, and the reason of each: structure, pictures (all decoded), videos.
+
+    workers: threads, for Pillow decodes outside Python's lock; None: one a core. What was found is kept in data/cache
+    and holds while the file stays as it is; fresh: look again. Raises DataError if the file itself cannot be read.
+    """
+    file, folder = Path(file), Path(images) if images else Path(file).parent
+    index = read_index(file)
+    kept = _cached(file, "json", folder.resolve())
+    if kept.exists() and not fresh:
+        held = json.loads(kept.read_text())
+        if held["version"] == index.version:
+            return _reasons(held["bad"])
+    bad = dict(index.bad)
+    if len(bad) < len(index.start):
+        data = LlavaData(file, folder, skip=())
+        parts = np.array_split(np.arange(len(data)), -(-len(data) // 64))
+        with (
+            ThreadPoolExecutor(workers or os.cpu_count()) as pool,
+            tqdm(total=len(data), desc=f"checking {file.name}", unit="entry", disable=not progress) as bar,
+        ):
+            for part, found in zip(parts, pool.map(partial(_bad_media, data), parts), strict=True):
+                bad |= found
+                bar.update(len(part))
+    bad = dict(sorted(bad.items()))
+    _keep(kept, json.dumps({"version": index.version, "bad": json.dumps(bad)}).encode())
+    return bad
+
+
+def _bad_media(data: LlavaData, part: np.ndarray) -> dict[int, str]:
+    bad = {}
+    for index in part:
+        try:
+            data.check_media(index)
+        except DataError as error:
+            bad[int(data.rows[index])] = str(error)
+    return bad
 
 
 @dataclass
@@ -247,3 +464,28 @@ class GroupedSampler(Sampler[int]):
                 rest.append(part[whole:])
         order = [batches[i] for i in rng.permutation(len(batches))]
         return iter(np.concatenate([*order, *rest]).tolist())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m llavolta.data", description=__doc__)
+    check = parser.add_subparsers(required=True).add_parser("check", help="name every bad entry of a data set")
+    check.add_argument("file", help="LLaVA JSON")
+    check.add_argument("folder", nargs="?", help="of the pictures; default: that of FILE")
+    check.add_argument("--workers", type=int, help="threads that decode pictures; default: one a core")
+    check.add_argument("--json", action="store_true", help='print one object, {"entries": n, "bad": {index: reason}}')
+    options = parser.parse_args(arguments)
+    try:
+        bad = find_bad(options.file, options.folder, options.workers, fresh=True)
+        entries = len(read_index(Path(options.file)).start)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps({"entries": entries, "bad": bad}, indent=1))
+    else:
+        print("\n".join([*bad.values(), f"{len(bad)} of {entries} entries are bad"]))
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 import pandas as pd
 import torch
@@ -77,7 +79,7 @@ def evaluate(
 
     plan: compression in force while answering. limit: the first so many questions.
     """
-    questions = list(data.questions())[:limit]
+    questions = list(islice(data.questions(), limit))
     training = model.training
     model.eval()
     predictions: list[str] = []

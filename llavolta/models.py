@@ -26,8 +26,11 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 EMBEDDED = DATA / "tiny-llava"
 PROJECTOR, TOWER = "multi_modal_projector", "vision_tower"
 
-# The conversation of Vicuna v1.5 and LLaVA-1.5: pictures first, then the text of each turn.
+# The conversation of Vicuna v1.5 and LLaVA-1.5: a system message, theirs unless there is one, then the turns, pictures
+# before text.
 VICUNA_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. {% endif %}"
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'][0]['text'] }} {% else %}"
     "{{ message['role'].upper() }}: "
     "{% for part in message['content'] if part['type'] != 'text' %}<{{ part['type'] }}>\n{% endfor %}"

@@ -30,6 +30,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from llavolta.compressors import CompressedTokens, Compressor, VisualTokens, keep_tokens
 from llavolta.compressors.base import sum_groups
+from llavolta.compressors.prefix import Prefixed
 from llavolta.errors import UnsupportedModel
 from llavolta.families import (
     Pictures,
@@ -42,7 +43,7 @@ from llavolta.families import (
     visual_tokens,
 )
 from llavolta.masks import look_up_mask, sliding_window, whole_cache
-from llavolta.plan import VISION, Layer, Plan, check_layers, format_plan, parse_plan
+from llavolta.plan import VISION, Layer, Plan, PlanError, check_layers, format_plan, parse_plan
 from llavolta.probe import LayerInput, LayerProbe, TowerProbe
 
 IGNORED = -100  # the label of tokens without loss, as everywhere in transformers
@@ -56,7 +57,11 @@ _plain = torch.compiler.disable  # these steps depend on data, so the graph woul
 
 
 def compress(
-    model: nn.Module, plan: str | Mapping[Layer, Compressor] | None, *, labelled_only: bool | None = None
+    model: nn.Module,
+    plan: str | Mapping[Layer, Compressor] | None,
+    *,
+    labelled_only: bool | None = None,
+    prefix: nn.Module | None = None,
 ) -> Compression:
     """Compress the visual tokens of ``model`` by ``plan`` until the returned handle is removed or its block ends.
 
@@ -75,10 +80,13 @@ def compress(
 
     A plan with "vision" leaves NaN in ``image_hidden_states``, at tokens that do not exist any more.
 
+    prefix: gives, for I pictures, embeddings (I, P, C) to stand before each of them in the decoder, in place of tokens
+    that the plan drops at "vision" or layer 0; later compressors count them among the visual tokens.
+
     Raises PlanError for a plan that does not fit, UnsupportedModel for a model without visual tokens or one that
     cannot do what the plan asks, RuntimeError if the model is being compressed already.
     """
-    return Compression(model, plan, labelled_only)
+    return Compression(model, plan, labelled_only, prefix)
 
 
 @dataclass
@@ -157,7 +165,7 @@ class _DropMarked(Compressor):
 class Compression:
     """The handle that ``compress`` returns: a context manager with ``remove()``. ``plan`` is the parsed plan."""
 
-    def __init__(self, model: nn.Module, plan, labelled_only: bool | None):
+    def __init__(self, model: nn.Module, plan, labelled_only: bool | None, prefix: nn.Module | None = None):
         self.parts = find_parts(model)
         self._compiled = is_compiled(model)
         self.plan: Plan = check_layers(parse_plan(plan), len(self.parts.layers))
@@ -171,6 +179,10 @@ class Compression:
         self._steps: dict[int, list[Compressor]] = {layer: [c] for layer, c in working.items()}
         if self._vision is not None:
             self._steps[0] = [_DropMarked(self._vision.contiguous), *self._steps.get(0, [])]
+        if prefix is not None:
+            if 0 not in self._steps:
+                raise PlanError(f"plan {format_plan(self.plan)!r} makes no room for a prefix at 'vision' or layer 0")
+            self._steps[0][-1] = Prefixed(self._steps[0][-1], prefix)
         self._towers = tower_attentions(self.parts) if self._vision and "tower" in self._vision.needs else []
         self._tower: dict[str, Tensor] = {}  # what the last tower gave, until the projector takes it
         self._captured = {layer - 1 for layer, c in working.items() if "previous_layer" in c.needs}

@@ -16,7 +16,7 @@ from scipy.optimize import nnls
 
 from llavolta.cost import CostModel, StepCost
 from llavolta.errors import UserError
-from llavolta.schemes import Scheme, plan_compression_ratio
+from llavolta.schemes import Scheme
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "papers" / "llavolta" / "published.csv"
 
@@ -104,14 +104,13 @@ def scheme_table(
     plain = model.step("none", **step)
     rows = []
     for name, scheme in schemes.items():
-        costs = [(stage.share, model.step(stage.plan, **step)) for stage in scheme.stages]
+        costs = [(stage.share * often, cost) for stage in scheme.stages for often, cost in model.stage(stage, **step)]
         flops = sum(share * cost.total for share, cost in costs)
         seconds = sum(share * speed.seconds(cost) for share, cost in costs)
-        tokens = sum(
-            stage.share / plan_compression_ratio(stage.plan, len(model.layers), model.visual) for stage in scheme.stages
-        )
+        layers, visual = len(model.layers), model.visual
+        tokens = sum(stage.share * sum(stage.tokens_per_layer(layers, visual)) for stage in scheme.stages)
         hours = seconds * examples / 3600
-        row = dict(scheme=name, ratio=1 / tokens, pflops=flops * examples / 1e15, hours=hours)
+        row = dict(scheme=name, ratio=layers * visual / tokens, pflops=flops * examples / 1e15, hours=hours)
         row |= dict(flops_ratio=flops / plain.total, time_ratio=seconds / speed.seconds(plain))
         rows.append(row if price is None else {**row, "price": hours * gpus * price})
     return pd.DataFrame(rows).set_index("scheme")

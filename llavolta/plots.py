@@ -11,8 +11,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from llavolta.cost import PARTS
-from llavolta.plan import tokens_per_layer
-from llavolta.schemes import Scheme, plan_compression_ratio
+from llavolta.schemes import Scheme
 
 COLOURS = sns.color_palette("colorblind")
 sns.set_theme(style="whitegrid", palette="colorblind", context="notebook")
@@ -32,11 +31,11 @@ def scheme_diagram(
         1, len(ends), figsize=(10, 3.2), sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
     for number, (ax, stage) in enumerate(zip(axes[0], scheme.stages, strict=True), start=1):
-        counts = tokens_per_layer(stage.plan, num_layers, num_tokens)
+        counts = stage.tokens_per_layer(num_layers, num_tokens)
         colour = COLOURS[0] if current in (None, number) else "0.7"
         ax.barh(range(num_layers), counts, color=colour, height=0.8)
-        ratio = plan_compression_ratio(stage.plan, num_layers, num_tokens)
-        ax.set_title(f"Stage {number}: {stage.plan}\n{steps[number - 1]} steps, CR {ratio:.2f}", fontsize=11)
+        ratio = num_layers * num_tokens / sum(counts)
+        ax.set_title(f"Stage {number}: {stage}\n{steps[number - 1]} steps, CR {ratio:.2f}", fontsize=11)
         ax.set_xlabel("visual tokens")
         ax.set_xlim(0, num_tokens * 1.05)
         ax.grid(axis="y", visible=False)
@@ -113,7 +112,8 @@ def step_time_bars(times: pd.DataFrame, labels: Sequence[str] | None = None) -> 
     ):
         bars = ax.bar(place + shift, times[column], 0.4, label=label, color=colour, hatch=hatch)
         ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
-    ax.set_xticks(place, labels or times.plan)
+    crowded = len(times) > 5
+    ax.set_xticks(place, labels or times.plan, rotation=30 if crowded else 0, ha="right" if crowded else "center")
     ax.set(ylabel="step time relative\nto no compression", ylim=(0, 1.2))
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -293,7 +293,8 @@ def accuracy_against_cost(table: pd.DataFrame, baseline: str) -> Figure:
             label=name,
         )
     ax.axhline(100 * table.accuracy[baseline], color="0.5", linestyle=":")
-    ax.set(xlabel="training time (% of no compression)", ylabel="accuracy (%)")
+    low, high = ax.get_ylim()
+    ax.set(xlabel="training time (% of no compression)", ylabel="accuracy (%)", ylim=(max(low, 0), min(high, 102)))
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 

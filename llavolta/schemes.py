@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from llavolta.errors import UserError
 from llavolta.plan import VISION, PlanError, check_layers, format_plan, parse_plan, tokens_per_layer
 
 REFERENCE_LAYERS = 32  # the depth (Vicuna-7B) that the published layers K refer to
+ISOLATOR_TOKENS = 4  # of DualSpeed's mode isolator
 
 
 class SchemeError(UserError, ValueError):
@@ -33,16 +34,61 @@ def plan_compression_ratio(plan, num_layers: int, num_tokens: int) -> float:
 
 
 @dataclass(frozen=True)
+class Pass:
+    """One run of the model over a batch in a step: with ``prefix`` more tokens before each picture, and backward if it
+    ``trains``. share: in how many of the stage's steps."""
+
+    plan: str
+    share: float = 1
+    prefix: int = 0
+    trains: bool = True
+
+
+@dataclass(frozen=True)
 class Stage:
-    """One stage of a scheme: the ``plan`` in force and its ``share`` of the optimizer steps (0 to 1)."""
+    """One stage of a scheme: the ``plan`` in force and its ``share`` of the optimizer steps (0 to 1).
+
+    slow_every: 0, or after how many steps there is one of DualSpeed's slow steps, on all tokens; the steps between are
+    its fast ones, on what ``plan`` leaves behind the mode isolator. See llavolta.dualspeed.
+    """
 
     plan: str
     share: float
+    slow_every: int = 0
 
     def __post_init__(self):
-        object.__setattr__(self, "plan", format_plan(parse_plan(self.plan)))
+        plan = parse_plan(self.plan)
+        object.__setattr__(self, "plan", format_plan(plan))
         if not (isinstance(self.share, (int, float)) and 0 < self.share <= 1):
             raise SchemeError(f"a stage's share must be above 0 and at most 1, not {self.share!r}")
+        every = self.slow_every
+        if isinstance(every, bool) or not isinstance(every, int) or every < 0 or every == 1:
+            raise SchemeError(f"slow_every must be 0 (no slow steps) or a whole number of at least 2, not {every!r}")
+        if every and not {0, VISION} & plan.keys():
+            raise SchemeError(
+                f"fast steps are shortened before the decoder: with slow_every, plan {self.plan!r} needs a compressor "
+                "at layer 0 or 'vision', such as '0:random:0.1'"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.plan}, slow every {self.slow_every}" if self.slow_every else self.plan
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """What the steps of this stage compute: a slow step asks the fast mode, too, without training it."""
+        if not self.slow_every:
+            return (Pass(self.plan),)
+        slow, fast = 1 / self.slow_every, Pass(self.plan, 1 - 1 / self.slow_every, ISOLATOR_TOKENS)
+        return (fast, Pass("none", slow), replace(fast, share=slow, trains=False))
+
+    def tokens_per_layer(self, num_layers: int, num_tokens: int) -> list[float]:
+        """As plan.tokens_per_layer: the mean over the stage's steps, of the passes that train."""
+        counts = [
+            [p.share * (count + p.prefix) for count in tokens_per_layer(p.plan, num_layers, num_tokens)]
+            for p in self.passes
+            if p.trains
+        ]
+        return [sum(layer) for layer in zip(*counts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -65,7 +111,7 @@ class Scheme:
 
     @classmethod
     def of(cls, name: str, stages: Sequence[str | dict]) -> Scheme:
-        """A scheme from a list as YAML holds it: plans, which share the steps equally, or {plan, share} each."""
+        """A scheme from a list as YAML holds it: plans, which share the steps equally, or Stage's fields each."""
         try:
             if all(isinstance(stage, str) for stage in stages):
                 return cls.equal(name, *stages)
@@ -76,6 +122,8 @@ class Scheme:
     @classmethod
     def from_pivots(cls, name: str, plans: Sequence[str], pivots: Sequence[int], total_steps: int) -> Scheme:
         """A scheme whose stage i ends before optimizer step ``pivots[i]``; the last one ends at ``total_steps``."""
+        if not all(isinstance(pivot, int) for pivot in pivots):
+            raise SchemeError(f"pivots must be optimizer steps, not {list(pivots)}")
         edges = [0, *pivots, total_steps]
         if len(plans) != len(pivots) + 1 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
             raise SchemeError(
@@ -83,6 +131,12 @@ class Scheme:
             )
         shares = [(b - a) / total_steps for a, b in zip(edges, edges[1:], strict=False)]
         return cls(name, tuple(Stage(plan, share) for plan, share in zip(plans, shares, strict=True)))
+
+    @property
+    def written(self) -> list[dict]:
+        """The stages as ``of`` reads them back, without what is not in use."""
+        stages = [asdict(stage) for stage in self.stages]
+        return [{name: value for name, value in stage.items() if value or name != "slow_every"} for stage in stages]
 
     def reversed(self, name: str) -> Scheme:
         """The same stages in the opposite order, at the same cost."""
@@ -109,6 +163,11 @@ class Scheme:
         if not 0 <= step < total_steps:
             raise SchemeError(f"step must be 0..{total_steps - 1}, not {step}")
         return sum(step >= end for end in self.boundaries(total_steps))
+
+    def is_slow(self, step: int, total_steps: int) -> bool:
+        """Whether optimizer step ``step`` is a slow one: see Stage."""
+        every = self.stages[self.stage_at(step, total_steps)].slow_every
+        return every > 0 and (step + 1) % every == 0
 
     def scaled(self, num_layers: int, reference_layers: int = REFERENCE_LAYERS) -> Scheme:
         """The scheme for a model of another depth.
@@ -148,3 +207,6 @@ SCHEMES = {
         Scheme.equal("four-stage-deeper", "2:avgpool:8", "16:avgpool:8", "16:avgpool:2", "none"),
     )
 }
+
+NEIGHBOURS = {"dualspeed": Scheme("dualspeed", (Stage("0:random:0.1", 1, slow_every=10),))}
+"""What others train by: DualSpeed (arXiv 2602.03815), with its numbers, and a random subset in the fast steps."""

@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,7 +73,7 @@ def redundancy_sweep(
     points = {(layer, stride): _plan(layer, stride) for layer in layers for stride in strides}
     for layer, stride in points:
         check_layers(parse_plan(f"{layer}:avgpool:{stride}"), depth)
-    questions = list(data.questions())[:limit]
+    questions = list(islice(data.questions(), limit))
     plans = sorted(set(points.values()), key=lambda plan: (min(parse_plan(plan), default=depth), plan))
     folder = Path(cache) / _fingerprint(model, processor, data, questions) if cache else None
     answers = {plan: _read_point(folder, plan) for plan in plans}
@@ -330,7 +331,7 @@ def answer_attention(
     question, layer, kind ("visual", "system and prompt", "question"), share (the three sum to 1), tokens (how many of
     the kind the prompt holds). See ``attention_shares``.
     """
-    questions = list(data.questions())[:limit]
+    questions = list(islice(data.questions(), limit))
     ids = set(families.find_parts(model).visual_ids.values())
     training, frames = model.training, []
     model.eval()

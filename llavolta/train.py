@@ -4,6 +4,7 @@
 
     config.yaml      the resolved configuration; another one is refused
     metrics.jsonl    one JSON object every few steps
+    skipped.json     the entries left out, under bad_entries: skip
     align/           projector alignment (stage 0), a run folder of its own
     checkpoint-*/    where training can resume; one at the end of every stage
     model.safetensors, config.json, ...   the model of the newest finished stage, a plain Hugging Face folder
@@ -23,20 +24,23 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch.utils.data import Dataset
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from llavolta import digits
-from llavolta.config import PRESETS, ConfigError, TrainConfig
-from llavolta.data import Collator, GroupedSampler, LlavaData, padding_colour
+from llavolta.config import PRESETS, ConfigError, TrainConfig, parse_yaml
+from llavolta.data import Collator, DataError, GroupedSampler, LlavaData, find_bad, padding_colour
+from llavolta.dualspeed import ISOLATOR, add_isolator, fast_mode, load_isolator, save_isolator, slow_mode
 from llavolta.errors import UserError
 from llavolta.families import find_parts, unwrap
 from llavolta.models import (
@@ -50,8 +54,7 @@ from llavolta.models import (
     set_trainable,
     with_adapters,
 )
-from llavolta.patch import Compression, compress
-from llavolta.plan import tokens_per_layer
+from llavolta.patch import Compression
 from llavolta.projectors import ProjectorSpec, parse_projector, replace_projector, with_projector
 from llavolta.schemes import Scheme
 
@@ -82,7 +85,10 @@ def embedded_llava() -> Path:
 
 
 class StageCallback(TrainerCallback):
-    """Sets the plan of the stage that the optimizer step belongs to, and stops after the last stage asked for."""
+    """Sets the plan of the stage that the optimizer step belongs to, and stops after the last stage asked for.
+
+    In a slow step none is set: StageTrainer.compute_loss sets two in turn.
+    """
 
     def __init__(self, scheme: Scheme, stop_after: int | None = None):
         self.scheme, self.stop_after = scheme, stop_after
@@ -91,10 +97,11 @@ class StageCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         stage = self.scheme.stage_at(state.global_step, state.max_steps)
-        if self.handle is None or stage != self.stage:
+        slow = self.scheme.is_slow(state.global_step, state.max_steps)
+        if self.handle is None or slow or stage != self.stage:
             self.release()
             self.stage = stage
-            self.handle = compress(model, self.scheme.stages[stage].plan, labelled_only=True)
+            self.handle = None if slow else fast_mode(model, self.scheme.stages[stage])
 
     def on_step_end(self, args, state, control, **kwargs):
         ends = self.scheme.boundaries(state.max_steps)
@@ -117,7 +124,7 @@ class MetricsCallback(TrainerCallback):
 
     def __init__(self, file: Path, scheme: Scheme, num_layers: int, num_tokens: int):
         self.file, self.scheme = file, scheme
-        self.tokens = [tokens_per_layer(stage.plan, num_layers, num_tokens) for stage in scheme.stages]
+        self.tokens = [stage.tokens_per_layer(num_layers, num_tokens) for stage in scheme.stages]
         self.seconds, self.steps, self.started = 0.0, 0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -174,6 +181,12 @@ class StageTrainer(Trainer):
             self.optimizer = kind(groups, **options)
         return super().create_optimizer(model)
 
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        step, total = self.state.global_step, self.state.max_steps
+        stage = self.scheme.stages[self.scheme.stage_at(step, total)]
+        with slow_mode(model, stage, inputs) if self.scheme.is_slow(step, total) else nullcontext():
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
@@ -188,6 +201,7 @@ class StageTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict=None):
         # Trainer would save LLaVA under its old key names, which its own resume then fails to load.
         model = unwrap(self.model)
+        sharded = [state_dict.pop(name) for name in list(state_dict or ()) if ISOLATOR in name]  # by ZeRO-3
         save = model.save_pretrained
         try:
             model.save_pretrained = lambda *args, **kwargs: save(*args, **{**kwargs, "save_original_format": False})
@@ -197,8 +211,10 @@ class StageTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
+        if hasattr(model, ISOLATOR) and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            save_isolator(model, folder, *sharded)
         step, total = self.state.global_step, self.state.max_steps
-        stages = [asdict(stage) for stage in self.scheme.stages]
+        stages = self.scheme.written
         stage = self.scheme.stage_at(min(step, total - 1), total) + 1
         record = {"scheme": self.scheme.name, "stages": stages, "step": step, "total_steps": total, "next_stage": stage}
         (folder / "scheme.json").write_text(json.dumps(record, indent=1))
@@ -255,7 +271,35 @@ def _steps(config: TrainConfig, phase: str, data: Path, images: str | Path | Non
     processes = int(os.environ.get("WORLD_SIZE", 1))
     config.batches(phase, processes)  # refuses what does not divide
     fixed = config.align_epochs is None if phase == "align" else config.max_steps is not None
-    return config.steps(phase, 0 if fixed else len(LlavaData(data, images)), processes)
+    return config.steps(phase, 0 if fixed else len(open_data(config, data, images)), processes)
+
+
+def open_data(
+    config: TrainConfig, data: str | Path, images: str | Path | None, pad: tuple[int, int, int] | None = None
+) -> LlavaData:
+    """The data set at ``data``, without its bad entries if ``config`` skips them. Raises DataError."""
+    if config.bad_entries == "fail":
+        return LlavaData(data, images, pad)
+    with PartialState().local_main_process_first():  # a machine looks for them once
+        return LlavaData(data, images, pad, skip=find_bad(data, images))
+
+
+def _record_skipped(output: Path, dataset: LlavaData, progress: bool) -> None:
+    """Hold the run to the entries that it skips: the same on every machine, and whenever it is resumed."""
+    skipped, file = dataset.skipped, output / "skipped.json"
+    held = json.loads(file.read_text()) if file.exists() else skipped
+    if any(other != skipped for other in gather_object([skipped])):
+        raise DataError(f"the bad entries of {dataset.file.name} differ between machines; give them the same images")
+    if held != skipped:
+        raise DataError(
+            f"{dataset.file.name} has {len(skipped)} bad entries, not the {len(held)} that the run in {output} skipped "
+            "when it began; restore its images, or name another output"
+        )
+    total = len(skipped) + len(dataset)
+    _say(f"skipping {len(skipped)} bad of {total} entries of {dataset.file.name}; {file} lists them", progress)
+    if PartialState().is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(skipped))
 
 
 def train(config: TrainConfig, progress: bool = True) -> Path:
@@ -370,7 +414,7 @@ def claim(config: TrainConfig) -> Path:
 
 def _claim(output: Path, config: TrainConfig, scheme: Scheme) -> None:
     """Write config.yaml, or check that the folder's is the same run; refuse the folder of another one."""
-    values = {**asdict(config), "resolved_stages": [asdict(stage) for stage in scheme.stages]}
+    values = {**asdict(config), "resolved_stages": scheme.written}
     file = output / "config.yaml"
     if file.exists():
         defaults = {field.name: field.default for field in fields(config)}  # of parameters younger than the run
@@ -412,6 +456,9 @@ def _run(config, output: Path, phase: str, model_name: str, data, images, scheme
     if phase == "instruct" and config.lora_rank:
         base = Path(model_name).resolve()  # the adapters may be loaded from elsewhere
         model = with_adapters(model, config, str(base) if base.exists() else model_name)
+    slow = any(stage.slow_every for stage in scheme.stages)
+    if slow:
+        add_isolator(model)
     pad = padding_colour(processor) if config.pad_to_square else None
     size, accumulated = config.batches(phase, int(os.environ.get("WORLD_SIZE", 1)))
     arguments = TrainingArguments(
@@ -434,15 +481,19 @@ def _run(config, output: Path, phase: str, model_name: str, data, images, scheme
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=not progress,
+        ddp_find_unused_parameters=True if slow else None,  # the mode isolator has no part in slow steps
         seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
     )
+    dataset = open_data(config, data, images, pad)
+    if config.bad_entries == "skip":
+        _record_skipped(output, dataset, progress)
     stages = StageCallback(scheme, stop_after)
     tuned = {PROJECTOR: config.projector_learning_rate, TOWER: config.tower_learning_rate}
     trainer = StageTrainer(
         model=model,
         args=arguments,
-        train_dataset=LlavaData(data, images, pad=pad),
+        train_dataset=dataset,
         data_collator=Collator(processor, config.max_length),
         processing_class=processor,
         callbacks=[stages, MetricsCallback(output / "metrics.jsonl", scheme, num_layers, num_tokens)],
@@ -453,6 +504,8 @@ def _run(config, output: Path, phase: str, model_name: str, data, images, scheme
     checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
     if checkpoint:
         _check_checkpoint(Path(checkpoint), scheme, total)
+        if slow:
+            load_isolator(model, Path(checkpoint))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
@@ -474,7 +527,7 @@ def _save_merged(trainer: StageTrainer, output: Path) -> None:
 
 def _check_checkpoint(checkpoint: Path, scheme: Scheme, total: int) -> None:
     held = json.loads((checkpoint / "scheme.json").read_text())
-    if held["total_steps"] != total or held["stages"] != [asdict(stage) for stage in scheme.stages]:
+    if held["total_steps"] != total or held["stages"] != scheme.written:
         raise ConfigError(
             f"{checkpoint} belongs to scheme {held['scheme']!r} over {held['total_steps']} steps, this run is "
             f"{scheme.name!r} over {total}; name another output"
@@ -484,14 +537,14 @@ def _check_checkpoint(checkpoint: Path, scheme: Scheme, total: int) -> None:
 def _export(source: Path, target: Path) -> None:
     """Copy the finished model of ``source`` into ``target`` (the run folder's root)."""
     for file in source.iterdir():
-        if file.is_file() and file.name not in ("config.yaml", "metrics.jsonl", "training_args.bin"):
+        if file.is_file() and file.name not in ("config.yaml", "metrics.jsonl", "skipped.json", "training_args.bin"):
             shutil.copy2(file, target / file.name)
 
 
 def summary(config: TrainConfig, setup: Setup, table, times) -> str:
     """A paragraph of Markdown: the stage's accuracy and the time that its compression saves.
 
-    table: from evaluate.accuracy_table. times: from bench.step_times, with the plans of the scheme's stages.
+    table: from evaluate.accuracy_table. times: from bench.step_times, with the scheme's stages.
     """
     overall = table.loc["overall"]
     ratio = dict(zip(times.plan, times.ratio, strict=True))
@@ -501,10 +554,10 @@ def summary(config: TrainConfig, setup: Setup, table, times) -> str:
         f"held-out accuracy after stage {last} of `{setup.scheme.name}`: **{overall.accuracy:.1%}** "
         f"(95% interval {overall.low:.1%} to {overall.high:.1%}, best constant answers {overall.constant:.1%})"
     )
-    whole = sum(stage.share * ratio[stage.plan] for stage in stages)
+    whole = sum(stage.share * ratio[str(stage)] for stage in stages)
     lines = [accuracy]
     if last:
-        plan = stages[last - 1].plan
+        plan = str(stages[last - 1])
         lines.append(
             f"a step under this stage's plan `{plan}` takes **{1 - ratio[plan]:.0%}** less time than without it"
         )
@@ -536,16 +589,16 @@ def main(arguments: list[str] | None = None) -> int:
             name, equals, value = change.partition("=")
             if not equals:
                 raise ConfigError(f"--set takes NAME=VALUE, not {change!r}")
-            changes[name] = yaml.safe_load(value)
+            changes[name] = parse_yaml(value, f"--set {name}")
         if options.config in PRESETS:
             config = TrainConfig.from_preset(options.config, **changes)
         else:
-            values = yaml.safe_load(Path(options.config).read_text())
+            values = parse_yaml(Path(options.config).read_text(encoding="utf-8"), options.config)
             if not isinstance(values, dict):
                 raise ConfigError(f"{options.config} must hold 'name: value' lines")
             config = TrainConfig.from_dict(values | changes)
         train(config)
-    except (UserError, OSError, yaml.YAMLError, ValueError, FloatingPointError) as error:
+    except (UserError, OSError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -141,7 +141,7 @@ class Explorer:
         pictured = [index for index in self._asked if self.data.has_image[index]][:most]
         if not pictured:
             raise studies.StudyError(f"{self.data.file.name} has no entry with a picture to explore")
-        return [(str(self.data.entries[index].get("id", index)), index) for index in pictured]
+        return [(str(self.data.entry(index).get("id", index)), index) for index in pictured]
 
     def _choose_entry(self) -> None:
         asked = [question["question"] for question in self._here()]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
-from llavolta import backbones, digits
+from llavolta import backbones, data, digits
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +20,11 @@ def small_model(tmp_path_factory):
     language_model = LlamaForCausalLM(backbones.text_config(**small, num_hidden_layers=4))
     folder = tmp_path_factory.mktemp("model") / "small-llava"
     return backbones.save(backbones.assemble(tower, language_model), folder)
+
+
+@pytest.fixture(autouse=True)
+def data_cache(tmp_path_factory, monkeypatch):
+    """What data sets keep about themselves stays out of data/cache."""
+    folder = tmp_path_factory.getbasetemp() / "data-cache"
+    monkeypatch.setattr(data, "CACHE", folder)
+    return folder

@@ -65,7 +65,7 @@ def verdict(folder, start: str) -> str:
 
 def test_equal_accuracies_lose_nothing_and_favour_nothing(papers):
     assert verdict(papers, LOST) == "reproduced"
-    assert verdict(papers, FOUR) == "not reproduced"
+    assert verdict(papers, FOUR) == "not reproduced: within the noise"
     assert verdict(papers, TIME) == "reproduced"
     order = [value for text, value in verdicts(papers).items() if text.startswith("Heavy first")]
     assert order == ["not reproduced: within the noise"] * 3
@@ -79,6 +79,13 @@ def test_a_clear_loss_and_a_clear_gain(papers):
     )
     change(papers, "four-stage-wider", [0.05, 0.051, 0.049, 0.05, 0.05])
     assert verdict(papers, FOUR) == "reproduced"
+
+
+def test_wide_intervals_settle_nothing(papers):
+    change(papers, "three-stage", [0.1, -0.1, 0.05, -0.05, 0.0])
+    assert verdict(papers, LOST) == "not settled: no loss shown, but the intervals are wide"
+    change(papers, "four-stage-wider", [0.05, 0.051, 0.049, 0.05, 0.05])
+    assert verdict(papers, FOUR) == "not reproduced: within the noise"  # three-stage may be as good
 
 
 def test_too_little_time_saved(papers):

@@ -155,12 +155,12 @@ def comparison(scenes, small_model, tmp_path) -> dict:
 
 def test_04_compare_schemes_goes_on_where_it_stopped(comparison, tmp_path):
     first = run("04_compare_schemes", tmp_path, **comparison)
-    assert pictures(first) == 4 and "Over 1 seed, against training without compression" in outputs(first)
+    assert pictures(first) == 4 and "`heavy` (1 seed): " in outputs(first)
     finished = "0/*/model.safetensors"
     models = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "compare").glob(finished)}
     assert models.keys() == {"align", "single-stage", "heavy", "three-stage-reversed", "mine"}
     second = run("04_compare_schemes", tmp_path, seeds=2, **{**comparison, "workers": 2})
-    assert "Over 2 seeds" in outputs(second)
+    assert "`heavy` (2 seeds): " in outputs(second)
     assert models == {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "compare").glob(finished)}
     held = pd.read_csv(tmp_path / "record" / "compare-runs.csv")
     assert set(held.scheme) == models.keys() - {"align"} and set(held.seed) == {0, 1}
@@ -169,7 +169,7 @@ def test_04_compare_schemes_goes_on_where_it_stopped(comparison, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"seed": 2}, "ParameterError: unknown parameter 'seed'; known: seeds, schemes"),
+        ({"seed": 2}, "ParameterError: unknown parameter 'seed'; known: seeds, schemes, controls"),
         ({"seeds": 0}, "CompareError: seeds must be a whole number of at least 1"),
         ({"schemes": ["heavier"]}, "CompareError: unknown scheme 'heavier'; choose from single-stage"),
         ({"own": {"heavy": ["none"]}}, "CompareError: a scheme of your own cannot be called 'heavy'"),
@@ -210,7 +210,7 @@ def test_05_compare_compressors(study, scenes, tmp_path):
     notebook = run("05_compare_compressors", tmp_path, **settings, **folders)
     assert pictures(notebook) == 3 and "Without compression:" in outputs(notebook)
     trained = pd.read_csv(tmp_path / "trained.csv", index_col="scheme")
-    assert {"single-stage", "three-stage", "PruMerge (adaptive)", "PruMerge+", "STF", "MBTF + STF"} <= set(
+    assert {"single-stage", "three-stage", "PruMerge (adaptive)", "PruMerge+", "STF", "MBTF + STF", "DualSpeed"} <= set(
         trained.index
     )
     assert trained.tokens[["single-stage", "STF", "PruMerge+", "random drop"]].tolist() == [1, 0.25, 0.25, 0.25]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 
+import hypothesis
 import pytest
 import torch
 import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, CLIPImageProcessor, LlavaForConditionalGeneration
 
 from llavolta import backbones
-from llavolta.config import PRESETS, ConfigError, TrainConfig, preset
+from llavolta.config import PRESETS, ConfigError, TrainConfig, parse_yaml, preset
+from llavolta.errors import UserError
 from llavolta.models import join, load_model, parameter_groups, set_trainable, with_adapters
 from llavolta.train import StageTrainer, main, prepare, read_metrics, train
 
@@ -232,7 +237,8 @@ def test_a_model_of_two_parts_has_their_weights(parts, small_model):
             {"role": "assistant", "content": [{"type": "text", "text": "This."}]},
         ]
     )
-    assert text == "USER: <image>\nWhat? ASSISTANT: This.</s>"
+    assert text.startswith("A chat between a curious user")
+    assert text.endswith(" USER: <image>\nWhat? ASSISTANT: This.</s>")
     assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id
 
 
@@ -260,11 +266,46 @@ def test_a_model_of_two_parts_trains(parts, settings, tmp_path):
         ({"global_batch": 12}, "a global batch of 12 is no multiple of 8 examples in 1 processes"),
         ({"align_plan": "9:avgpool:2"}, "layer 9"),
         ({"scheme": []}, "scheme"),
+        ({"bad_entries": "drop"}, "bad_entries must be 'fail' or 'skip'"),
+        ({"bf16": "no"}, "bf16 must be of type bool, not 'no'"),
+        ({"pivots": ["a", 2]}, "pivots must be optimizer steps"),
     ],
 )
 def test_what_cannot_be(settings, tmp_path, change, match):
     with pytest.raises(ValueError, match=match):
         train(TrainConfig(output=str(tmp_path / "run"), **{**settings, **change}), progress=False)
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.sampled_from(["none", "stf:2"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["plan", "share", 1]), inner),
+    max_leaves=6,
+)
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from([field.name for field in fields(TrainConfig)]), _VALUES, max_size=3))
+def test_arbitrary_configurations_pass_or_raise_the_documented_error(values):
+    try:
+        config = TrainConfig.from_dict({"output": "run", **values})
+        config.resolve_scheme(8, 20)
+        assert config.steps("instruct", 100, 1) >= 1
+    except UserError as error:
+        assert str(error)
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=30) | st.text("ab01-:. \n[]{}&*!#|>'\"?%@`=~<,\0é", max_size=30))
+@example("!!timestamp x")
+@example("!!int")
+@example("2001-99-99")
+@example("[" * 5000)
+@example("a: &a [1]\nb: [*a, *a]")
+def test_arbitrary_files_are_yaml_or_raise_the_documented_error(text):
+    try:
+        parse_yaml(text, "file.yaml")
+    except ConfigError as error:
+        assert str(error).startswith("file.yaml cannot be read as YAML")
 
 
 def test_a_preset_from_the_command_line(settings, tmp_path, capsys):

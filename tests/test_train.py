@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from llavolta.data import DataError
 from llavolta.train import (
     WANTED_PROCESSES,
     ConfigError,
@@ -238,6 +239,35 @@ def test_two_processes_train_like_one(settings, tmp_path):
     a, b = weights(one), weights(two)
     assert a.keys() == b.keys()
     assert all(torch.allclose(a[name], b[name], atol=2e-3) for name in a)
+
+
+def test_bad_entries_stop_a_run_or_are_left_out_of_it(settings, scenes, tmp_path):
+    """A run that skips equals one on a file without the bad entries, bit for bit, also when it is resumed."""
+    entries = json.loads((scenes / "train.json").read_text())
+    bad = {3: {"id": "no turns"}, 20: {**entries[0], "image": "images/none.png"}}
+    mixed = [bad.get(number) or entries.pop() for number in range(len(entries) + 2)]
+    for name, held in (("mixed", mixed), ("clean", [entry for entry in mixed if entry not in bad.values()])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(held))
+    values = {**settings, "images": str(scenes), "epochs": 1}
+    values.pop("max_steps")
+
+    def run(name: str, data: str, **changes):
+        config = TrainConfig(
+            output=str(tmp_path / name), **{**values, "data": str(tmp_path / f"{data}.json"), **changes}
+        )
+        return train(config, progress=False)
+
+    with pytest.raises(DataError, match="mixed.json entry 3 has no 'conversations'"):
+        run("fail", "mixed")
+    clean = run("clean", "clean")
+    run("skip", "mixed", bad_entries="skip", stage=1)
+    (tmp_path / "mixed.json").write_text(json.dumps([*mixed, {}]))
+    with pytest.raises(DataError, match="has 3 bad entries, not the 2 that the run"):
+        run("skip", "mixed", bad_entries="skip")
+    (tmp_path / "mixed.json").write_text(json.dumps(mixed))
+    skipping = run("skip", "mixed", bad_entries="skip")
+    assert json.loads((skipping / "skipped.json").read_text()) == [3, 20]
+    assert read_metrics(clean / "metrics.jsonl")[-1]["step"] == 6 and same(weights(clean), weights(skipping))
 
 
 def test_processes_that_do_not_come_up_are_an_error(settings, tmp_path, monkeypatch):
