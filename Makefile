@@ -37,7 +37,7 @@ lab: install
 
 notebooks: install
 	cd notebooks && for notebook in *.ipynb; do ../$(BIN)/papermill $$notebook $$notebook || exit 1; done
-	$(BIN)/python -c "from llavolta import SCHEMES, plots; plots.scheme_diagram(SCHEMES['three-stage'].scaled(8), 8, 144, 300).savefig('papers/llavolta/three-stage.png', dpi=120)"
+	$(BIN)/python -c "from llavolta import SCHEMES, plots; plots.scheme_diagram(SCHEMES['three-stage'].scaled(8), 8, 144, 200).savefig('papers/llavolta/three-stage.png', dpi=120)"
 
 # Every figure in papers/ and the README's table; two to three hours on 2 cores, resumed where it was interrupted.
 evidence: install

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -115,9 +116,7 @@ def compare(
         frames = {key: _run(run, heldout, questions, plans.get(key[0], "none")) for key, run in bar}
     else:
         threads = max(1, (os.cpu_count() or 1) // workers)
-        with ProcessPoolExecutor(
-            workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
-        ) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_worker, initargs=(threads,)) as pool:
             frames = _in_pool(pool, aligned, runs, heldout, questions, plans, progress)
     order = [(name, seed) for name in schemes for seed in seeds[name]]
     return pd.concat([frames[name, seed].assign(scheme=name, seed=seed) for name, seed in order], ignore_index=True)
@@ -126,6 +125,17 @@ def compare(
 def _any(config: train.TrainConfig) -> train.TrainConfig:
     """``config`` with a scheme that fits any number of steps; its own plays no part here."""
     return replace(config, scheme=["none"], stage=None, plan=None)
+
+
+def _begin_worker(threads: int) -> None:
+    """Use so many threads, and end with the parent: a worker left alone would train on into the next run's folders."""
+    torch.set_num_threads(threads)
+
+    def end_with_parent() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _in_pool(pool, aligned: dict, runs: dict, heldout: Path, questions: int, plans: Mapping, progress: bool) -> dict:

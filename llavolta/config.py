@@ -97,7 +97,7 @@ class TrainConfig:
     align_plan: str = "none"
     max_steps: int | None = None
     epochs: float | None = None
-    align_steps: int = 80
+    align_steps: int = 240
     align_epochs: float | None = None
     batch_size: int = 32
     align_batch_size: int | None = None

@@ -60,7 +60,7 @@ from llavolta.schemes import Scheme
 
 RUNS = DATA / "runs"
 ALIGN = "align"
-DIGITS_STEPS = 300  # of a whole scheme on the digits, unless the configuration says otherwise
+DIGITS_STEPS = 200  # of a whole scheme on the digits, unless the configuration says otherwise
 
 
 # What may differ between two calls on one run folder: how far to train, and how, not what.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -135,6 +138,28 @@ def test_a_failing_run_stops_the_comparison_with_its_error(scenes, small_model, 
     config = TrainConfig(output=str(tmp_path), **options)
     with pytest.raises(DataError, match="no data file .*nowhere.json"):
         compare(contestants([], {"mine": ["none"]}, 4), ONE, config, "nowhere.json", workers=2, progress=False)
+
+
+def test_workers_end_with_a_comparison_that_is_killed(tmp_path):
+    """Also in the middle of a run, which they would otherwise go on writing.
+
+    A worker left over would hold the pipe open, and ``subprocess.run`` would wait for it.
+    """
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, signal, sys, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from llavolta.compare import _begin_worker\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, get_context('spawn'), initializer=_begin_worker, initargs=(1,))\n"
+        "    pool.submit(os.getpid).result()\n"
+        "    pool.submit(time.sleep, 60)\n"
+        "    time.sleep(1)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
 
 
 def test_answers_are_kept_for_their_questions_and_plan_only(scenes, small_model, tmp_path):
