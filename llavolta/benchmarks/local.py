@@ -81,7 +81,7 @@ def write_digits(folder: Path, data: LlavaData, limit: int | None = None, max_ne
 def _row(task: str, number: int, question: dict, data: LlavaData) -> dict:
     """A question in the columns of its benchmark."""
     image = data[question["index"]].images[0]
-    name = data.entries[question["index"]]["id"]
+    name = data.entry(question["index"])["id"]
     text, answer = question["question"], question["answer"]
     if task == "gqa_digits":
         return {"id": str(number), "imageId": name, "question": text, "answer": answer, "image": image}
