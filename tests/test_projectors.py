@@ -341,7 +341,6 @@ class TestRefusals:
             ("stf:2:4:1", r"takes 2 options \(window, expansion\)"),
             ("stf:windwo=2", "'windwo' of 'stf' is unknown"),
             ("mbtf:1,x", "blocks must be whole numbers with commas between, not '1,x'"),
-            (2, "a projector is text such as 'stf:2', not 2"),
         ],
     )
     def test_texts(self, text, match):
@@ -349,6 +348,12 @@ class TestRefusals:
             parse_projector(text)
         with pytest.raises(ProjectorError, match=match):
             TrainConfig(output="x", projector=text)
+
+    def test_what_is_not_text(self):
+        with pytest.raises(ProjectorError, match="a projector is text such as 'stf:2', not 2"):
+            parse_projector(2)
+        with pytest.raises(ConfigError, match="projector must be of type str, not 2"):
+            TrainConfig(output="x", projector=2)
 
     @pytest.mark.parametrize(
         ("text", "match"),
