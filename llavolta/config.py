@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from llavolta.projectors import OWN, parse_projector
 from llavolta.schemes import NEIGHBOURS, SCHEMES, Scheme, Stage
 
 NAMED = SCHEMES | NEIGHBOURS
+ENGINES = {file.stem: file for file in sorted((Path(__file__).parent / "engines").glob("*.json"))}
 PRESETS = {file.stem: file for file in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
 
 
@@ -32,6 +34,7 @@ _WHOLE = dict(
     align_global_batch=1,
     max_length=1,
     save_steps=0,
+    keep_checkpoints=1,
     log_steps=1,
     num_workers=0,
     scenes=1,
@@ -77,6 +80,10 @@ class TrainConfig:
     tower_learning_rate. lora_rank: train adapters of this rank in the language model in place of its weights, scaled by
     lora_alpha / lora_rank (lora_alpha None: twice the rank). quantize: "nf4" holds the frozen language model in 4 bits
     (QLoRA). The finished model is a plain one either way.
+
+    deepspeed: "zero2", "zero3", "zero3-offload" or a DeepSpeed JSON file; fsdp: "fsdp2" or a file of Trainer's
+    fsdp_config; neither: DistributedDataParallel. save_steps: a checkpoint after every so many steps, besides those at
+    the ends of stages; keep_checkpoints: of them, the newest so many stay.
     """
 
     output: str
@@ -117,7 +124,10 @@ class TrainConfig:
     pad_to_square: bool = False
     bf16: bool = False
     gradient_checkpointing: bool = False
+    deepspeed: str | None = None
+    fsdp: str | None = None
     save_steps: int = 0
+    keep_checkpoints: int = 2
     log_steps: int = 10
     num_workers: int = 0
     seed: int = 0
@@ -154,6 +164,7 @@ class TrainConfig:
             raise ConfigError(f"quantize must be 'nf4', with a lora_rank above 0, not {self.quantize!r}")
         if self.tower_learning_rate is not None and not self.train_tower:
             raise ConfigError("tower_learning_rate without train_tower changes nothing; set train_tower")
+        self._check_engine()
         parse_plan(self.align_plan)
         stages = len(self._written_stages())
         if self.stage is not None and (isinstance(self.stage, bool) or self.stage not in range(stages + 1)):
@@ -162,6 +173,22 @@ class TrainConfig:
             raise ConfigError("plan replaces the plan of one stage of the scheme; say which with stage (from 1)")
         if self.plan is not None:
             parse_plan(self.plan)
+
+    def _check_engine(self) -> None:
+        if self.deepspeed and self.fsdp:
+            raise ConfigError("deepspeed and fsdp both shard the model; give one")
+        for kind, name in (("deepspeed", self.deepspeed), ("fsdp", self.fsdp)):
+            if name is None:
+                continue
+            known = [engine for engine in ENGINES if engine.startswith("fsdp") == (kind == "fsdp")]
+            if name not in known and not Path(name).is_file():
+                raise ConfigError(f"{kind} must be {', '.join(known)} or a JSON file, not {name!r}")
+            try:
+                values = json.loads(Path(ENGINES.get(name, name)).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ConfigError(f"{kind} file {name} cannot be read as JSON ({error})") from None
+            if "optimizer" in values or "scheduler" in values:
+                raise ConfigError(f"{kind} file {name} sets the optimizer or scheduler, which are this configuration's")
 
     @property
     def aligns(self) -> bool:

@@ -6,8 +6,9 @@
     metrics.jsonl    one JSON object every few steps
     skipped.json     the entries left out, under bad_entries: skip
     align/           projector alignment (stage 0), a run folder of its own
-    checkpoint-*/    where training can resume; one at the end of every stage
+    checkpoint-*/    where training can resume; one at the end of every stage (see llavolta.checkpoints)
     model.safetensors, config.json, ...   the model of the newest finished stage, a plain Hugging Face folder
+    scheme.json      which stage that is
 
 Stage i of a scheme is the run from the checkpoint at the end of stage i - 1 to the one at the end of stage i, so
 stages trained one by one give the same weights as the whole scheme in one go.
@@ -19,26 +20,27 @@ import argparse
 import json
 import math
 import os
-import re
 import shutil
-import subprocess
+import signal
 import sys
+import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from peft import PeftModel
+from accelerate.utils import broadcast_object_list, gather_object
+from filelock import FileLock
 from torch.utils.data import Dataset
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llavolta import digits
-from llavolta.config import PRESETS, ConfigError, TrainConfig, parse_yaml
+from llavolta import checkpoints, digits
+from llavolta.config import ENGINES, PRESETS, ConfigError, TrainConfig, parse_yaml
 from llavolta.data import Collator, DataError, GroupedSampler, LlavaData, find_bad, padding_colour
 from llavolta.dualspeed import ISOLATOR, add_isolator, fast_mode, load_isolator, save_isolator, slow_mode
 from llavolta.errors import UserError
@@ -64,7 +66,12 @@ DIGITS_STEPS = 200  # of a whole scheme on the digits, unless the configuration 
 
 
 # What may differ between two calls on one run folder: how far to train, and how, not what.
-_FREE = ("output", "stage", "num_workers", "log_steps", "save_steps")
+_FREE = ("output", "stage", "num_workers", "log_steps", "save_steps", "keep_checkpoints")
+WANTED_PROCESSES = "LLAVOLTA_PROCESSES"  # environment variable: so many must come up
+
+
+class Stopped(UserError):
+    """SIGTERM ended the training after a step, which was saved."""
 
 
 def digits_data(scenes: int = 4000, heldout: int = 300, seed: int = 0) -> Path:
@@ -78,20 +85,23 @@ def embedded_llava() -> Path:
     Trained on first use, about 3 minutes on 2 cores: the shipped parts alone have an untrained projector.
     """
     folder = RUNS / "single-stage"
-    first_use = not (folder / "model.safetensors").exists()
-    if first_use:
-        print("training the embedded LLaVA without compression, once; about 3 minutes on 2 cores", flush=True)
-    return train(TrainConfig(output=str(folder), scheme="single-stage"), progress=first_use)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    with FileLock(RUNS / ".single-stage.lock"):  # a second notebook waits for the first
+        first_use = not (folder / checkpoints.RECORD).exists()
+        if first_use:
+            print("training the embedded LLaVA without compression, once; about 3 minutes on 2 cores", flush=True)
+        return train(TrainConfig(output=str(folder), scheme="single-stage"), progress=first_use)
 
 
 class StageCallback(TrainerCallback):
     """Sets the plan of the stage that the optimizer step belongs to, and stops after the last stage asked for.
 
-    In a slow step none is set: StageTrainer.compute_loss sets two in turn.
+    In a slow step none is set: StageTrainer.compute_loss sets two in turn. stopping: asked after every step whether to
+    save and stop.
     """
 
-    def __init__(self, scheme: Scheme, stop_after: int | None = None):
-        self.scheme, self.stop_after = scheme, stop_after
+    def __init__(self, scheme: Scheme, stop_after: int | None, stopping: Callable[[], bool]):
+        self.scheme, self.stop_after, self.stopping = scheme, stop_after, stopping
         self.handle: Compression | None = None
         self.stage: int | None = None
 
@@ -109,6 +119,8 @@ class StageCallback(TrainerCallback):
             control.should_save = control.should_log = True
             if self.stop_after is not None and state.global_step >= ends[self.stop_after - 1]:
                 control.should_training_stop = True
+        if self.stopping():
+            control.should_save = control.should_log = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
         self.release()
@@ -160,16 +172,38 @@ class MetricsCallback(TrainerCallback):
 
 
 class StageTrainer(Trainer):
-    """Trainer that groups batches by modality and length, saves what resumes, and stops at a NaN loss."""
+    """Trainer that groups batches by modality and length, saves what resumes, and stops at a NaN loss.
 
-    def __init__(self, *args, scheme: Scheme, rates: dict[str, float | None], **kwargs):
+    keep: checkpoints to keep besides those at the ends of stages.
+    """
+
+    def __init__(self, *args, scheme: Scheme, rates: dict[str, float | None], keep: int, **kwargs):
         super().__init__(*args, **kwargs)
-        self.scheme, self.rates = scheme, rates
+        self.scheme, self.rates, self.keep = scheme, rates, keep
+        self.staging: Path | None = None
+
+    def _get_output_dir(self, trial=None):
+        return str(self.staging or self.args.output_dir)
+
+    def _save_checkpoint(self, model, trial):
+        run, step = Path(self.args.output_dir), self.state.global_step
+        name, barrier = f"{PREFIX_CHECKPOINT_DIR}-{step}", self.accelerator.wait_for_everyone
+        self.staging = run / checkpoints.STAGING
+        if self.args.should_save:
+            shutil.rmtree(self.staging, ignore_errors=True)
+        barrier()
+        with checkpoints.saving(run, name):
+            super()._save_checkpoint(model, trial)
+            barrier()
+            if self.args.should_save:
+                checkpoints.publish(self.staging / name, run / name)
+                checkpoints.prune(run, self.keep, set(self.scheme.boundaries(self.state.max_steps)))
+        self.staging = None
+        barrier()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         data = train_dataset if train_dataset is not None else self.train_dataset
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return GroupedSampler(data.lengths, data.has_image, batch, self.args.seed)
+        return GroupedSampler(data.lengths, data.has_image, self.examples_per_step, self.args.seed)
 
     def create_optimizer(self, model=None):
         model = self.model if model is None else model
@@ -217,7 +251,12 @@ class StageTrainer(Trainer):
         stages = self.scheme.written
         stage = self.scheme.stage_at(min(step, total - 1), total) + 1
         record = {"scheme": self.scheme.name, "stages": stages, "step": step, "total_steps": total, "next_stage": stage}
-        (folder / "scheme.json").write_text(json.dumps(record, indent=1))
+        record |= {"examples_per_step": self.examples_per_step, "processes": self.args.world_size}
+        (folder / checkpoints.RECORD).write_text(json.dumps(record, indent=1))
+
+    @property
+    def examples_per_step(self) -> int:
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
 
 @dataclass(frozen=True)
@@ -306,9 +345,9 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
     """Run ``config`` up to its stage, doing only what its output folder does not hold yet. Returns that folder.
 
     Missing earlier stages, projector alignment among them, are trained first. Raises ConfigError, PlanError,
-    DataError, FloatingPointError; whatever was finished before stays.
+    DataError, SaveError, FloatingPointError, and Stopped at SIGTERM; whatever was finished before stays.
     """
-    output, model_name = Path(config.output), config.model
+    output = Path(config.output)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns on import if it has to find out itself
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -320,34 +359,76 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
         setup = prepare(config)
         if state.is_main_process:
             _claim(output, config, setup.scheme)
+    with checkpoints.lock(output) if state.is_main_process else nullcontext():
+        return _train(config, setup, progress)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Projector alignment or instruction tuning: what is trained on what, where, and up to the end of which stage."""
+
+    name: str  # "align" or "instruct"
+    output: Path
+    model: str
+    data: Path
+    images: Path | None
+    scheme: Scheme
+    total_steps: int
+    last: int
+
+    @property
+    def end(self) -> int:
+        """The optimizer step that ends stage ``last``."""
+        return self.scheme.boundaries(self.total_steps)[self.last - 1]
+
+
+def _train(config: TrainConfig, setup: Setup, progress: bool) -> Path:
+    output, model, state = Path(config.output), config.model, PartialState()
     if config.aligns:
         align = output / ALIGN
         with state.main_process_first():
             data, images = _align_data(config)
         steps = _steps(config, "align", data, images)
-        if _last_step(align) < steps or not (align / "model.safetensors").exists():
-            _say("stage 0, projector alignment: training", progress)
-            one_stage = Scheme.equal("align", config.align_plan)
-            _run(config, align, "align", config.model, data, images, one_stage, steps, None, progress)
+        scheme = Scheme.equal(ALIGN, config.align_plan)
+        _bring(config, Phase("align", align, model, data, images, scheme, steps, 1), progress)
         if config.stage == 0:
             if state.is_main_process:
-                _export(align, output)
+                checkpoints.export(align, output)
             return output
-        model_name = str(align)
+        model = str(align)
     elif config.stage == 0:
         raise ConfigError("stage 0 is projector alignment, which align_steps 0 skips; raise align_steps")
-    scheme, total = setup.scheme, setup.total_steps
-    ends = scheme.boundaries(total)
-    last = config.stage or len(scheme.stages)
-    done = _last_step(output)
-    if done < ends[last - 1] or not (output / "model.safetensors").exists():
-        first = sum(done >= end for end in ends) + 1
-        earlier = f" (stages {first}..{last - 1} are missing and come first)" if first < last else ""
-        _say(f"stage {last} of {len(ends)}, plan {scheme.stages[last - 1].plan}: training{earlier}", progress)
-        _run(config, output, "instruct", model_name, setup.data, setup.images, scheme, total, last, progress)
-    else:
-        _say(f"stage {last} is trained already in {output.name}", progress)
+    last = config.stage or len(setup.scheme.stages)
+    phase = Phase("instruct", output, model, setup.data, setup.images, setup.scheme, setup.total_steps, last)
+    _bring(config, phase, progress)
     return output
+
+
+def _bring(config: TrainConfig, phase: Phase, progress: bool) -> None:
+    """Bring the phase's folder to the model at the end of its last stage, from what it holds already."""
+    state, output, scheme = PartialState(), phase.output, phase.scheme
+    held = checkpoint = None
+    if state.is_main_process:
+        held = checkpoints.finished(output, scheme.name, scheme.written, phase.total_steps)
+        if held < phase.end:
+            checkpoint = checkpoints.newest(output, lambda text: _say(text, True))
+    held, checkpoint = broadcast_object_list([held, checkpoint])
+    if held >= phase.end:
+        if phase.name == "instruct":
+            _say(f"stage {phase.last} is trained already in {output.name}", progress)
+        return
+    done = checkpoints.step_of(checkpoint) if checkpoint else 0
+    if done < phase.end:
+        ends = scheme.boundaries(phase.total_steps)
+        first = sum(done >= end for end in ends) + 1
+        earlier = f" (stages {first}..{phase.last - 1} are missing and come first)" if first < phase.last else ""
+        what = f"stage {phase.last} of {len(ends)}, plan {scheme.stages[phase.last - 1].plan}"
+        what = what if phase.name == "instruct" else "stage 0, projector alignment"
+        _say(f"{what}: training{earlier}", progress)
+        _run(config, phase, checkpoint, progress)
+    if state.is_main_process:
+        _finish(output, output / f"{PREFIX_CHECKPOINT_DIR}-{phase.end}")
+    state.wait_for_everyone()  # the next phase loads what the main process has just written
 
 
 def stage_model(config: TrainConfig, setup: Setup) -> Path:
@@ -357,47 +438,6 @@ def stage_model(config: TrainConfig, setup: Setup) -> Path:
         return output / ALIGN
     ends = setup.scheme.boundaries(setup.total_steps)
     return output / f"checkpoint-{ends[(config.stage or len(ends)) - 1]}"
-
-
-WANTED_PROCESSES = "LLAVOLTA_PROCESSES"
-
-
-def launch(config: TrainConfig, num_processes: int = 1) -> Path:
-    """``train`` in this process, or in ``num_processes`` of them under torchrun (each a GPU, or the CPU).
-
-    Raises ConfigError with the child's last lines if they fail, or if not all of them come up.
-    """
-    if isinstance(num_processes, bool) or not isinstance(num_processes, int) or num_processes < 1:
-        raise ConfigError(f"num_processes must be a whole number of at least 1, not {num_processes!r}")
-    if num_processes == 1:
-        return train(config)
-    output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    file = output.with_name(f"{output.name}.launch.yaml")
-    file.write_text(yaml.safe_dump(asdict(config)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    environment = {
-        **os.environ,
-        WANTED_PROCESSES: str(num_processes),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-    }
-    child = subprocess.Popen(
-        [*command, "-m", "llavolta.train", str(file)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    lines = []
-    for line in child.stdout:
-        print(line, end="", flush=True)
-        lines = [*lines[-200:], line]
-    if child.wait():
-        said = re.findall(r"(?:^|\s|\])error: (.*)", "".join(lines))  # it may follow a progress bar on its line
-        cause = said[0] if said else "".join(lines[-15:])
-        raise ConfigError(f"training in {num_processes} processes failed: {cause.strip()}")
-    file.unlink()
-    return output
 
 
 def _say(text: str, progress: bool) -> None:
@@ -423,7 +463,7 @@ def _claim(output: Path, config: TrainConfig, scheme: Scheme) -> None:
         if differ:
             changes = ", ".join(f"{name} {held.get(name)!r} -> {values[name]!r}" for name in differ)
             raise ConfigError(f"{output} holds another run ({changes}); name another output, or remove it")
-    elif output.exists() and any(output.iterdir()):
+    elif output.exists() and any(path.name != checkpoints.LOCK for path in output.iterdir()):
         raise ConfigError(f"{output} is not empty and holds no config.yaml of a run; name another output")
     output.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(values, sort_keys=False))
@@ -437,37 +477,33 @@ def _align_data(config: TrainConfig) -> tuple[Path, Path | None]:
     return digits_data(config.scenes) / "align.json", None
 
 
-def _last_step(folder: Path) -> int:
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return int(last.rsplit("-", 1)[1]) if last else 0
-
-
-def _run(config, output: Path, phase: str, model_name: str, data, images, scheme, total, stop_after, progress) -> None:
-    """Train ``phase`` in ``output`` from its newest checkpoint, or from ``model_name``, to the end of a stage."""
+def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: bool) -> None:
+    """Train ``phase`` from ``checkpoint``, or from its model, to the end of its last stage."""
     set_seed(config.seed)
-    if phase == "align" and config.vision_tower is not None:
+    output, scheme, total, aligning = phase.output, phase.scheme, phase.total_steps, phase.name == "align"
+    if aligning and config.vision_tower is not None:
         model, processor = join(config.vision_tower, config.language_model)
     else:
-        model, processor = load_model(model_name, config.quantize if phase == "instruct" else None)
-    if phase == "align":
+        model, processor = load_model(phase.model, None if aligning else config.quantize)
+    if aligning:
         model, processor = replace_projector(model, processor, config.projector)
     num_layers, num_tokens = len(find_parts(model).layers), getattr(model.config, "image_seq_length", 0)
-    set_trainable(model, phase, config.train_tower)
-    if phase == "instruct" and config.lora_rank:
-        base = Path(model_name).resolve()  # the adapters may be loaded from elsewhere
-        model = with_adapters(model, config, str(base) if base.exists() else model_name)
+    set_trainable(model, phase.name, config.train_tower)
+    if config.lora_rank and not aligning:
+        base = Path(phase.model).resolve()  # the adapters may be loaded from elsewhere
+        model = with_adapters(model, config, str(base) if base.exists() else phase.model)
     slow = any(stage.slow_every for stage in scheme.stages)
     if slow:
         add_isolator(model)
     pad = padding_colour(processor) if config.pad_to_square else None
-    size, accumulated = config.batches(phase, int(os.environ.get("WORLD_SIZE", 1)))
+    size, accumulated = config.batches(phase.name, int(os.environ.get("WORLD_SIZE", 1)))
     arguments = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=size,
         gradient_accumulation_steps=accumulated,
         activation_checkpointing=config.gradient_checkpointing,
         max_steps=total,
-        learning_rate=float(config.align_learning_rate if phase == "align" else config.learning_rate),
+        learning_rate=float(config.align_learning_rate if aligning else config.learning_rate),
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(config.warmup * total),
         weight_decay=config.weight_decay,
@@ -482,13 +518,17 @@ def _run(config, output: Path, phase: str, model_name: str, data, images, scheme
         report_to="none",
         disable_tqdm=not progress,
         ddp_find_unused_parameters=True if slow else None,  # the mode isolator has no part in slow steps
+        deepspeed=engine_file(config.deepspeed),
+        fsdp=True if config.fsdp else None,
+        fsdp_config=engine_file(config.fsdp),
         seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
     )
-    dataset = open_data(config, data, images, pad)
+    dataset = open_data(config, phase.data, phase.images, pad)
     if config.bad_entries == "skip":
         _record_skipped(output, dataset, progress)
-    stages = StageCallback(scheme, stop_after)
+    asked = threading.Event()
+    stages = StageCallback(scheme, phase.last, lambda: _on_any_process(trainer, asked))
     tuned = {PROJECTOR: config.projector_learning_rate, TOWER: config.tower_learning_rate}
     trainer = StageTrainer(
         model=model,
@@ -498,47 +538,85 @@ def _run(config, output: Path, phase: str, model_name: str, data, images, scheme
         processing_class=processor,
         callbacks=[stages, MetricsCallback(output / "metrics.jsonl", scheme, num_layers, num_tokens)],
         scheme=scheme,
-        rates=tuned if phase == "instruct" else {},
+        rates={} if aligning else tuned,
+        keep=config.keep_checkpoints,
     )
     trainer.remove_callback(PrinterCallback)  # metrics.jsonl holds it all
-    checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
     if checkpoint:
-        _check_checkpoint(Path(checkpoint), scheme, total)
+        _check_checkpoint(checkpoint, trainer, config)
         if slow:
-            load_isolator(model, Path(checkpoint))
+            load_isolator(model, checkpoint)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with _on_sigterm(asked.set):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         stages.release()
-    if isinstance(model, PeftModel):
-        _save_merged(trainer, output)
-    else:
-        trainer.save_model(str(output))
-    trainer.accelerator.wait_for_everyone()  # the next phase loads what the main process has just written
+    step = trainer.state.global_step
+    if step < phase.end:
+        raise Stopped(f"SIGTERM stopped training after step {step}, saved as checkpoint-{step}; run again to go on")
 
 
-def _save_merged(trainer: StageTrainer, output: Path) -> None:
-    """Write the model with its adapters merged into weights of full precision: a plain Hugging Face folder."""
-    if trainer.is_world_process_zero():
-        model, processor = load_model(get_last_checkpoint(str(output)))
-        model.save_pretrained(output, save_original_format=False)
-        processor.save_pretrained(output)
+@contextmanager
+def _on_sigterm(act: Callable[[], None]):
+    """Call ``act`` at SIGTERM in place of ending the process; only the main thread of a process can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: act())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _check_checkpoint(checkpoint: Path, scheme: Scheme, total: int) -> None:
-    held = json.loads((checkpoint / "scheme.json").read_text())
+def _on_any_process(trainer: Trainer, event: threading.Event) -> bool:
+    """Whether ``event`` is set on any process; to be asked by all of them."""
+    if trainer.args.world_size == 1:
+        return event.is_set()
+    if event.is_set():
+        trainer.accelerator.set_trigger()
+    return trainer.accelerator.check_trigger()
+
+
+def engine_file(name: str | None) -> str | None:
+    """The configuration file of a DeepSpeed or FSDP engine: a name of ENGINES, or a file's own."""
+    return str(ENGINES.get(name, name)) if name else None
+
+
+def _finish(output: Path, checkpoint: Path) -> None:
+    """Make the plain Hugging Face folder ``output`` of ``checkpoint``; adapters are merged, in full precision."""
+    if not (checkpoint / "adapter_config.json").exists():
+        checkpoints.export(checkpoint, output)
+        return
+    model, processor = load_model(str(checkpoint))
+    with checkpoints.saving(output, "the model"):
+        staging = output / checkpoints.STAGING
+        shutil.rmtree(staging, ignore_errors=True)
+        model.save_pretrained(staging, save_original_format=False)
+        processor.save_pretrained(staging)
+        checkpoints.install(staging, checkpoint / checkpoints.RECORD, output)
+
+
+def _check_checkpoint(checkpoint: Path, trainer: StageTrainer, config: TrainConfig) -> None:
+    """Refuse to go on from a checkpoint of another scheme, batch, or partition of the optimizer."""
+    held = json.loads((checkpoint / checkpoints.RECORD).read_text())
+    scheme, total = trainer.scheme, trainer.args.max_steps
     if held["total_steps"] != total or held["stages"] != scheme.written:
         raise ConfigError(
             f"{checkpoint} belongs to scheme {held['scheme']!r} over {held['total_steps']} steps, this run is "
             f"{scheme.name!r} over {total}; name another output"
         )
-
-
-def _export(source: Path, target: Path) -> None:
-    """Copy the finished model of ``source`` into ``target`` (the run folder's root)."""
-    for file in source.iterdir():
-        if file.is_file() and file.name not in ("config.yaml", "metrics.jsonl", "skipped.json", "training_args.bin"):
-            shutil.copy2(file, target / file.name)
+    processes, now = held["processes"], trainer.args.world_size
+    if held["examples_per_step"] != trainer.examples_per_step:
+        raise ConfigError(
+            f"{checkpoint} was trained on {held['examples_per_step']} examples a step in {processes} processes, "
+            f"this run has {trainer.examples_per_step} in {now}; set global_batch or batch_size"
+        )
+    if (config.deepspeed or config.fsdp) and processes != now:
+        raise ConfigError(
+            f"{checkpoint} is in parts for {processes} processes, not {now}; use as many, or begin the next stages in "
+            "another output, with this one's folder as the model"
+        )
 
 
 def summary(config: TrainConfig, setup: Setup, table, times) -> str:
@@ -581,6 +659,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", help=f"YAML file of TrainConfig's parameters, or a preset: {', '.join(PRESETS)}")
     parser.add_argument("--stage", type=int, help="overrides the file's stage")
     parser.add_argument("--output", help="overrides the file's output")
+    parser.add_argument("--num-processes", type=int, metavar="N", help="processes of this machine, by torchrun")
+    parser.add_argument("--torchrun", default="", metavar="OPTIONS", help="its options for several machines")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher gives it
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="overrides any other parameter")
     options = parser.parse_args(arguments)
     try:
@@ -597,7 +678,15 @@ def main(arguments: list[str] | None = None) -> int:
             if not isinstance(values, dict):
                 raise ConfigError(f"{options.config} must hold 'name: value' lines")
             config = TrainConfig.from_dict(values | changes)
-        train(config)
+        if options.num_processes or options.torchrun:
+            from llavolta.launch import launch  # which stands on this module
+
+            launch(config, options.num_processes or 1, options.torchrun)
+        else:
+            train(config)
+    except Stopped as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except (UserError, OSError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llavolta.data import DataError
+from llavolta.launch import launch
 from llavolta.train import (
     WANTED_PROCESSES,
     ConfigError,
     TrainConfig,
-    launch,
     main,
     prepare,
     read_metrics,
