@@ -377,17 +377,25 @@ class Collator:
     Labels are the answers, as the processor's chat template writes them with what follows (the end token); all
     else is ignored. Rows are padded at the end and cut at ``max_length``. Raises DataError when that would cut into
     a picture or leave no label.
+
+    always_picture: examples without any picture get one more row, of a black picture and no label, so that every
+    part of the model is in the graph of every batch, as DistributedDataParallel, ZeRO and FSDP need on all processes.
     """
 
     processor: object
     max_length: int = 2048
+    always_picture: bool = False
 
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.tokenizer
         texts, spans = zip(*(self._render(example) for example in examples), strict=True)
         images = [image for example in examples for image in example.images]
+        rendered = list(texts)
+        if self.always_picture and not images:
+            rendered.append(self.processor.image_token)
+            images.append(Image.new("RGB", (32, 32)))
         encoded = self.processor(
-            text=list(texts), images=images or None, padding=True, padding_side="right", return_tensors="pt"
+            text=rendered, images=images or None, padding=True, padding_side="right", return_tensors="pt"
         )
         plain = tokenizer(list(texts), return_offsets_mapping=True)
         ids, picture = encoded["input_ids"], self.processor.image_token_id
@@ -405,6 +413,8 @@ class Collator:
             values = torch.where(answers, written, IGNORED)[written != picture]
             labels[row, text.nonzero().squeeze(1)] = values
             self._check_length(example, ids[row], labels[row])
+        if (ids[len(examples) :, self.max_length :] == picture).any():
+            raise DataError(f"max_length {self.max_length} is less than a picture's visual tokens; raise it")
         keep = min(ids.shape[1], self.max_length)
         batch = {"input_ids": ids[:, :keep], "attention_mask": encoded["attention_mask"][:, :keep]}
         others = {key: value for key, value in encoded.items() if key not in batch}

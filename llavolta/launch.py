@@ -37,7 +37,6 @@ def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> P
         **os.environ,
         WANTED_PROCESSES: str(num_processes * _machines(options)),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),  # DeepSpeed's ninja
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"),  # a last checkpoint
     }
     child = subprocess.Popen(

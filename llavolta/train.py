@@ -350,6 +350,8 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
     output = Path(config.output)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns on import if it has to find out itself
+    if config.deepspeed:  # it calls ninja, which pip puts beside this Python
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     state = PartialState(cpu=not torch.cuda.is_available())
     wanted = int(os.environ.get(WANTED_PROCESSES, state.num_processes))
     if wanted != state.num_processes:
@@ -534,7 +536,7 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=Collator(processor, config.max_length),
+        data_collator=Collator(processor, config.max_length, always_picture=True),
         processing_class=processor,
         callbacks=[stages, MetricsCallback(output / "metrics.jsonl", scheme, num_layers, num_tokens)],
         scheme=scheme,
@@ -678,7 +680,10 @@ def main(arguments: list[str] | None = None) -> int:
             if not isinstance(values, dict):
                 raise ConfigError(f"{options.config} must hold 'name: value' lines")
             config = TrainConfig.from_dict(values | changes)
-        if options.num_processes or options.torchrun:
+        if options.num_processes and "WORLD_SIZE" in os.environ:  # under a launcher
+            os.environ[WANTED_PROCESSES] = str(options.num_processes)
+            train(config)
+        elif options.num_processes or options.torchrun:
             from llavolta.launch import launch  # which stands on this module
 
             launch(config, options.num_processes or 1, options.torchrun)

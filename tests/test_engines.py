@@ -1,0 +1,62 @@
+"""Two processes over gloo under each engine train like one: losses, resumption across a stage, the final folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from llavolta.config import TrainConfig
+from llavolta.launch import launch
+from llavolta.train import read_metrics, train
+
+ENGINES = {
+    "ddp": {},
+    "zero2": {"deepspeed": "zero2"},
+    "zero3": {"deepspeed": "zero3"},
+    "fsdp2": {"fsdp": "fsdp2"},
+}
+
+
+@pytest.fixture(scope="module")
+def settings(scenes, small_model, tmp_path_factory):
+    """Three stages of two steps on batches of pictures, of text, and of pictures on the first process only."""
+    entries = json.loads((scenes / "train.json").read_text())[:32]
+    for entry in entries[20:]:
+        entry.pop("image")
+        for turn in entry["conversations"]:
+            turn["value"] = turn["value"].replace("<image>", "").strip()
+    file = tmp_path_factory.mktemp("mixed") / "mixed.json"
+    file.write_text(json.dumps(entries))
+    values = dict(model=str(small_model), data=str(file), images=str(scenes), align_steps=0, max_steps=6)
+    return {**values, "global_batch": 8, "log_steps": 1, "save_steps": 1, "warmup": 0.0, "learning_rate": 5e-4}
+
+
+@pytest.fixture(scope="module")
+def one(settings, tmp_path_factory):
+    """The same in one process."""
+    output = tmp_path_factory.mktemp("one") / "run"
+    return train(TrainConfig(output=str(output), batch_size=8, **settings), progress=False)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_like_one(one, settings, tmp_path, engine):
+    values = {**settings, "batch_size": 4, "output": str(tmp_path / "run"), **ENGINES[engine]}
+    launch(TrainConfig(**values, stage=1), num_processes=2)
+    two = launch(TrainConfig(**values), num_processes=2)
+    assert json.loads((two / "scheme.json").read_text())["processes"] == 2
+
+    rows = [read_metrics(folder / "metrics.jsonl") for folder in (one, two)]
+    assert [row["step"] for row in rows[1]] == list(range(1, 7))
+    losses = [[row["loss"] for row in found] for found in rows]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    assert min(losses[0]) < losses[0][0] - 0.1  # it trains
+    model, info = AutoModelForImageTextToText.from_pretrained(two, output_loading_info=True, dtype=torch.float32)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    trained, found = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    assert trained.keys() == found.keys()
+    for name, value in trained.items():
+        torch.testing.assert_close(found[name], value, atol=1e-3, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
