@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from filelock import FileLock
 from torch.utils.data import Dataset
 from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -520,12 +520,15 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         report_to="none",
         disable_tqdm=not progress,
         ddp_find_unused_parameters=True if slow else None,  # the mode isolator has no part in slow steps
-        deepspeed=engine_file(config.deepspeed),
+        deepspeed=_engine_file(config.deepspeed),
         fsdp=True if config.fsdp else None,
-        fsdp_config=engine_file(config.fsdp),
+        fsdp_config=_fsdp_config(config.fsdp, model) if config.fsdp else None,
         seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
     )
+    if config.fsdp and arguments.device.type == "cpu":
+        # accelerate would leave FSDP out on a CPU, and say nothing; over gloo it works like on GPUs
+        PartialState().distributed_type = DistributedType.MULTI_GPU
     dataset = open_data(config, phase.data, phase.images, pad)
     if config.bad_entries == "skip":
         _record_skipped(output, dataset, progress)
@@ -543,6 +546,12 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         rates={} if aligning else tuned,
         keep=config.keep_checkpoints,
     )
+    for engine, wanted, on in (
+        ("deepspeed", config.deepspeed, trainer.is_deepspeed_enabled),
+        ("fsdp", config.fsdp, trainer.is_fsdp_enabled),
+    ):
+        if wanted and not on:
+            raise ConfigError(f"{engine} {wanted!r} was asked for, but accelerate left it out; see its warnings above")
     trainer.remove_callback(PrinterCallback)  # metrics.jsonl holds it all
     if checkpoint:
         _check_checkpoint(checkpoint, trainer, config)
@@ -580,9 +589,19 @@ def _on_any_process(trainer: Trainer, event: threading.Event) -> bool:
     return trainer.accelerator.check_trigger()
 
 
-def engine_file(name: str | None) -> str | None:
+def _engine_file(name: str | None) -> str | None:
     """The configuration file of a DeepSpeed or FSDP engine: a name of ENGINES, or a file's own."""
     return str(ENGINES.get(name, name)) if name else None
+
+
+def _fsdp_config(name: str, model) -> dict:
+    """Trainer's fsdp_config: the file's, sharding layer by layer unless it says what to wrap.
+
+    transformers' own list of LLaVA's layers names some that the model does not have, which accelerate refuses.
+    """
+    stacks = [part for part in unwrap(model).modules() if isinstance(part, torch.nn.ModuleList) and len(part)]
+    layers = sorted({type(stack[0]).__name__ for stack in stacks})
+    return {"transformer_layer_cls_to_wrap": layers} | json.loads(Path(_engine_file(name)).read_text(encoding="utf-8"))
 
 
 def _finish(output: Path, checkpoint: Path) -> None:

@@ -13,11 +13,11 @@ from llavolta.config import TrainConfig
 from llavolta.launch import launch
 from llavolta.train import read_metrics, train
 
-ENGINES = {
-    "ddp": {},
-    "zero2": {"deepspeed": "zero2"},
-    "zero3": {"deepspeed": "zero3"},
-    "fsdp2": {"fsdp": "fsdp2"},
+ENGINES = {  # the configuration, and a file that only this engine's checkpoints hold
+    "ddp": ({}, "optimizer.pt"),
+    "zero2": ({"deepspeed": "zero2"}, "global_step6/zero_pp_rank_1_mp_rank_00_optim_states.pt"),
+    "zero3": ({"deepspeed": "zero3"}, "global_step6/zero_pp_rank_1_mp_rank_00_model_states.pt"),
+    "fsdp2": ({"fsdp": "fsdp2"}, "pytorch_model_fsdp.bin"),
 }
 
 
@@ -44,11 +44,13 @@ def one(settings, tmp_path_factory):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_train_like_one(one, settings, tmp_path, engine):
-    values = {**settings, "batch_size": 4, "output": str(tmp_path / "run"), **ENGINES[engine]}
+    parameters, own = ENGINES[engine]
+    values = {**settings, "batch_size": 4, "output": str(tmp_path / "run"), **parameters}
     launch(TrainConfig(**values, stage=1), num_processes=2)
     two = launch(TrainConfig(**values), num_processes=2)
     assert json.loads((two / "scheme.json").read_text())["processes"] == 2
 
+    assert (two / "checkpoint-6" / own).exists()
     rows = [read_metrics(folder / "metrics.jsonl") for folder in (one, two)]
     assert [row["step"] for row in rows[1]] == list(range(1, 7))
     losses = [[row["loss"] for row in found] for found in rows]
