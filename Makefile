@@ -1,4 +1,4 @@
-# make demo | test | lab | notebooks | evidence: each sets up .venv first. PYTHON names the interpreter (3.11 or newer).
+# make demo | test | lab | notebooks | evidence | stress: each sets up .venv first. PYTHON names the interpreter (3.11 or newer).
 # make eval | test-eval: the same in .venv-eval, which has lmms-eval, too.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -47,6 +47,10 @@ evidence: install
 	cd notebooks && ../$(BIN)/papermill 05_compare_compressors.ipynb ../data/runs/05.ipynb -p record ../papers/compressors
 	$(BIN)/python -m llavolta.claims
 
+# Kills trainings at random moments and compares the weights of the resumed runs bit for bit; about a minute.
+stress: install
+	$(BIN)/python tests/stress.py --kills 20
+
 # The embedded model through lmms-eval, without compression and with the plan of stage I; answers must agree with ours.
 eval: install-eval
 	$(EVAL_BIN)/python -m llavolta.benchmarks embedded
@@ -54,4 +58,4 @@ eval: install-eval
 test-eval: install-eval
 	$(EVAL_BIN)/python -m pytest tests/test_benchmarks.py
 
-.PHONY: install install-eval demo test lab notebooks evidence eval test-eval
+.PHONY: install install-eval demo test lab notebooks evidence stress eval test-eval

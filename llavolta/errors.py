@@ -10,3 +10,7 @@ class UserError(Exception):
 
 class UnsupportedModel(UserError, TypeError):
     """A model, or a way of calling one, that cannot be compressed; the message says why."""
+
+
+class Stopped(UserError):
+    """SIGTERM ended a training after a step, which was saved."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
@@ -13,7 +14,8 @@ from pathlib import Path
 import yaml
 
 from llavolta.config import ConfigError, TrainConfig
-from llavolta.train import WANTED_PROCESSES, train
+from llavolta.errors import Stopped
+from llavolta.train import WANTED_PROCESSES, on_sigterm, train
 
 
 def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> Path:
@@ -21,7 +23,7 @@ def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> P
 
     torchrun: options for several machines, such as "--nnodes 2 --node_rank 0 --rdzv_backend c10d --rdzv_endpoint
     HOST:29500"; run the same on each of them, with a run folder and data that all see. Raises ConfigError with the
-    child's error if it fails, or if not all processes come up.
+    child's error if it fails, or if not all processes come up, and Stopped at SIGTERM.
     """
     if isinstance(num_processes, bool) or not isinstance(num_processes, int) or num_processes < 1:
         raise ConfigError(f"num_processes must be a whole number of at least 1, not {num_processes!r}")
@@ -44,20 +46,21 @@ def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> P
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
     )
     lines: list[str] = []
     try:
-        for line in child.stdout:
-            print(line, end="", flush=True)
-            lines = [*lines[-400:], line]
-        failed = child.wait()
+        with on_sigterm(child.terminate):
+            for line in io.TextIOWrapper(child.stdout, errors="replace", newline=""):  # with a progress bar's returns
+                print(line, end="", flush=True)
+                lines = [*lines[-400:], line]
+            failed = child.wait()
     finally:
         if child.poll() is None:  # this process is interrupted
             child.terminate()
             child.wait()
         file.unlink(missing_ok=True)
+    if stopped := re.search(r"(?:^|\s|\])stopped: (.*)", "".join(lines)):
+        raise Stopped(stopped[1].strip())
     if failed:
         raise ConfigError(f"training in {num_processes} processes failed: {_cause(lines)}")
     return output

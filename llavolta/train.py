@@ -43,7 +43,7 @@ from llavolta import checkpoints, digits
 from llavolta.config import ENGINES, PRESETS, ConfigError, TrainConfig, parse_yaml
 from llavolta.data import Collator, DataError, GroupedSampler, LlavaData, find_bad, padding_colour
 from llavolta.dualspeed import ISOLATOR, add_isolator, fast_mode, load_isolator, save_isolator, slow_mode
-from llavolta.errors import UserError
+from llavolta.errors import Stopped, UserError
 from llavolta.families import find_parts, unwrap
 from llavolta.models import (
     DATA,
@@ -68,10 +68,6 @@ DIGITS_STEPS = 200  # of a whole scheme on the digits, unless the configuration 
 # What may differ between two calls on one run folder: how far to train, and how, not what.
 _FREE = ("output", "stage", "num_workers", "log_steps", "save_steps", "keep_checkpoints")
 WANTED_PROCESSES = "LLAVOLTA_PROCESSES"  # environment variable: so many must come up
-
-
-class Stopped(UserError):
-    """SIGTERM ended the training after a step, which was saved."""
 
 
 def digits_data(scenes: int = 4000, heldout: int = 300, seed: int = 0) -> Path:
@@ -558,7 +554,7 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         if slow:
             load_isolator(model, checkpoint)
     try:
-        with _on_sigterm(asked.set):
+        with on_sigterm(asked.set):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         stages.release()
@@ -568,7 +564,7 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
 
 
 @contextmanager
-def _on_sigterm(act: Callable[[], None]):
+def on_sigterm(act: Callable[[], None]):
     """Call ``act`` at SIGTERM in place of ending the process; only the main thread of a process can."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,8 +1,7 @@
 import pytest
-import torch
-from transformers import CLIPVisionModel, LlamaForCausalLM
+from tiny import write_small_llava
 
-from llavolta import backbones, data, digits
+from llavolta import data, digits
 
 
 @pytest.fixture(scope="session")
@@ -13,13 +12,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory):
-    """A folder with an untrained LLaVA of 4 layers and 144 visual tokens, and its processor."""
-    torch.manual_seed(0)
-    small = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2)
-    tower = CLIPVisionModel(backbones.vision_config(**small, num_hidden_layers=2))
-    language_model = LlamaForCausalLM(backbones.text_config(**small, num_hidden_layers=4))
-    folder = tmp_path_factory.mktemp("model") / "small-llava"
-    return backbones.save(backbones.assemble(tower, language_model), folder)
+    return write_small_llava(tmp_path_factory.mktemp("model") / "small-llava")
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from llavolta import backbones
 
 IMAGE, PAD = 4, 0
 VOCABULARY = 32
@@ -46,6 +57,15 @@ def tiny_llava(layers: int = 4, grid: int = 4, dtype=torch.float32, attention: s
     for parameter in model.model.multi_modal_projector.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.to(dtype).eval()
+
+
+def write_small_llava(folder: Path) -> Path:
+    """Write an untrained LLaVA of 4 layers and 144 visual tokens, and its processor, to ``folder``."""
+    torch.manual_seed(0)
+    small = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2)
+    tower = CLIPVisionModel(backbones.vision_config(**small, num_hidden_layers=2))
+    language_model = LlamaForCausalLM(backbones.text_config(**small, num_hidden_layers=4))
+    return backbones.save(backbones.assemble(tower, language_model), folder)
 
 
 def ragged_batch(rows: list[list[int]], grid: int = 4, side: str = "right", seed: int = 0, dtype=torch.float32) -> dict:

@@ -1,0 +1,209 @@
+"""What happens to a run when the machine, the disk or a process fails: nothing is lost but steps since a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from llavolta import checkpoints
+from llavolta.checkpoints import SaveError, find_damage
+from llavolta.config import TrainConfig
+from llavolta.errors import Stopped, UserError
+from llavolta.launch import launch
+from llavolta.train import StageTrainer, read_metrics, train
+
+
+@pytest.fixture(scope="module")
+def settings(scenes, small_model):
+    """Parameters of a run of nine steps, three a stage, with a checkpoint after each."""
+    return dict(
+        model=str(small_model),
+        data=str(scenes / "train.json"),
+        align_steps=0,
+        max_steps=9,
+        batch_size=8,
+        log_steps=1,
+        save_steps=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """The run that nothing disturbed."""
+    return run(settings, tmp_path_factory.mktemp("whole") / "run")
+
+
+def run(settings: dict, output: Path, **changes) -> Path:
+    return train(TrainConfig(**{**settings, "output": str(output), **changes}), progress=False)
+
+
+def same(a: Path, b: Path) -> bool:
+    held, other = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return held.keys() == other.keys() and all(torch.equal(held[name], other[name]) for name in held)
+
+
+def steps(folder: Path) -> list[int]:
+    return [checkpoints.step_of(path) for path in checkpoints.checkpoints(folder)]
+
+
+def test_random_kills():
+    """Some of what ``make stress`` does: SIGKILL at random moments, then bit-equal weights."""
+    script = Path(__file__).with_name("stress.py")
+    out = subprocess.run([sys.executable, str(script), "--kills", "5"], capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert "equal to the undisturbed one" in out.stdout
+
+
+def test_old_checkpoints_go_and_ends_of_stages_stay(whole, settings, tmp_path):
+    assert steps(whole) == [9, 8, 7, 6, 3]
+    assert steps(run(settings, tmp_path / "run", keep_checkpoints=1)) == [9, 8, 6, 3]
+
+
+DAMAGES = {
+    "cut short": lambda folder: os.truncate(folder / "model.safetensors", 1000),
+    "a changed byte": lambda folder: flip(folder / "optimizer.pt"),
+    "a missing file": lambda folder: (folder / "trainer_state.json").unlink(),
+    "no seal": lambda folder: (folder / checkpoints.SEAL).unlink(),
+    "no readable seal": lambda folder: (folder / checkpoints.SEAL).write_text("{"),
+}
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_is_passed_over(whole, settings, tmp_path, damage, capsys):
+    output = run(settings, tmp_path / "run", stage=2)
+    DAMAGES[damage](output / "checkpoint-6")
+    (output / checkpoints.RECORD).unlink()  # as if it was killed before the stage's model was written
+    capsys.readouterr()
+    run(settings, output)
+    said = capsys.readouterr().out
+    assert "checkpoint-6 is damaged (" in said and "going on from the checkpoint before it" in said
+    assert (output / "damaged-checkpoint-6").exists() and find_damage(output / "checkpoint-6") is None
+    assert same(whole, output)
+
+
+def test_a_model_that_was_not_written_whole_is_written_again(whole, settings, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    (output / checkpoints.RECORD).unlink()
+    os.truncate(output / "model.safetensors", 1000)
+    monkeypatch.setattr(StageTrainer, "training_step", lambda *args: pytest.fail("trained again"))
+    assert same(whole, run(settings, output))
+
+
+def test_sigterm_saves_then_stops(whole, settings, tmp_path, monkeypatch):
+    step, output = StageTrainer.training_step, tmp_path / "run"
+
+    def terminated(self, *args):
+        if self.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    monkeypatch.setattr(StageTrainer, "training_step", terminated)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="SIGTERM stopped training after step 5, saved as checkpoint-5"):
+        run(settings, output, save_steps=0)
+    assert steps(output) == [5, 3] and signal.getsignal(signal.SIGTERM) is handler
+    monkeypatch.undo()
+    assert same(whole, run(settings, output, save_steps=0))
+
+
+def test_a_disk_that_fills_up_while_saving(whole, settings, tmp_path):
+    """The file system refuses what is longer than a limit, which lies below the size of a checkpoint's optimizer."""
+    output = run(settings, tmp_path / "run", stage=1)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, ((output / "checkpoint-3" / "optimizer.pt").stat().st_size // 2, limit[1])
+    )
+    try:
+        with pytest.raises(SaveError, match="checkpoint-4 could not be written to .*checkpoint-3 is safe. Make room"):
+            run(settings, output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert steps(output) == [3, 2, 1] and not (output / checkpoints.STAGING).exists()
+    assert find_damage(output / "checkpoint-3") is None and same(output, output / "checkpoint-3")
+    assert same(whole, run(settings, output))
+
+
+def test_two_trainings_cannot_share_a_folder(settings, tmp_path, monkeypatch):
+    output, step = tmp_path / "run", StageTrainer.training_step
+
+    def second(self, *args):
+        with pytest.raises(UserError, match=f"another training is at work in {output}"):
+            run(settings, output)
+        return step(self, *args)
+
+    monkeypatch.setattr(StageTrainer, "training_step", second)
+    run(settings, output, stage=1)
+    monkeypatch.undo()
+    run(settings, output, stage=2)
+
+
+def begun(settings: dict, output: Path, **environment) -> subprocess.Popen:
+    """A training in two processes that takes its time, some steps into it."""
+    values = {**settings, "output": str(output), "batch_size": 4, "max_steps": 3000}
+    file = output.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "llavolta.train", str(file), "--num-processes", "2"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while len(read_metrics(output / "metrics.jsonl")) < 3:
+        assert child.poll() is None, child.stdout.read()[-3000:]
+        time.sleep(0.1)
+    return child
+
+
+def workers(of: int) -> list[int]:
+    """The processes that torchrun, a child of process ``of``, has started."""
+
+    def children(process: int) -> list[int]:
+        return [int(text) for text in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+    [torchrun] = children(of)
+    return children(torchrun)
+
+
+def test_a_process_that_dies_ends_the_others_with_its_error(settings, tmp_path):
+    child = begun(settings, tmp_path / "run")
+    ranks = workers(child.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    said = child.communicate(timeout=120)[0]
+    assert child.returncode == 1
+    assert f"error: training in 2 processes failed: Signal 9 (SIGKILL) received by PID {ranks[1]}" in said
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    newest = checkpoints.newest(tmp_path / "run", lambda text: pytest.fail(text))
+    assert checkpoints.step_of(newest) >= 2
+
+
+def test_sigterm_stops_all_processes_after_one_checkpoint(settings, tmp_path):
+    child = begun({**settings, "save_steps": 0}, tmp_path / "run")
+    child.terminate()
+    said = child.communicate(timeout=120)[0]
+    assert child.returncode == 128 + signal.SIGTERM, said[-3000:]
+    [saved] = checkpoints.checkpoints(tmp_path / "run")
+    assert f"stopped: SIGTERM stopped training after step {checkpoints.step_of(saved)}, saved as {saved.name}" in said
+    assert find_damage(saved) is None
+
+
+def test_another_number_of_examples_a_step_is_refused(settings, tmp_path):
+    from llavolta.config import ConfigError
+
+    output = run(settings, tmp_path / "run", stage=1)
+    with pytest.raises(ConfigError, match="was trained on 8 examples a step in 1 processes, this run has 16 in 2"):
+        launch(TrainConfig(**{**settings, "output": str(output)}), num_processes=2)
