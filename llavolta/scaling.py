@@ -137,7 +137,7 @@ def strong(cluster: Cluster, whole: int = 128) -> pd.DataFrame:
 TEMPLATE = """# Staged compression on many machines
 
 Written by `python -m llavolta.scaling`; do not edit. LLaVA-1.5-7B under `three-stage`, gradient checkpointing,
-bfloat16. Nothing here was run on GPUs: operations are the cost model's, the speed of a GPU ({speed:.0f} TFLOP/s) is what makes
+bfloat16. Nothing here was run on GPUs: operations are the cost model's, the speed ({speed:.0f} TFLOP/s) is what makes
 {machines} of them take the paper's {hours} hours, batches are drawn by the sampler that training uses from texts as
 long as mix665k's. Assumed: {inside:.0f} GB/s a GPU within a node of {node}, {across:.0f} GB/s between nodes,
 {overlap:.0%} of the communication hidden as long as there is computation to hide it, {pictures:.0f} pictures a second
@@ -160,7 +160,7 @@ waiting: for the GPU with the longest rows. cores: CPU cores that a GPU needs fo
   text is most of what is left: on {last} GPUs {waiting:.0%} of a step is waiting, against {waiting_plain:.0%} without
   compression; in random order it would be {waiting_loose:.0%}. Training here always groups by length and modality.
 - **Communication stays, computation shrinks.** ZeRO-3 moves {zero3:.0f} GB a GPU and step whatever the plan. With
-  {batch} examples a GPU it hides: the scheme takes {near:.2f} of the uncompressed time on 8 GPUs and {far:.2f} on {last}. With
+  {batch} examples a GPU it hides: it takes {near:.2f} of the uncompressed time on 8 GPUs, {far:.2f} on {last}. With
   the published batch split over 128 GPUs, one example each, it does not: {split:.2f}, and a step is mostly traffic.
   Use `deepspeed: zero2` ({zero2:.0f} GB) where the model fits, or give each GPU more examples and accumulate less:
   `batch_size` up, `global_batch` kept; compression leaves room for them.
