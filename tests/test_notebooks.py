@@ -9,6 +9,7 @@ import pandas as pd
 import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
+from test_benchmark_table import write_results
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
@@ -229,3 +230,14 @@ def test_05_compare_compressors(study, scenes, tmp_path):
 def test_05_compare_compressors_stops_with_one_clear_line(study, tmp_path, wrong, message):
     settings = {**study, "limit": 4, "train_steps": 0}
     assert_one_clear_line("05_compare_compressors", tmp_path, settings, wrong, message)
+
+
+def test_08_benchmarks_marks_what_was_not_run(tmp_path):
+    empty = run("08_benchmarks", tmp_path, results=str(tmp_path / "none"))
+    assert "Nothing was run yet" in outputs(empty) and pictures(empty) == 0
+    write_results(tmp_path / "eval" / "a", "some/model", "none", {"gqa": {"exact_match": 0.625}})
+    full = run("08_benchmarks", tmp_path, results=str(tmp_path / "eval"), record=str(tmp_path / "table.csv"))
+    assert "62.5" in outputs(full) and "not run" in outputs(full) and pictures(full) == 1
+    assert pd.read_csv(tmp_path / "table.csv").GQA.tolist() == [62.5]
+    with pytest.raises(PapermillExecutionError, match="ParameterError: unknown column TriviaQA; choose from GQA"):
+        run("08_benchmarks", tmp_path, columns=["TriviaQA"])
