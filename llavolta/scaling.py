@@ -1,4 +1,5 @@
-"""Staged compression on 8 to 512 GPUs, on paper: ``python -m llavolta.scaling`` writes papers/scaling.md.
+"""Staged compression on 8 to 512 GPUs, on paper: ``python -m llavolta.scaling`` writes papers/scaling.md, and the hours
+in papers/REPRODUCE.md.
 
 Operations come from the cost model, the speed of a GPU from the paper's own hours, the batches from the sampler that
 training uses, on texts as long as those of mix665k. Bandwidths and the speed of loading are assumptions (``Cluster``).
@@ -18,10 +19,13 @@ import pandas as pd
 from llavolta.bench import MIX
 from llavolta.cost import cost_model, reference_config
 from llavolta.data import GroupedSampler
+from llavolta.planner import GPUS as GPU_DATA
 from llavolta.planner import published_hours
 from llavolta.schemes import SCHEMES
 
-PAGE = Path(__file__).resolve().parent.parent / "papers" / "scaling.md"
+PAPERS = Path(__file__).resolve().parent.parent / "papers"
+PAGE, RECIPE = PAPERS / "scaling.md", PAPERS / "REPRODUCE.md"
+CAPTIONS = 558_128  # of projector alignment
 EXAMPLES, TRAINED_ON = 665_298, 8  # of the run whose hours the paper reports: entries, GPUs
 PLANS = [stage.plan for stage in SCHEMES["three-stage"].stages]
 GPUS = (8, 32, 128, 512)
@@ -210,6 +214,27 @@ def render(cluster: Cluster, batch: int = 16) -> str:
     )
 
 
+def hours(gpus: int = 8) -> pd.DataFrame:
+    """Hours of LLaVA-1.5-7B by scheme on ``gpus`` GPUs: A100 at the paper's speed, H100 at that share of its peak."""
+    tokens, has_image = text_tokens(20_000)
+    model, a100 = cost_model(reference_config()), gpu_speed()
+    speeds = {"A100-80GB": a100, "H100": a100 * GPU_DATA["H100-SXM"].peak / GPU_DATA["A100-80GB"].peak}
+    work = {"projector alignment": CAPTIONS * model.step("none", 20, 1, phase="align", checkpointing=True).total}
+    for name, scheme in SCHEMES.items():
+        example = sum(stage.share * flops(stage.plan, tokens, has_image).mean() for stage in scheme.stages)
+        work[name] = EXAMPLES * example
+    run = pd.Series(work, name="FLOPs").rename_axis("run")
+    table = pd.DataFrame({f"{gpus} x {name}, hours": run / (gpus * speed * 3600) for name, speed in speeds.items()})
+    return table.assign(**{"of single-stage": run / run["single-stage"]})
+
+
+def recipe(text: str) -> str:
+    """REPRODUCE.md's ``text`` with its table of hours brought up to date."""
+    start, end = "<!-- hours: python -m llavolta.scaling -->\n", "\n<!-- end of hours -->"
+    before, rest = text.split(start)
+    return before + start + _markdown(hours()) + end + rest.split(end)[1]
+
+
 def _markdown(table: pd.DataFrame) -> str:
     flat = table.reset_index()
     lines = ["| " + " | ".join(map(str, flat.columns)) + " |", "|" + "---|" * len(flat.columns)]
@@ -224,13 +249,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llavolta.scaling", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is out of date")
     options = parser.parse_args(arguments)
-    text = render(Cluster())
-    if not options.check:
-        PAGE.write_text(text)
-        print(f"written: papers/{PAGE.name}")
-    elif not PAGE.exists() or PAGE.read_text() != text:
-        print(f"error: papers/{PAGE.name} is out of date; run python -m llavolta.scaling", file=sys.stderr)
-        return 1
+    pages = {PAGE: render(Cluster()), RECIPE: recipe(RECIPE.read_text())}
+    for page, text in pages.items():
+        if not options.check:
+            page.write_text(text)
+            print(f"written: papers/{page.name}")
+        elif not page.exists() or page.read_text() != text:
+            print(f"error: papers/{page.name} is out of date; run python -m llavolta.scaling", file=sys.stderr)
+            return 1
     return 0
 
 
