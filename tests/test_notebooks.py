@@ -234,7 +234,7 @@ def test_05_compare_compressors_stops_with_one_clear_line(study, tmp_path, wrong
 
 def test_08_benchmarks_marks_what_was_not_run(tmp_path):
     empty = run("08_benchmarks", tmp_path, results=str(tmp_path / "none"))
-    assert "Nothing was run yet" in outputs(empty) and pictures(empty) == 0
+    assert "Nothing was run yet" in outputs(empty) and pictures(empty) == 1
     write_results(tmp_path / "eval" / "a", "some/model", "none", {"gqa": {"exact_match": 0.625}})
     full = run("08_benchmarks", tmp_path, results=str(tmp_path / "eval"), record=str(tmp_path / "table.csv"))
     assert "62.5" in outputs(full) and "not run" in outputs(full) and pictures(full) == 1
