@@ -138,6 +138,7 @@ def test_03_train_stage_alone_stage_0_and_a_plan_of_ones_own(training, tmp_path)
         ({"plan": "4:avgpool:8"}, "PlanError: plan '4:avgpool:8' names layer 4, but this model's 4 decoder layers"),
         ({"plan": "1:avgpool:-3"}, "PlanError: plan '1:avgpool:-3': avgpool: stride must be a whole number"),
         ({"num_processes": 0}, "ConfigError: num_processes must be"),
+        ({"deepspeed": "zero9"}, "ConfigError: deepspeed must be zero2, zero3, zero3-offload or a JSON file, not"),
     ],
 )
 def test_03_train_stage_stops_with_one_clear_line(training, tmp_path, wrong, message):
