@@ -448,7 +448,7 @@ def benchmark_table(table: pd.DataFrame) -> Figure:
         annot_kws={"size": 8},
         cbar_kws={"label": "score (%)"},
     )
-    ax.set(xlabel="benchmark (hatched: not run)", ylabel="model, plan")
+    ax.set(xlabel="benchmark (hatched: not run, or not given)", ylabel="model, plan")
     ax.tick_params(axis="x", rotation=60, labelsize=9)
     ax.tick_params(axis="y", rotation=0, labelsize=9)
     ax.grid(visible=False)
