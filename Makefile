@@ -45,7 +45,7 @@ evidence: install
 	mkdir -p data/runs
 	cd notebooks && ../$(BIN)/papermill 01_redundancy.ipynb ../data/runs/01.ipynb -p record ../papers/llavolta
 	cd notebooks && ../$(BIN)/papermill 04_compare_schemes.ipynb ../data/runs/04.ipynb -p controls True -p seeds 5 -p record ../papers/llavolta
-	cd notebooks && ../$(BIN)/papermill 05_compare_compressors.ipynb ../data/runs/05.ipynb -p record ../papers/compressors
+	cd notebooks && ../$(BIN)/papermill 05_compare_compressors.ipynb ../data/runs/05.ipynb -p train_steps 60 -p record ../papers/compressors
 	$(BIN)/python -m llavolta.claims
 	$(BIN)/python -m llavolta.scaling
 
