@@ -199,7 +199,7 @@ class StageTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         data = train_dataset if train_dataset is not None else self.train_dataset
-        return GroupedSampler(data.lengths, data.has_image, self.examples_per_step, self.args.seed)
+        return GroupedSampler(data.lengths, data.medium, self.examples_per_step, self.args.seed)
 
     def create_optimizer(self, model=None):
         model = self.model if model is None else model

@@ -99,7 +99,7 @@ def test_the_index_of_a_large_file_is_kept_until_the_file_changes(folder, monkey
     with monkeypatch.context() as patch:
         patch.setattr(data, "scan", None)
         again = LlavaData(file, folder, skip=())
-    for name in ("start", "stop", "has_image", "lengths"):
+    for name in ("start", "stop", "medium", "lengths"):
         assert np.array_equal(getattr(first.index, name), getattr(again.index, name))
     assert first.index.bad == again.index.bad and first.skipped == again.skipped == [2]
     kept = next(data_cache.glob("data-*.npz"))
