@@ -30,13 +30,12 @@ from tqdm.auto import tqdm
 from llavolta.errors import DataError, UserError
 from llavolta.jsonlist import scan
 from llavolta.models import DATA
-from llavolta.video import read_frames
+from llavolta.video import FRAMES, read_frames
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 MEDIA = {"image": "<image>", "video": "<video>"}  # an entry's key, and what stands for it in the text
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")  # no reader that starts other programs
 IGNORED = -100
-FRAMES = 8  # of a clip, as Video-LLaVA samples
 CACHE = DATA / "cache" / "llava"
 KEPT_FROM = 1 << 25  # bytes of a data file whose index is kept: a smaller one is indexed in a second
 

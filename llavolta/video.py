@@ -1,4 +1,4 @@
-"""Frames of a clip, read with PyAV.
+"""Clips: their frames, read with PyAV, and the processor that makes them a model's input.
 
 PyAV is FFmpeg's own libraries in one wheel for every platform, so it reads what MSVD (avi), MSRVTT (mp4), ActivityNet
 (mp4, mkv, webm) and TGIF come in, writes real files for the embedded clips, and needs no system package. torchcodec
@@ -11,10 +11,15 @@ from pathlib import Path
 
 import av
 import numpy as np
+import torch
+import transformers
 from PIL import Image
+from transformers import BatchFeature
+from transformers.video_processing_utils import VideoProcessorMixin
 
 from llavolta.errors import DataError
 
+FRAMES = 8  # of a clip, as Video-LLaVA samples
 FORMATS = "mov,mp4,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,gif"  # no playlist, which would open other files
 OPENING = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
 
@@ -87,3 +92,31 @@ def _open(path: str | Path):
 def _check_size(width: int, height: int) -> None:
     if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"frames of {width} x {height} pixels are too large")
+
+
+class FrameProcessor(VideoProcessorMixin):
+    """The video processor of Video-LLaVA by way of its image processor, so that it needs no torchvision.
+
+    Saved as a ``VideoLlavaVideoProcessor`` with the same settings, which transformers loads where torchvision is.
+    """
+
+    def __init__(self, images):
+        super().__init__()
+        self.images = images
+
+    def __call__(self, videos: list[list[Image.Image]], **kwargs) -> BatchFeature:
+        """Clips, each a list of as many frames, to pixel_values_videos (clips, frames, 3, height, width)."""
+        pixels = [self.images(frames, return_tensors="pt")["pixel_values"] for frames in videos]
+        return BatchFeature({"pixel_values_videos": torch.stack(pixels)})
+
+    def to_dict(self) -> dict:
+        settings = self.images.to_dict() | {"video_processor_type": "VideoLlavaVideoProcessor"}
+        return {name: value for name, value in settings.items() if name != "image_processor_type"}
+
+
+class VideoLlavaProcessor(transformers.VideoLlavaProcessor):
+    """transformers' own, under whose name it is saved, with a FrameProcessor: the check of its class needs torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        if argument_name != "video_processor":
+            super().check_argument_for_proper_class(argument_name, argument)
