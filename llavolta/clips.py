@@ -28,6 +28,7 @@ LEAST = 3  # frames that each is shown for: one of 8 sampled frames at least
 CELL = SIZE // digits.GRID  # pixels per side of the cells of a still
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+CLIP_CAPTION = "Read all frames."
 QUESTION_TYPES = ("direction", "order", "appearance", "changes")
 CODEC = {"crf": "12", "preset": "ultrafast", "threads": "1"}  # one thread: always the same file
 
@@ -37,12 +38,15 @@ class Clips:
     """A batch of clips, everything but the pixels.
 
     digits: (B, 4) in their order, all different, ``NONE`` behind the last. starts: (B, 4) the first frame of each,
-    16 behind the last. way: (B,) the number of the direction in ``DIRECTIONS``.
+    16 behind the last. way: (B,) the number of the direction in ``DIRECTIONS``. path: (B, 16, 2) x, y of the centre of
+    what is shown, pixels. size: (B, 1) the side of its box, pixels.
     """
 
     digits: np.ndarray
     starts: np.ndarray
     way: np.ndarray
+    path: np.ndarray
+    size: np.ndarray
 
     @classmethod
     def sample(cls, count: int, rng: np.random.Generator) -> Clips:
@@ -55,28 +59,36 @@ class Clips:
         later = (cuts * spare[:, None]).astype(int) + LEAST * np.arange(1, MOST)
         starts = np.concatenate([np.zeros((count, 1), int), later], axis=1)
         way = rng.integers(len(DIRECTIONS), size=count)
-        return cls(np.where(shown, sequence, NONE), np.where(shown, starts, LENGTH), way)
-
-    def shown(self) -> np.ndarray:
-        """(B, 16) the digit in each frame."""
-        which = (self.starts[:, None] <= np.arange(LENGTH)[:, None]).sum(2) - 1
-        return np.take_along_axis(self.digits, which, axis=1)
-
-    def render(self, split: str, rng: np.random.Generator) -> np.ndarray:
-        """(B, 16, 48, 48, 3) bytes, drawn with scans of ``split``; random ink, paper, size, slant and path."""
-        count = len(self.digits)
-        glyphs = digits.draw_scans(self.digits.ravel(), split, rng).view(count, MOST, 8, 8)
-        which = torch.tensor((self.starts[:, None] <= np.arange(LENGTH)[:, None]).sum(2) - 1)  # (B, 16)
-        glyphs = glyphs.gather(1, which[..., None, None].expand(-1, -1, 8, 8)).flatten(0, 1)
-
         size = rng.uniform(17, 23, (count, 1))
         room = (SIZE - size) / 2
-        along = np.array(list(DIRECTIONS.values()))[self.way]  # (B, 2)
+        along = np.array(list(DIRECTIONS.values()))[way]  # (B, 2)
         middle = rng.uniform(-0.8, 0.8, (count, 2)) * room * (along == 0)
         time = np.linspace(-1, 1, LENGTH)[:, None] * rng.uniform(0.8, 1.0, (count, 1, 1))
-        centre = SIZE / 2 + middle[:, None] + along[:, None] * time * room[..., None]  # (B, 16, 2)
-        every = [np.repeat(values, LENGTH) for values in (size.ravel(), rng.uniform(-0.2, 0.2, count))]
-        ink = digits.place(glyphs, centre.reshape(-1, 2), *every, SIZE)
+        path = SIZE / 2 + middle[:, None] + along[:, None] * time * room[..., None]
+        return cls(np.where(shown, sequence, NONE), np.where(shown, starts, LENGTH), way, path, size)
+
+    @property
+    def turn(self) -> np.ndarray:
+        """(B, 16) which of the clip's digits each frame shows."""
+        return (self.starts[:, None] <= np.arange(LENGTH)[:, None]).sum(2) - 1
+
+    def captions(self) -> list[str]:
+        """For each clip the digit and the place in every sampled frame: ``"3 top left 3 top center 7 ..."``."""
+        seen = frame_places(LENGTH, FRAMES)
+        shown = np.take_along_axis(self.digits, self.turn, axis=1)[:, seen]
+        x, y = np.moveaxis((self.path[:, seen] // CELL).astype(int), 2, 0)
+        return [
+            " ".join(f"{d} {digits.ROWS[j]} {digits.COLUMNS[i]}" for d, i, j in zip(*clip, strict=True))
+            for clip in zip(shown, x, y, strict=True)
+        ]
+
+    def render(self, split: str, rng: np.random.Generator) -> np.ndarray:
+        """(B, 16, 48, 48, 3) bytes, drawn with scans of ``split``; random ink, paper and slant."""
+        count = len(self.digits)
+        glyphs = digits.draw_scans(self.digits.ravel(), split, rng).view(count, MOST, 8, 8)
+        glyphs = glyphs.gather(1, torch.tensor(self.turn)[..., None, None].expand(-1, -1, 8, 8)).flatten(0, 1)
+        every = [np.repeat(values, LENGTH) for values in (self.size.ravel(), rng.uniform(-0.2, 0.2, count))]
+        ink = digits.place(glyphs, self.path.reshape(-1, 2), *every, SIZE)
         return _bytes(digits.paint(ink.reshape(count, 1, -1, SIZE), rng)).reshape(count, LENGTH, SIZE, SIZE, 3)
 
 
@@ -103,11 +115,6 @@ def ask(kind: str, sequence: np.ndarray, way: int, rng: np.random.Generator) -> 
         earlier = list(sequence).index(first) < list(sequence).index(second)
         return f"Is {first} before {second}?", "yes" if earlier else "no"
     raise ValueError(f"unknown question type {kind!r}; choose from {', '.join(QUESTION_TYPES)}")
-
-
-def caption(shown: np.ndarray) -> str:
-    """The digit of each sampled frame of a clip, in their order: ``"3 3 3 7 7 ..."``."""
-    return " ".join(str(shown[place]) for place in frame_places(LENGTH, FRAMES))
 
 
 def vocabulary() -> list[str]:
@@ -157,14 +164,17 @@ def _write(part: Path, clips: int, heldout: int, seed: int, version: int) -> Non
         rng = np.random.default_rng([seed, number])
         entries, captions = [], []
         layout = Clips.sample(count, rng)
+        told = layout.captions()
         for row, frames in enumerate(layout.render(split, rng)):
             name, path = f"clip_{split}_{row:06d}", f"clips/{split}_{row:06d}.mp4"
             write_clip(part / path, frames)
             sequence = layout.digits[row][layout.digits[row] != NONE]
             types = [str(kind) for kind in rng.permutation(QUESTION_TYPES)]
             turns = [ask(kind, sequence, layout.way[row], rng) for kind in types]
+            if split == "train":
+                types, turns = [*types, "caption"], [*turns, (CLIP_CAPTION, told[row])]
             entries.append({**digits.entry(name, path, turns, "video"), "types": types})
-            captions.append(digits.entry(name, path, [("Read all frames.", caption(layout.shown()[row]))], "video"))
+            captions.append(digits.entry(name, path, [(CLIP_CAPTION, told[row])], "video"))
         if split == "train":
             stills, labels = sample_stills(count, split, rng)
             for row, still in enumerate(stills):

@@ -40,6 +40,7 @@ from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llavolta import checkpoints, digits
+from llavolta import clips as clips_vqa
 from llavolta.config import ENGINES, PRESETS, ConfigError, TrainConfig, parse_yaml
 from llavolta.data import Collator, DataError, GroupedSampler, LlavaData, find_bad, padding_colour
 from llavolta.dualspeed import ISOLATOR, add_isolator, fast_mode, load_isolator, save_isolator, slow_mode
@@ -73,6 +74,14 @@ WANTED_PROCESSES = "LLAVOLTA_PROCESSES"  # environment variable: so many must co
 def digits_data(scenes: int = 4000, heldout: int = 300, seed: int = 0) -> Path:
     """The generated digits VQA data set in data/cache, built on first use."""
     return digits.build(DATA / "cache" / f"digits-{scenes}-{heldout}-{seed}", scenes, heldout, seed)
+
+
+def clips_data(clips: int = 1500, heldout: int = 150, seed: int = 0) -> Path:
+    """The generated clips VQA data set in data/cache, built on first use."""
+    return clips_vqa.build(DATA / "cache" / f"clips-{clips}-{heldout}-{seed}", clips, heldout, seed)
+
+
+GENERATED = {"digits": digits_data, "clips": clips_data}  # what ``data`` may name besides a file
 
 
 def embedded_llava() -> Path:
@@ -271,12 +280,12 @@ def prepare(config: TrainConfig) -> Setup:
     """Resolve ``config`` without loading weights; builds the digits data on first use. Raises ConfigError."""
     num_layers, num_tokens = _sizes(config)
     data, images = (
-        (digits_data(config.scenes) / "train.json", None)
-        if config.data == "digits"
+        (GENERATED[config.data](config.scenes) / "train.json", None)
+        if config.data in GENERATED
         else (Path(config.data), config.images)
     )
     if not data.is_file():
-        raise ConfigError(f"no data file {data}; give a LLaVA JSON file, or 'digits'")
+        raise ConfigError(f"no data file {data}; give a LLaVA JSON file, or {' or '.join(map(repr, GENERATED))}")
     if config.data == "digits" and config.max_steps is None and config.epochs is None:
         total = DIGITS_STEPS
     else:
@@ -470,9 +479,9 @@ def _claim(output: Path, config: TrainConfig, scheme: Scheme) -> None:
 def _align_data(config: TrainConfig) -> tuple[Path, Path | None]:
     if config.align_data:
         return Path(config.align_data), config.align_images
-    if config.data != "digits":
+    if config.data not in GENERATED:
         raise ConfigError("projector alignment needs align_data (captions); give it, or align_steps 0 to skip it")
-    return digits_data(config.scenes) / "align.json", None
+    return GENERATED[config.data](config.scenes) / "align.json", None
 
 
 def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: bool) -> None:
