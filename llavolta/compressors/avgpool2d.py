@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from llavolta.compressors.avgpool3d import pool_blocks
@@ -37,7 +37,4 @@ class AveragePool2d(Compressor):
         return -(-height // self.kernel) * -(-(num_tokens // height) // self.kernel)
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
-        out = pool_blocks(tokens, 1, self.kernel, str(self))
-        if bool((tokens.mask.sum(1) != tokens.grid.prod(1)).any()):  # class tokens, which stay as they are
-            return out
-        return replace(out, grid=(tokens.grid + self.kernel - 1) // self.kernel)
+        return pool_blocks(tokens, 1, self.kernel, str(self))

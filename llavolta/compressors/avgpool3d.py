@@ -78,4 +78,5 @@ def pool_blocks(tokens: VisualTokens, frames: int, k: int, owner: str) -> Compre
 
     row, column = middle(cell // columns * k, height, k), middle(cell % columns * k, width, k)
     anchor = middle(block * frames, length, frames) * each + torch.where(cell < 0, 0, lead + row * width + column)
-    return CompressedTokens(hidden, count > 0, anchor, positions, group)
+    left = torch.cat([rows, columns], dim=1)
+    return CompressedTokens(hidden, count > 0, anchor, positions, group, left, blocks[:, 0])

@@ -92,7 +92,8 @@ class CompressedTokens:
     positions: (I, M, A) integer rotary positions, or None for those of the anchors.
     group: (I, L) the output token into which each input token was averaged, or None where tokens were only kept or
     dropped. Features that the model adds to visual tokens in later layers (deep-stack) are merged in the same way.
-    grid: (I, 2) height and width of what is left, or None if that is no rectangle.
+    grid: (I, 2) height and width of what is left, or None if that is no rectangle; frames: (I,) how many of these, or
+    None for one.
     """
 
     hidden: Tensor
@@ -101,6 +102,7 @@ class CompressedTokens:
     positions: Tensor | None = None
     group: Tensor | None = None
     grid: Tensor | None = None
+    frames: Tensor | None = None
 
 
 @dataclass(frozen=True)
