@@ -403,7 +403,8 @@ def language_model_of(model: LlavaForConditionalGeneration) -> LlamaForCausalLM:
 
 
 def save(model, folder: str | Path, log: dict | None = None, words=None) -> Path:
-    """Write the unaligned model and its processor (``words``, or the LLaVA's) to ``folder`` in half precision, as a plain Hugging Face folder.
+    """Write the unaligned model and its processor (``words``; default: the LLaVA's) to ``folder``, a plain Hugging Face
+    folder in half precision.
 
     log: the training logs of its parts, kept beside it as ``backbones.json``.
     """

@@ -25,6 +25,7 @@ LENGTH = 16  # frames
 RATE = 8  # frames a second
 MOST = 4  # digits in a clip
 LEAST = 3  # frames that each is shown for: one of 8 sampled frames at least
+CLIPS_A_STILL = 3  # in the training mix
 CELL = SIZE // digits.GRID  # pixels per side of the cells of a still
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -150,9 +151,9 @@ def write_clip(file: str | Path, frames: np.ndarray, rate: int = RATE) -> None:
 def build(folder: str | Path, clips: int = 1500, heldout: int = 150, seed: int = 0) -> Path:
     """Write the data set to ``folder`` and return it; an existing complete data set of the same make is kept.
 
-    Files: ``align.json`` (captions of stills and clips), ``train.json`` (four questions a clip and a still, mixed),
-    ``heldout.json`` (the same of clips alone), with types under ``"types"``; ``clips/``, ``stills/``. As many stills
-    as clips. The same arguments always give the same files.
+    Files: ``align.json`` (captions of stills and clips), ``train.json`` (four questions each, and of clips a caption),
+    ``heldout.json`` (of clips alone, without captions), with types under ``"types"``; ``clips/``, ``stills/``.
+    There are three ``clips`` to a still. The same arguments always give the same files.
     """
     return digits.build_once(Path(folder), {"clips": clips, "heldout": heldout, "seed": seed, "version": 1}, _write)
 
@@ -176,7 +177,7 @@ def _write(part: Path, clips: int, heldout: int, seed: int, version: int) -> Non
             entries.append({**digits.entry(name, path, turns, "video"), "types": types})
             captions.append(digits.entry(name, path, [(CLIP_CAPTION, told[row])], "video"))
         if split == "train":
-            stills, labels = sample_stills(count, split, rng)
+            stills, labels = sample_stills(max(1, count // CLIPS_A_STILL), split, rng)
             for row, still in enumerate(stills):
                 name, path = f"still_{split}_{row:06d}", f"stills/{split}_{row:06d}.png"
                 Image.fromarray(still).save(part / path)

@@ -58,10 +58,10 @@ _NUMBERS = dict(
 class TrainConfig:
     """Everything a run depends on. The defaults are the embedded scale; ``PRESETS`` names others.
 
-    model: a Hugging Face folder or hub name; "embedded" is the tiny LLaVA in data/. vision_tower, language_model:
+    model: a Hugging Face folder or hub name; "embedded" is the tiny LLaVA in data/, "embedded-video" a Video-LLaVA of its parts. vision_tower, language_model:
     folders or hub names to make a LLaVA of, with a new projector, in place of ``model``. projector: a new one for
     projector alignment to train, such as "stf:2" (see llavolta.projectors); "mlp" leaves the model's own. data, images:
-    LLaVA JSON and image folder; "digits" is the generated digits VQA of so many ``scenes``. bad_entries: "fail" at the
+    LLaVA JSON and image folder; "digits" and "clips" are the generated digits and clips VQA of so many ``scenes``. bad_entries: "fail" at the
     first that cannot be read, or "skip" those that a check of all pictures finds before training; for a large set run
     ``python -m llavolta.data check`` first, whose findings are used.
 

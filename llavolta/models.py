@@ -27,7 +27,8 @@ from llavolta.video import FrameProcessor, VideoLlavaProcessor
 DATA = Path(__file__).resolve().parent.parent / "data"
 EMBEDDED = DATA / "tiny-llava"
 EMBEDDED_VIDEO = DATA / "cache" / "tiny-video-llava"
-PROJECTOR, TOWER = "multi_modal_projector", "_tower"  # Video-LLaVA has an image tower and a video tower
+PROJECTOR, TOWER = "multi_modal_projector", "_tower"
+TOWERS = ("vision", "image", "video")  # Video-LLaVA has one for images and one for frames
 
 # The conversation of Vicuna v1.5 and LLaVA-1.5: a system message, theirs unless there is one, then the turns, pictures
 # before text.
@@ -112,7 +113,7 @@ def _four_bits():
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=[*(f"model.{kind}{TOWER}" for kind in ("vision", "image", "video")), f"model.{PROJECTOR}", "lm_head"],
+        llm_int8_skip_modules=["lm_head", f"model.{PROJECTOR}", *(f"model.{kind}{TOWER}" for kind in TOWERS)],
     )
 
 

@@ -509,7 +509,9 @@ class Compression:
             later,
             valid,
             new_positions.view(batch, new_length, -1),
-            Pictures(target, out.mask, grid, pictures.clip, torch.ones_like(left) if out.frames is None else out.frames),
+            Pictures(
+                target, out.mask, grid, pictures.clip, torch.ones_like(left) if out.frames is None else out.frames
+            ),
             {layer: _merge_like(out, features, pictures.mask) for layer, features in rows.deepstack.items()},
         )
         return new.view(batch, new_length, width)

@@ -304,11 +304,16 @@ def _sizes(config: TrainConfig) -> tuple[int, int]:
 
     if config.vision_tower is None:
         whole = with_projector(read(config.model), config.projector)
-        return whole.get_text_config().num_hidden_layers, getattr(whole, "image_seq_length", 0)
+        return whole.get_text_config().num_hidden_layers, _visual_tokens(whole)
     vision = read(config.vision_tower)
     vision = getattr(vision, "vision_config", vision)
     projector = parse_projector(config.projector) or ProjectorSpec()
     return read(config.language_model).num_hidden_layers, projector.num_tokens(vision.image_size // vision.patch_size)
+
+
+def _visual_tokens(config) -> int:
+    """Of an image, or of a clip where the model is made for them; 0 where they vary."""
+    return getattr(config, "video_seq_length", getattr(config, "image_seq_length", 0))
 
 
 def _steps(config: TrainConfig, phase: str, data: Path, images: str | Path | None) -> int:
@@ -494,7 +499,7 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         model, processor = load_model(phase.model, None if aligning else config.quantize)
     if aligning:
         model, processor = replace_projector(model, processor, config.projector)
-    num_layers, num_tokens = len(find_parts(model).layers), getattr(model.config, "image_seq_length", 0)
+    num_layers, num_tokens = len(find_parts(model).layers), _visual_tokens(model.config)
     set_trainable(model, phase.name, config.train_tower)
     if config.lora_rank and not aligning:
         base = Path(phase.model).resolve()  # the adapters may be loaded from elsewhere

@@ -378,13 +378,13 @@ FAMILIES = {
 
 
 def pool_by_hand(
-    family: Family, layer: int, stride: int, merged=None, newlines=(), units="clips"
+    family: Family, layer: int, stride: int, merged=None, newlines=(), by="clips"
 ) -> list[tuple[list[int], torch.Tensor]]:
     """What average pooling at ``layer`` must give, from the stock model's own inputs at that layer.
 
     The stock model (eager attention) runs once and is watched; then every row goes alone and without padding, token
     by token, through the remaining layers. merged: hidden states of the windows in the batch's order instead of their
-    means. units: "pictures" or "clips". Returns per row the columns of its text tokens and their logits.
+    means. by: "pictures" or "clips". Returns per row the columns of its text tokens and their logits.
     """
     model, batch = family.model, family.batch
     decoder = model.get_decoder()
@@ -403,7 +403,7 @@ def pool_by_hand(
     start_of_row = (extra["visual_pos_masks"].sum(1).cumsum(0).tolist() if deepstack else [0] * 2) + [0]
     merged = iter(merged) if merged is not None else None
     results = []
-    for row, units in enumerate(getattr(family, units)):
+    for row, units in enumerate(getattr(family, by)):
         units = [[c for c in range(first, first + n) if (row, c) not in newlines] for first, n in units]
         inside = {column for unit in units for column in unit}
         windows = {}  # by the column at which a window's token stands

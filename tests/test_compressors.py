@@ -36,7 +36,11 @@ from llavolta.compressors import COMPRESSORS
 from llavolta.schemes import scale_plan
 
 RAGGED = [[3, 4], [2, 0, 5], [6], [1, 3, 2]]  # one image, two in a row, none, two apart
-NO_GRID = {"avgpool2d": ["mistral3"], "avgpool3d": ["mistral3"], "downsample": ["mistral3", "video_llava"]}  # of known sides
+NO_GRID = {
+    "avgpool2d": ["mistral3"],
+    "avgpool3d": ["mistral3"],
+    "downsample": ["mistral3", "video_llava"],
+}  # of known sides
 CLASS_TOKEN = ("llava", "llava_next", "video_llava")  # whose attention at "vision" can rank all that is projected
 NO_ATTENTION = ("aya_vision",)  # Cohere 2 rotates in its sliding-window layers only
 GREEDY = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None, suppress_tokens=[IMAGE])
@@ -275,7 +279,10 @@ def test_how_many_tokens_blocks_of_a_clip_leave():
     assert [AveragePool3d(2, 2).num_tokens(n) for n in (16, 8 * 36, 8 * 37, 7)] == [4, 4 * 9, 4 * 10, 4]
     with pytest.raises(ValueError, match="per_frame must be true or false"):
         AveragePool(2, 1)
-    assert str(AveragePool(2, True)) == "avgpool:2:per_frame=true" and parse_plan("1:avgpool:2:per_frame=true")[1].per_frame
+    assert (
+        str(AveragePool(2, True)) == "avgpool:2:per_frame=true"
+        and parse_plan("1:avgpool:2:per_frame=true")[1].per_frame
+    )
 
 
 def test_resizing_by_area_by_hand():

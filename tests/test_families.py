@@ -74,7 +74,7 @@ def test_pictures_are_the_ones_written_down_by_hand(name, side, units):
 @pytest.mark.parametrize("layer", [0, 2])
 def test_pooling_equals_pooling_by_hand(name, layer, units):
     family, pool = FAMILIES[name]("left", "eager"), AveragePool(3, per_frame=units == "pictures")
-    expected = pool_by_hand(family, layer, 3, units=units)
+    expected = pool_by_hand(family, layer, 3, by=units)
     with compress(family.model, {layer: pool}):
         out = family.model(**family.batch)
     for row, (columns, logits) in enumerate(expected):

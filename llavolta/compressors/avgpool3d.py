@@ -36,7 +36,7 @@ class AveragePool3d(Compressor):
         return self.frames == self.kernel == 1
 
     def num_tokens(self, num_tokens: int) -> int:
-        """For an image of a square grid or a clip of 8 square frames, with class tokens or without; else for one row."""
+        """Of a square image or 8 square frames, with class tokens or without; else of one row."""
         for frames in (1, FRAMES):
             for lead in (0, 1):
                 side = round(max(num_tokens / frames - lead, 0) ** 0.5)
