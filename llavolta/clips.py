@@ -23,6 +23,7 @@ from llavolta.video import FRAMES, frame_places
 SIZE = 48  # pixels per side
 LENGTH = 16  # frames
 RATE = 8  # frames a second
+SEEN = frame_places(LENGTH, FRAMES)  # the frames that are sampled
 MOST = 4  # digits in a clip
 LEAST = 3  # frames that each is shown for: one of 8 sampled frames at least
 CLIPS_A_STILL = 3  # in the training mix
@@ -30,7 +31,8 @@ CELL = SIZE // digits.GRID  # pixels per side of the cells of a still
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 CLIP_CAPTION = "Read all frames."
-QUESTION_TYPES = ("direction", "order", "appearance", "changes")
+QUESTION_TYPES = ("direction", "place", "order", "appearance", "changes")
+TURNS = (*QUESTION_TYPES, "place", "order", "appearance")  # asked about a clip of the training mix
 CODEC = {"crf": "12", "preset": "ultrafast", "threads": "1"}  # one thread: always the same file
 
 
@@ -75,13 +77,16 @@ class Clips:
 
     def captions(self) -> list[str]:
         """For each clip the digit and the place in every sampled frame: ``"3 top left 3 top center 7 ..."``."""
-        seen = frame_places(LENGTH, FRAMES)
-        shown = np.take_along_axis(self.digits, self.turn, axis=1)[:, seen]
-        x, y = np.moveaxis((self.path[:, seen] // CELL).astype(int), 2, 0)
+        shown = np.take_along_axis(self.digits, self.turn, axis=1)[:, SEEN]
         return [
-            " ".join(f"{d} {digits.ROWS[j]} {digits.COLUMNS[i]}" for d, i, j in zip(*clip, strict=True))
-            for clip in zip(shown, x, y, strict=True)
+            " ".join(f"{digit} {place}" for digit, place in zip(*clip, strict=True))
+            for clip in zip(shown, self.places(), strict=True)
         ]
+
+    def places(self) -> list[list[str]]:
+        """For each clip the place, of a still's cells, in every sampled frame."""
+        x, y = np.moveaxis((self.path[:, SEEN] // CELL).astype(int), 2, 0)
+        return [[digits.PLACES[cell] for cell in clip] for clip in digits.GRID * y + x]
 
     def render(self, split: str, rng: np.random.Generator) -> np.ndarray:
         """(B, 16, 48, 48, 3) bytes, drawn with scans of ``split``; random ink, paper and slant."""
@@ -98,13 +103,17 @@ def _bytes(pictures: torch.Tensor) -> np.ndarray:
     return (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def ask(kind: str, sequence: np.ndarray, way: int, rng: np.random.Generator) -> tuple[str, str]:
-    """One question of type ``kind`` about a clip of the digits ``sequence`` (n,) that move ``way``, and its answer."""
+def ask(kind: str, sequence: np.ndarray, way: int, places: list[str], rng: np.random.Generator) -> tuple[str, str]:
+    """One question of type ``kind`` about a clip of the digits ``sequence`` (n,) that move ``way`` over ``places``, and
+    its answer."""
     if kind == "direction":
         return "Which way does it move?", list(DIRECTIONS)[way]
     if kind == "order":
         last = rng.random() < 0.5
         return f"Which digit is {'last' if last else 'first'}?", str(sequence[-1 if last else 0])
+    if kind == "place":
+        last = rng.random() < 0.5
+        return f"Where is it {'last' if last else 'first'}?", places[-1 if last else 0]
     if kind == "changes":
         return "How often does it change?", str(len(sequence) - 1)
     if kind == "appearance":
@@ -120,7 +129,7 @@ def ask(kind: str, sequence: np.ndarray, way: int, rng: np.random.Generator) -> 
 
 def vocabulary() -> list[str]:
     """The words of the questions on clips, beside those of ``digits.vocabulary``."""
-    words = "which way does it move first last how often change before read all frames " + " ".join(DIRECTIONS)
+    words = "which way where does it move first last how often change before read all frames " + " ".join(DIRECTIONS)
     return [word for word in dict.fromkeys(words.split()) if word not in digits.vocabulary()]
 
 
@@ -151,8 +160,8 @@ def write_clip(file: str | Path, frames: np.ndarray, rate: int = RATE) -> None:
 def build(folder: str | Path, clips: int = 1500, heldout: int = 150, seed: int = 0) -> Path:
     """Write the data set to ``folder`` and return it; an existing complete data set of the same make is kept.
 
-    Files: ``align.json`` (captions of stills and clips), ``train.json`` (four questions each, and of clips a caption),
-    ``heldout.json`` (of clips alone, without captions), with types under ``"types"``; ``clips/``, ``stills/``.
+    Files: ``align.json`` (captions of stills and clips), ``train.json`` (questions on both), ``heldout.json`` (on clips
+    alone, one of each type), with types under ``"types"``; ``clips/``, ``stills/``.
     There are three ``clips`` to a still. The same arguments always give the same files.
     """
     return digits.build_once(Path(folder), {"clips": clips, "heldout": heldout, "seed": seed, "version": 1}, _write)
@@ -165,15 +174,13 @@ def _write(part: Path, clips: int, heldout: int, seed: int, version: int) -> Non
         rng = np.random.default_rng([seed, number])
         entries, captions = [], []
         layout = Clips.sample(count, rng)
-        told = layout.captions()
+        places, told = layout.places(), layout.captions()
         for row, frames in enumerate(layout.render(split, rng)):
             name, path = f"clip_{split}_{row:06d}", f"clips/{split}_{row:06d}.mp4"
             write_clip(part / path, frames)
             sequence = layout.digits[row][layout.digits[row] != NONE]
-            types = [str(kind) for kind in rng.permutation(QUESTION_TYPES)]
-            turns = [ask(kind, sequence, layout.way[row], rng) for kind in types]
-            if split == "train":
-                types, turns = [*types, "caption"], [*turns, (CLIP_CAPTION, told[row])]
+            types = [str(kind) for kind in rng.permutation(TURNS if split == "train" else QUESTION_TYPES)]
+            turns = [ask(kind, sequence, layout.way[row], places[row], rng) for kind in types]
             entries.append({**digits.entry(name, path, turns, "video"), "types": types})
             captions.append(digits.entry(name, path, [(CLIP_CAPTION, told[row])], "video"))
         if split == "train":

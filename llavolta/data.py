@@ -45,8 +45,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation. messages: transformers' chat format. images: the opened pictures, RGB, in their order.
-    videos: the frames of each clip."""
+    """One conversation. messages: transformers' chat format. images: the opened pictures, RGB, in their order. videos:
+    the frames of each clip."""
 
     messages: list[dict]
     images: list[Image.Image]
@@ -150,8 +150,8 @@ class LlavaData(Dataset):
 
     The structure of every entry is checked on opening, each picture when it is read. Entries, pictures and frames are
     read from their files when asked for; none stay in memory. medium, has_image, lengths: arrays (n,); medium: 0 for
-    text alone, 1 with images, 2 with a video, which has_image counts, too; lengths are in words. skipped: the entries of
-    the file that are left out. Raises DataError.
+    text alone, 1 with images, 2 with a video, which has_image counts, too; lengths are in words. skipped: the entries
+    of the file that are left out. Raises DataError.
     """
 
     def __init__(

@@ -417,6 +417,10 @@ class _Recorder(Compressor):
         return self.inner.needs
 
     @property
+    def over_clips(self) -> bool:
+        return self.inner.over_clips
+
+    @property
     def is_identity(self) -> bool:
         return self.inner.is_identity
 
@@ -465,6 +469,8 @@ def recording(model, plan) -> Iterator[SimpleNamespace]:
         step, shape, record.counts[layer] = recorder.seen[0]
         if where is None:
             where, record.shape = step, shape
+        elif len(where) != len(step):
+            raise StudyError("a plan that works on frames first and on whole clips later cannot be drawn")
         else:
             padded = torch.nn.functional.pad(step, (0, 1), value=-1)  # what is gone looks up the last column
             where = padded.gather(1, where.masked_fill(where < 0, step.shape[1]))
@@ -492,7 +498,7 @@ class View:
     """What one plan does with one question.
 
     plan: its text. maps: see ``token_map``. tokens: how many visual tokens each decoder layer worked on. shape: rows
-    and columns of the first picture. ratio: the compression ratio, from these tokens. flops: those of a training step
+    and columns of the first picture. visual: visual tokens in all. ratio: the compression ratio, from these tokens. flops: those of a training step
     relative to no compression, at the plan's mean number of tokens; NaN where cost.step_cost does not know the model.
     answer: the model's greedy answer. guesses: the five likeliest first tokens of the answer and their probabilities.
     """
@@ -505,6 +511,16 @@ class View:
     answer: str
     guesses: dict[str, float]
     shape: tuple[int, int]
+    visual: int
+
+    def clip(self, frames: int) -> np.ndarray:
+        """(frames, rows, columns) of the first clip's map behind the plan's last layer, without class tokens."""
+        where, shape = np.arange(self.visual)[None], (math.isqrt(self.visual // frames),) * 2
+        if self.maps:
+            where, shape = self.maps[list(self.maps)[-1]], self.shape
+        if len(where) > 1:  # each frame counts from 0
+            where = np.where(where < 0, -1, where + np.arange(len(where))[:, None] * where.shape[1])[:frames]
+        return where.reshape(frames, -1)[:, -math.prod(shape) :].reshape(frames, *shape)
 
     def grid(self, layer=None) -> np.ndarray:
         """(rows, columns) of the first picture's map behind ``layer``, by default the plan's last; for plots."""
@@ -551,6 +567,7 @@ def view(model, processor, question: str, images: list, plan: str, text_tokens: 
         answer=processor.decode(out.sequences[0, length:], skip_special_tokens=True).strip(),
         guesses={processor.tokenizer.decode([token]).strip() or "(blank)": chance for token, chance in pairs},
         shape=record.shape or _square(visual // max(len(images), 1)),
+        visual=visual,
     )
 
 

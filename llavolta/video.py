@@ -115,7 +115,7 @@ class FrameProcessor(VideoProcessorMixin):
 
 
 class VideoLlavaProcessor(transformers.VideoLlavaProcessor):
-    """transformers' own, and saved under its name, with a FrameProcessor, whose class it cannot check without torchvision."""
+    """transformers' own, and saved under its name, whose check of a FrameProcessor would need torchvision."""
 
     def check_argument_for_proper_class(self, argument_name, argument):
         if argument_name != "video_processor":
