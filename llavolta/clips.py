@@ -26,12 +26,12 @@ RATE = 8  # frames a second
 SEEN = frame_places(LENGTH, FRAMES)  # the frames that are sampled
 MOST = 4  # digits in a clip
 LEAST = 3  # frames that each is shown for: one of 8 sampled frames at least
-CLIPS_A_STILL = 3  # in the training mix
 CELL = SIZE // digits.GRID  # pixels per side of the cells of a still
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 CLIP_CAPTION = "Read all frames."
 QUESTION_TYPES = ("direction", "place", "order", "appearance", "changes")
+STILL_TURNS = (*digits.QUESTION_TYPES, "where", "where")
 TURNS = (*QUESTION_TYPES, "place", "order", "appearance")  # asked about a clip of the training mix
 CODEC = {"crf": "12", "preset": "ultrafast", "threads": "1"}  # one thread: always the same file
 
@@ -127,6 +127,14 @@ def ask(kind: str, sequence: np.ndarray, way: int, places: list[str], rng: np.ra
     raise ValueError(f"unknown question type {kind!r}; choose from {', '.join(QUESTION_TYPES)}")
 
 
+def ask_still(kind: str, labels: np.ndarray, rng: np.random.Generator) -> tuple[str, str]:
+    """One question about a still of the digits ``labels`` (9,), and its answer; ``kind``: "where", or as digits.ask."""
+    if kind != "where":
+        return digits.ask(kind, labels, rng)
+    cell = rng.choice(np.flatnonzero(labels != NONE))
+    return f"Where is {labels[cell]}?", digits.PLACES[int(np.flatnonzero(labels == labels[cell])[0])]
+
+
 def vocabulary() -> list[str]:
     """The words of the questions on clips, beside those of ``digits.vocabulary``."""
     words = "which way where does it move first last how often change before read all frames " + " ".join(DIRECTIONS)
@@ -162,7 +170,7 @@ def build(folder: str | Path, clips: int = 1500, heldout: int = 150, seed: int =
 
     Files: ``align.json`` (captions of stills and clips), ``train.json`` (questions on both), ``heldout.json`` (on clips
     alone, one of each type), with types under ``"types"``; ``clips/``, ``stills/``.
-    There are three ``clips`` to a still. The same arguments always give the same files.
+    There are as many stills as clips. The same arguments always give the same files.
     """
     return digits.build_once(Path(folder), {"clips": clips, "heldout": heldout, "seed": seed, "version": 1}, _write)
 
@@ -184,12 +192,12 @@ def _write(part: Path, clips: int, heldout: int, seed: int, version: int) -> Non
             entries.append({**digits.entry(name, path, turns, "video"), "types": types})
             captions.append(digits.entry(name, path, [(CLIP_CAPTION, told[row])], "video"))
         if split == "train":
-            stills, labels = sample_stills(max(1, count // CLIPS_A_STILL), split, rng)
+            stills, labels = sample_stills(count, split, rng)
             for row, still in enumerate(stills):
                 name, path = f"still_{split}_{row:06d}", f"stills/{split}_{row:06d}.png"
                 Image.fromarray(still).save(part / path)
-                types = [str(kind) for kind in rng.permutation(digits.QUESTION_TYPES)]
-                turns = [digits.ask(kind, labels[row], rng) for kind in types]
+                types = [str(kind) for kind in rng.permutation(STILL_TURNS)]
+                turns = [ask_still(kind, labels[row], rng) for kind in types]
                 entries.append({**digits.entry(name, path, turns), "types": types})
                 captions.append(digits.entry(name, path, [(CAPTION, digits.caption(labels[row]))]))
             (part / "align.json").write_text(json.dumps(captions))
