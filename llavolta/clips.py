@@ -29,7 +29,6 @@ LEAST = 3  # frames that each is shown for: one of 8 sampled frames at least
 CELL = SIZE // digits.GRID  # pixels per side of the cells of a still
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-CLIP_CAPTION = "Read all frames."
 QUESTION_TYPES = ("direction", "place", "order", "appearance", "changes")
 STILL_TURNS = (*digits.QUESTION_TYPES, "where", "where")
 TURNS = (*QUESTION_TYPES, "place", "order", "appearance")  # asked about a clip of the training mix
@@ -74,14 +73,6 @@ class Clips:
     def turn(self) -> np.ndarray:
         """(B, 16) which of the clip's digits each frame shows."""
         return (self.starts[:, None] <= np.arange(LENGTH)[:, None]).sum(2) - 1
-
-    def captions(self) -> list[str]:
-        """For each clip the digit and the place in every sampled frame: ``"3 top left 3 top center 7 ..."``."""
-        shown = np.take_along_axis(self.digits, self.turn, axis=1)[:, SEEN]
-        return [
-            " ".join(f"{digit} {place}" for digit, place in zip(*clip, strict=True))
-            for clip in zip(shown, self.places(), strict=True)
-        ]
 
     def places(self) -> list[list[str]]:
         """For each clip the place, of a still's cells, in every sampled frame."""
@@ -137,7 +128,7 @@ def ask_still(kind: str, labels: np.ndarray, rng: np.random.Generator) -> tuple[
 
 def vocabulary() -> list[str]:
     """The words of the questions on clips, beside those of ``digits.vocabulary``."""
-    words = "which way where does it move first last how often change before read all frames " + " ".join(DIRECTIONS)
+    words = "which way where does it move first last how often change before " + " ".join(DIRECTIONS)
     return [word for word in dict.fromkeys(words.split()) if word not in digits.vocabulary()]
 
 
@@ -168,7 +159,7 @@ def write_clip(file: str | Path, frames: np.ndarray, rate: int = RATE) -> None:
 def build(folder: str | Path, clips: int = 1500, heldout: int = 150, seed: int = 0) -> Path:
     """Write the data set to ``folder`` and return it; an existing complete data set of the same make is kept.
 
-    Files: ``align.json`` (captions of stills and clips), ``train.json`` (questions on both), ``heldout.json`` (on clips
+    Files: ``align.json`` (captions of stills; frames pass the same projector), ``train.json`` (questions on both), ``heldout.json`` (on clips
     alone, one of each type), with types under ``"types"``; ``clips/``, ``stills/``.
     There are as many stills as clips. The same arguments always give the same files.
     """
@@ -182,7 +173,7 @@ def _write(part: Path, clips: int, heldout: int, seed: int, version: int) -> Non
         rng = np.random.default_rng([seed, number])
         entries, captions = [], []
         layout = Clips.sample(count, rng)
-        places, told = layout.places(), layout.captions()
+        places = layout.places()
         for row, frames in enumerate(layout.render(split, rng)):
             name, path = f"clip_{split}_{row:06d}", f"clips/{split}_{row:06d}.mp4"
             write_clip(part / path, frames)
@@ -190,7 +181,6 @@ def _write(part: Path, clips: int, heldout: int, seed: int, version: int) -> Non
             types = [str(kind) for kind in rng.permutation(TURNS if split == "train" else QUESTION_TYPES)]
             turns = [ask(kind, sequence, layout.way[row], places[row], rng) for kind in types]
             entries.append({**digits.entry(name, path, turns, "video"), "types": types})
-            captions.append(digits.entry(name, path, [(CLIP_CAPTION, told[row])], "video"))
         if split == "train":
             stills, labels = sample_stills(count, split, rng)
             for row, still in enumerate(stills):
