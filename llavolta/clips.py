@@ -159,9 +159,9 @@ def write_clip(file: str | Path, frames: np.ndarray, rate: int = RATE) -> None:
 def build(folder: str | Path, clips: int = 1500, heldout: int = 150, seed: int = 0) -> Path:
     """Write the data set to ``folder`` and return it; an existing complete data set of the same make is kept.
 
-    Files: ``align.json`` (captions of stills; frames pass the same projector), ``train.json`` (questions on both), ``heldout.json`` (on clips
-    alone, one of each type), with types under ``"types"``; ``clips/``, ``stills/``.
-    There are as many stills as clips. The same arguments always give the same files.
+    Files: ``align.json`` (captions of the stills; frames pass the same projector), ``train.json`` (questions on both),
+    ``heldout.json`` (on clips alone, one of each type), with types under ``"types"``; ``clips/``, ``stills/``. There
+    are as many stills as clips. The same arguments always give the same files.
     """
     return digits.build_once(Path(folder), {"clips": clips, "heldout": heldout, "seed": seed, "version": 1}, _write)
 

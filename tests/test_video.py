@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import LlavaForConditionalGeneration, VideoLlavaForConditionalGeneration
+from transformers import VideoLlavaForConditionalGeneration
 
-from llavolta import backbones, clips, data, digits, evaluate, models, studies, train
+from llavolta import backbones, clips, data, digits, evaluate, studies, train
 from llavolta.config import TrainConfig
 from llavolta.data import IGNORED, Collator, DataError, GroupedSampler, LlavaData, find_bad
 from llavolta.digits import NONE
@@ -20,19 +20,6 @@ from llavolta.models import load_model
 from llavolta.video import frame_places, read_frames
 
 TOKENS = 8 * 37  # of a clip: 6 x 6 patches and CLS a frame
-
-
-@pytest.fixture(scope="session")
-def clip_data(tmp_path_factory):
-    return clips.build(tmp_path_factory.mktemp("data") / "clips", clips=24, heldout=8, seed=1)
-
-
-@pytest.fixture(scope="session")
-def video_model(tmp_path_factory):
-    """The folder of the embedded Video-LLaVA."""
-    source = LlavaForConditionalGeneration.from_pretrained(models.EMBEDDED, dtype=torch.float32)
-    folder = tmp_path_factory.mktemp("model") / "video"
-    return backbones.save(backbones.video_llava(source), folder, words=backbones.video_processor())
 
 
 def write_greys(file, greys, codec="libx264", times=None):
@@ -240,7 +227,7 @@ def test_clips_and_images_in_one_batch(clip_data, video_model):
 def test_batches_hold_one_medium(clip_data):
     opened = LlavaData(clip_data / "train.json")
     order = list(GroupedSampler(opened.lengths, opened.medium, batch=4, seed=0))
-    assert sorted(order) == list(range(32)) and (opened.medium == 2).sum() == 24
+    assert sorted(order) == list(range(48)) and (opened.medium == 2).sum() == 24
     whole = np.array(order).reshape(-1, 4)
     assert all(len(set(opened.medium[batch])) == 1 for batch in whole)
 
