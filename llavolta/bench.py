@@ -44,7 +44,8 @@ from llavolta.schemes import SCHEMES, Stage
 from llavolta.train import digits_data
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds of a clock, when all that was asked of ``device`` is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -168,9 +169,9 @@ def interleaved(tasks: dict[str, Callable[[], object]], rounds: int, device: tor
     seconds = np.zeros((rounds + 1, len(names)))
     for turn in tqdm(range(rounds + 1), desc="timing", disable=not progress, leave=False):
         for column in np.random.default_rng(turn).permutation(len(names)):
-            start = _now(device)
+            start = now(device)
             tasks[names[column]]()
-            seconds[turn, column] = _now(device) - start
+            seconds[turn, column] = now(device) - start
     return seconds[1:]
 
 
@@ -233,12 +234,12 @@ def _peak(sizes: Sizes, plan: str | None, labelled_only: bool | None) -> int:
         torch.cuda.reset_peak_memory_stats()
         _backward(model, batch, plan, labelled_only)
         return torch.cuda.max_memory_allocated() - before
-    before = _peak_resident()
+    before = peak_resident()
     _backward(model, batch, plan, labelled_only)
-    return _peak_resident() - before
+    return peak_resident() - before
 
 
-def _peak_resident() -> int:
+def peak_resident() -> int:
     """The most bytes that this process ever held (Linux; getrusage would count the parent process, too)."""
     status = Path("/proc/self/status")
     if not status.exists():
@@ -355,10 +356,10 @@ def compressor_times(
     table["tower"] = np.median(short[:, 1:] / short[:, :1], axis=0)
     table["loop"] = math.nan
     for name, plus in (("prumerge", False), ("prumerge+", True)):
-        start = _now(device)
+        start = now(device)
         prumerge_loop(tokens, plus)
         row = table.compressor == name
-        table.loc[row, "loop"] = (_now(device) - start) / table.seconds[row]
+        table.loc[row, "loop"] = (now(device) - start) / table.seconds[row]
     return table
 
 
@@ -439,12 +440,12 @@ def _open_data(file: Path, cache: Path) -> tuple[float, float, float]:
     start = time.perf_counter()
     for index in some:
         opened.entry(index)
-    return seconds, _peak_resident() / 1e6, len(some) / (time.perf_counter() - start)
+    return seconds, peak_resident() / 1e6, len(some) / (time.perf_counter() - start)
 
 
-def embedded_batches(batch: int = 32, count: int = 2) -> tuple:
-    """(model, batches) of the embedded LLaVA and its first training examples."""
-    model, processor = load_model("embedded")
+def embedded_batches(batch: int = 32, count: int = 2, name: str = "embedded") -> tuple:
+    """(model, batches) of the embedded LLaVA, or of the model ``name``, and the first training scenes."""
+    model, processor = load_model(name)
     data, collate = LlavaData(digits_data() / "train.json"), Collator(processor)
     return model, [collate([data[i] for i in range(k * batch, (k + 1) * batch)]) for k in range(count)]
 
@@ -464,8 +465,21 @@ def main(arguments: list[str] | None = None) -> int:
     schemes.add_argument("--rounds", type=int, default=5)
     opening = commands.add_parser("data", help="opening a data set of mix665k's size; fails above 20 s or 1 GB")
     opening.add_argument("--entries", type=int, default=sum(many for many, *_ in MIX.values()))
+    train = commands.add_parser("train", help="parts of a step, loading, memory; fails if loading is below 2x the use")
+    train.add_argument("--model", default="embedded")
+    train.add_argument("--plans", nargs="+", default=["1:avgpool:8", "4:avgpool:8"])
+    train.add_argument("--batch", type=int, default=32)
+    train.add_argument("--rounds", type=int, default=5)
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
+    if command == "train":
+        from llavolta import throughput  # which stands on this module
+
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}")
+        tables = throughput.train_report(**options)
+        for name, table in tables.items():
+            print(f"\n{name}\n{table.to_string(float_format='{:.3f}'.format)}")
+        return int(not throughput.keeps_up(tables["loading"]))
     if command == "data":
         with tempfile.TemporaryDirectory() as folder:
             table = data_report(Path(folder), **options)

@@ -28,6 +28,7 @@ RECORD = "scheme.json"
 LOCK = ".lock"
 # What resuming needs and the finished model does not; none of a model's own files ends on these.
 _ENDINGS = (".pt", ".pth", ".bin")
+_RUN = {"config.yaml", "metrics.jsonl", "skipped.json", LOCK}  # a run folder's own files
 _RESUMING = {SEAL, RECORD, "trainer_state.json", "latest", "zero_to_fp32.py", f"{ISOLATOR}.safetensors"}
 
 
@@ -118,9 +119,6 @@ def install(staging: Path, record: Path, target: Path) -> None:
     os.replace(staging / RECORD, target / RECORD)
     staging.rmdir()
     _flush(target)
-
-
-_RUN = {"config.yaml", "metrics.jsonl", "skipped.json", LOCK}  # a run folder's own files
 
 
 def finished(run: Path, name: str, stages: list[dict], total: int) -> int:

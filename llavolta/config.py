@@ -16,7 +16,9 @@ from llavolta.projectors import OWN, parse_projector
 from llavolta.schemes import NEIGHBOURS, SCHEMES, Scheme, Stage
 
 NAMED = SCHEMES | NEIGHBOURS
-ENGINES = {file.stem: file for file in sorted((Path(__file__).parent / "engines").glob("*.json"))}
+ENGINES = {
+    file.stem: file for file in sorted((Path(__file__).parent / "engines").glob("*.json"), key=lambda file: file.stem)
+}
 PRESETS = {file.stem: file for file in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
 
 

@@ -130,23 +130,30 @@ def _projector(base: nn.Module) -> nn.Module | None:
     return projector
 
 
+def towers(parts: Parts) -> dict[str, nn.Module]:
+    """The vision towers, by their names in the base model."""
+    others = (parts.decoder, parts.projector)
+    return {name: part for name, part in parts.base.named_children() if part not in others and _stacks(part)}
+
+
+def _stacks(module: nn.Module) -> list[nn.ModuleList]:
+    return [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part)]
+
+
 def tower_attentions(parts: Parts) -> list[nn.Module]:
     """The attention, with ``q_proj`` and ``k_proj``, of the last encoder layer of each vision tower.
 
     Raises UnsupportedModel for a tower without such a layer, or without a class token (SigLIP).
     """
     found = []
-    for name, tower in parts.base.named_children():
-        stacks = [part for part in tower.modules() if isinstance(part, nn.ModuleList) and len(part)]
-        if tower in (parts.decoder, parts.projector) or not stacks:
-            continue
+    for name, tower in towers(parts).items():
         names = {parameter.rpartition(".")[2] for parameter, _ in tower.named_parameters()}
         if not names & {"class_embedding", "cls_token"}:
             raise UnsupportedModel(
                 f"{name} ({type(tower).__name__}) has no class token whose attention could rank patches; use a "
                 "compressor that needs none, such as downsample or kmeans"
             )
-        last = max(stacks, key=len)[-1]
+        last = max(_stacks(tower), key=len)[-1]
         attention = next((m for m in last.modules() if hasattr(m, "q_proj") and hasattr(m, "k_proj")), None)
         if attention is None:
             raise UnsupportedModel(f"{name}: no q_proj and k_proj in its last layer {type(last).__name__}")

@@ -447,3 +447,26 @@ def budget_curves(table: pd.DataFrame, kinds: Sequence[str] = ("overall", "diffi
         ax.set(title=kind, xlabel="visual tokens left, mean over layers (%)", ylabel="accuracy (%)", ylim=(0, 102))
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=10)
     return figure
+
+
+def benchmark_table(table: pd.DataFrame) -> Figure:
+    """Percent per row and benchmark (see benchmarks.table.paper_table); hatched where nothing was run."""
+    figure, ax = plt.subplots(figsize=(1.5 + 0.62 * table.shape[1], 1.6 + 0.42 * len(table)), layout="constrained")
+    ax.set_facecolor("0.92")
+    ax.patch.set(hatch="//", edgecolor="0.75")
+    sns.heatmap(
+        table.astype(float),
+        annot=True,
+        fmt=".1f",
+        cmap="cividis",
+        vmin=0,
+        vmax=100,
+        ax=ax,
+        annot_kws={"size": 8},
+        cbar_kws={"label": "score (%)"},
+    )
+    ax.set(xlabel="benchmark (hatched: not run, or not given)", ylabel="model, plan")
+    ax.tick_params(axis="x", rotation=60, labelsize=9)
+    ax.tick_params(axis="y", rotation=0, labelsize=9)
+    ax.grid(visible=False)
+    return figure

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -62,3 +67,35 @@ def test_two_processes_train_like_one(one, settings, tmp_path, engine):
     assert trained.keys() == found.keys()
     for name, value in trained.items():
         torch.testing.assert_close(found[name], value, atol=1e-3, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+LAUNCHERS = {
+    "torchrun": ["torchrun", "--nproc_per_node", "2", "-m"],
+    "accelerate": ["accelerate", "launch", "--config_file", "{config}", "-m"],
+    "deepspeed": ["deepspeed", "--num_accelerators", "2", "--module"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_usual_launchers_start_as_many_processes_as_they_are_told(settings, tmp_path, launcher):
+    config = tmp_path / "accelerate.yaml"
+    config.write_text(
+        "distributed_type: MULTI_GPU\nuse_cpu: true\nnum_processes: 2\nmachine_rank: 0\nnum_machines: 1\n"
+    )
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({**settings, "batch_size": 4, "output": str(tmp_path / "run"), "save_steps": 0}))
+    scripts = Path(sys.executable).parent
+    command = [part.format(config=config) for part in LAUNCHERS[launcher]]
+    command = [sys.executable, str(scripts / command[0]), *command[1:], "llavolta.train", str(file)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+
+    def start(processes: int):
+        last = ["--num-processes", str(processes)]
+        return subprocess.run([*command, *last], env=environment, capture_output=True, text=True, timeout=300)
+
+    out = start(2)
+    assert out.returncode == 0, out.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "scheme.json").read_text())["processes"] == 2
+    if launcher == "torchrun":
+        out = start(3)
+        assert out.returncode and "error: 3 processes were asked for, but 2 came up" in out.stderr

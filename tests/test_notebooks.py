@@ -9,6 +9,7 @@ import pandas as pd
 import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
+from test_benchmark_table import write_results
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
@@ -137,6 +138,7 @@ def test_03_train_stage_alone_stage_0_and_a_plan_of_ones_own(training, tmp_path)
         ({"plan": "4:avgpool:8"}, "PlanError: plan '4:avgpool:8' names layer 4, but this model's 4 decoder layers"),
         ({"plan": "1:avgpool:-3"}, "PlanError: plan '1:avgpool:-3': avgpool: stride must be a whole number"),
         ({"num_processes": 0}, "ConfigError: num_processes must be"),
+        ({"deepspeed": "zero9"}, "ConfigError: deepspeed must be zero2, zero3, zero3-offload or a JSON file, not"),
     ],
 )
 def test_03_train_stage_stops_with_one_clear_line(training, tmp_path, wrong, message):
@@ -257,3 +259,14 @@ def test_06_video(video, tmp_path):
 )
 def test_06_video_stops_with_one_clear_line(video, tmp_path, wrong, message):
     assert_one_clear_line("06_video", tmp_path, video, wrong, message)
+
+
+def test_08_benchmarks_marks_what_was_not_run(tmp_path):
+    empty = run("08_benchmarks", tmp_path, results=str(tmp_path / "none"))
+    assert "Nothing was run yet" in outputs(empty) and pictures(empty) == 1
+    write_results(tmp_path / "eval" / "a", "some/model", "none", {"gqa": {"exact_match": 0.625}})
+    full = run("08_benchmarks", tmp_path, results=str(tmp_path / "eval"), record=str(tmp_path / "table.csv"))
+    assert "62.5" in outputs(full) and "not run" in outputs(full) and pictures(full) == 1
+    assert pd.read_csv(tmp_path / "table.csv").GQA.tolist() == [62.5]
+    with pytest.raises(PapermillExecutionError, match="ParameterError: unknown column TriviaQA; choose from GQA"):
+        run("08_benchmarks", tmp_path, columns=["TriviaQA"])

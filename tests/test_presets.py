@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -316,3 +318,20 @@ def test_a_preset_from_the_command_line(settings, tmp_path, capsys):
     assert main(["embedded", "--output", "x", "--set", "seed"]) == 1 and "NAME=VALUE" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="unknown preset 'tiny'; choose from embedded"):
         preset("tiny")
+
+
+def test_the_commands_of_the_reproduction_page_name_what_exists(monkeypatch):
+    """Each ``python -m llavolta.train`` of papers/REPRODUCE.md comes to a configuration, and trains what it says."""
+    from llavolta import launch, train
+
+    page = (Path(__file__).parent.parent / "papers" / "REPRODUCE.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^\s*python -m llavolta\.train (.*)$", page, re.MULTILINE)
+    seen = []
+    monkeypatch.setattr(launch, "launch", lambda config, *options: seen.append((config, *options)))
+    for command in commands:
+        assert train.main(command.replace("$scheme", "four-stage-wider").split()) == 0
+    (align, processes, _), (tuned, *_) = seen
+    assert align.stage == 0 and align.aligns and align.deepspeed == "zero2" and processes == 8
+    assert tuned.scheme == "four-stage-wider" and not tuned.aligns and tuned.vision_tower is None
+    assert tuned.batches("instruct", 8) == (16, 1) and align.batches("align", 8) == (32, 1)
+    assert Path(tuned.model) == Path(align.output)

@@ -201,6 +201,19 @@ class TestRefusals:
         with pytest.raises(ValueError, match=match):
             train(TrainConfig(output=str(tmp_path / "run"), **{**settings, **change}), progress=False)
 
+    def test_engines(self, tmp_path):
+        own = tmp_path / "own.json"
+        for text, match in (("{", "cannot be read as JSON"), ('{"optimizer": {}}', "sets the optimizer or scheduler")):
+            own.write_text(text)
+            with pytest.raises(ConfigError, match=match):
+                TrainConfig(output="x", deepspeed=str(own))
+        with pytest.raises(ConfigError, match="fsdp must be fsdp2 or a JSON file, not 'zero2'"):
+            TrainConfig(output="x", fsdp="zero2")
+        with pytest.raises(ConfigError, match="both shard the model"):
+            TrainConfig(output="x", fsdp="fsdp2", deepspeed="zero2")
+        with pytest.raises(ConfigError, match="--nnodes must be one number, not 1:4"):
+            launch(TrainConfig(output=str(tmp_path / "run")), 2, "--nnodes 1:4")
+
     def test_unknown_parameter(self):
         with pytest.raises(ConfigError, match="unknown parameter 'lerning_rate'; known: output"):
             TrainConfig.from_dict({"output": "x", "lerning_rate": 1})

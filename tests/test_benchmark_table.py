@@ -1,0 +1,82 @@
+"""The papers' tables hold what lmms-eval wrote, in percent, mark what was not run, and invent nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import yaml
+
+from llavolta.benchmarks.table import AVERAGE, HOURS, RATIO, TableError, paper_table, published, runs_in
+
+
+def write_results(folder, model: str, plan: str, scores: dict[str, dict[str, float]]):
+    """A result file as lmms-eval writes it, with the scores {task: {metric: value}}."""
+    results = {
+        "results": {task: {f"{name},none": value for name, value in held.items()} for task, held in scores.items()},
+        "configs": {task: {"metric_list": [{"metric": name} for name in held]} for task, held in scores.items()},
+        "n-samples": {task: {"original": 4, "effective": 4} for task in scores},
+        "config": {"model_args": f"pretrained={model},plan={plan}"},
+    }
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "20260101_000000_results.json").write_text(json.dumps(results))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    stages = [{"plan": "1:avgpool:8", "share": 0.5}, {"plan": "none", "share": 0.5}]
+    (trained / "config.yaml").write_text(yaml.safe_dump({"resolved_stages": stages}))
+    rows = [
+        {"step": 10, "seconds": 18.0, "plan": "1:avgpool:8", "tokens_per_layer": [144, 18, 18, 18]},
+        {"step": 20, "seconds": 36.0, "plan": "none", "tokens_per_layer": [144] * 4},
+    ]
+    (trained / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gqa = {"gqa": {"exact_match": 0.62}, "mme": {"mme_perception_score": 1500.0, "mme_cognition_score": 300.0}}
+    more = {"pope": {"pope_f1_score": 0.86, "pope_accuracy": 0.87}}
+    return {
+        "ours": [
+            write_results(tmp_path / "a", str(trained), "none", gqa),
+            write_results(tmp_path / "b", str(trained), "none", more),
+        ],
+        "theirs": [write_results(tmp_path / "c", "hub/model", "2:avgpool:8", {"gqa": {"exact_match": 0.5}} | more)],
+    }
+
+
+def test_rows_in_percent_with_averages_over_what_all_have(runs):
+    table = paper_table(runs)
+    assert table.loc["ours", ["GQA", "MME", "POPE"]].tolist() == pytest.approx([62, 75, 86])
+    assert table.loc["theirs", ["GQA", "POPE"]].tolist() == pytest.approx([50, 86])
+    assert math.isnan(table.MME["theirs"]) and table["MM-Vet"].isna().all() and table["MSVD-QA"].isna().all()
+    assert table[AVERAGE].tolist() == pytest.approx([(62 + 86) / 2, (50 + 86) / 2])  # MME is not in both
+    assert table[HOURS]["ours"] == pytest.approx((10 * 18 + 10 * 36) / 3600) and math.isnan(table[HOURS]["theirs"])
+    assert table[RATIO]["ours"] == pytest.approx(4 * 144 / (0.5 * (144 + 3 * 18) + 0.5 * 4 * 144))
+
+
+def test_what_makes_no_row_is_refused(runs, tmp_path):
+    with pytest.raises(TableError, match="both has GQA 2 times|both mixes"):
+        paper_table({"both": [runs["ours"][0], runs["theirs"][0]]})
+    again = write_results(tmp_path / "d", str(tmp_path / "trained"), "none", {"gqa": {"exact_match": 0.1}})
+    with pytest.raises(TableError, match="twice has GQA 2 times"):
+        paper_table({"twice": [runs["ours"][0], again]})
+    with pytest.raises(TableError, match="no folder .*nowhere; run"):
+        paper_table({"x": [tmp_path / "nowhere"]})
+
+
+def test_runs_are_found_by_model_and_plan(runs, tmp_path):
+    found = runs_in(tmp_path)
+    assert {name: [folder.name for folder in folders] for name, folders in found.items()} == {
+        "trained, none": ["a", "b"],
+        "model, 2:avgpool:8": ["c"],
+    }
+    assert runs_in(tmp_path / "nowhere") == {}
+
+
+def test_published_rows_are_those_of_the_papers_csv():
+    held = published()
+    assert held[AVERAGE]["published: four stages"] == 61.9
+    assert held[HOURS].tolist() == [15.3, 12.8]
+    assert math.isnan(held[AVERAGE]["published: no compression"])
