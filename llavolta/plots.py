@@ -45,11 +45,14 @@ def scheme_diagram(
 
 
 def example(conversation) -> Figure:
-    """The first picture of a data.Example."""
-    figure, ax = plt.subplots(figsize=(2.6, 2.6), layout="constrained")
-    ax.imshow(conversation.images[0], interpolation="nearest")
-    ax.set(xticks=[], yticks=[], title=conversation.name)
-    ax.title.set_fontsize(8)
+    """The first picture, or else the frames of the first clip, of a data.Example."""
+    pictures = conversation.images[:1] or conversation.videos[0]
+    size = (2.6, 2.6) if len(pictures) == 1 else (1.3 * len(pictures), 1.6)
+    figure, axes = plt.subplots(1, len(pictures), figsize=size, squeeze=False, layout="constrained")
+    for ax, picture in zip(axes[0], pictures, strict=True):
+        ax.imshow(picture, interpolation="nearest")
+        ax.set(xticks=[], yticks=[])
+    figure.suptitle(conversation.name, fontsize=8)
     return figure
 
 

@@ -532,11 +532,13 @@ class View:
 
 
 def choose(data: LlavaData, number: int) -> tuple[dict, list]:
-    """Question ``number`` of ``data`` (see LlavaData.questions) and its opened pictures. Raises StudyError."""
+    """Question ``number`` of ``data`` (see LlavaData.questions) and its opened pictures; of a clip the first
+    frame alone. Raises StudyError."""
     questions = list(data.questions())
     if number not in range(len(questions)):
         raise StudyError(f"{data.file.name} has questions 0..{len(questions) - 1}, not {number!r}")
-    images = data[questions[number]["index"]].images
+    example = data[questions[number]["index"]]
+    images = example.images or [frames[0] for frames in example.videos]
     if not images:
         raise StudyError(f"question {number} of {data.file.name} has no picture; choose another")
     return questions[number], images

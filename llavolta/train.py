@@ -84,6 +84,11 @@ def clips_data(clips: int = 1500, heldout: int = 150, seed: int = 0) -> Path:
 GENERATED = {"digits": digits_data, "clips": clips_data}  # what ``data`` may name besides a file
 
 
+def heldout_file(config: TrainConfig) -> Path:
+    """The held-out questions of the generated data that ``config`` trains on; of the digits if it trains on a file."""
+    return GENERATED.get(config.data, digits_data)(config.scenes) / "heldout.json"
+
+
 def embedded_llava() -> Path:
     """The folder of the embedded LLaVA trained without compression (scheme "single-stage"), a plain LLaVA.
 
