@@ -174,7 +174,9 @@ def set_trainable(model, phase: str, train_tower: bool = False) -> None:
     names = [name for name, _ in unwrap(model).named_parameters()]
     for part in (PROJECTOR, TOWER):
         if not any(part in name for name in names):
-            raise ConfigError(f"{type(unwrap(model)).__name__} has no {part}; training is for models of LLaVA's make")
+            raise ConfigError(
+                f"{type(unwrap(model)).__name__} has no {part.strip('_')}; training is for models of LLaVA's make"
+            )
     for name, parameter in unwrap(model).named_parameters():
         trains = PROJECTOR in name if phase == "align" else TOWER not in name or train_tower
         if parameter.is_floating_point():

@@ -545,12 +545,13 @@ def choose(data: LlavaData, number: int) -> tuple[dict, list]:
 
 
 def view(model, processor, question: str, images: list, plan: str, text_tokens: float = 64) -> View:
-    """Ask ``question`` about opened ``images`` under ``plan``. text_tokens: of the training example that FLOPs are of.
+    """Ask ``question`` about opened ``images``, or clips (lists of frames), under ``plan``.
 
-    Raises PlanError, UnsupportedModel, or a compressor's own ValueError.
+    text_tokens: of the training example that FLOPs are of. Raises PlanError, UnsupportedModel, or a compressor's own ValueError.
     """
     parts = families.find_parts(model)
     batch = evaluate.prompts(model, processor, [(question, images)])
+    looks = sum(len(look) if isinstance(look, list) else 1 for look in images)  # a clip's frames count as images
     length = batch["input_ids"].shape[1]
     visual = sum(int((batch["input_ids"] == token).sum()) for token in parts.visual_ids.values())
     training = model.training
@@ -566,7 +567,7 @@ def view(model, processor, question: str, images: list, plan: str, text_tokens: 
         maps=record.maps,
         tokens=tokens,
         ratio=len(tokens) * visual / sum(tokens),
-        flops=_relative_flops(families.unwrap(model).config, plan, text_tokens),
+        flops=_relative_flops(families.unwrap(model).config, plan, text_tokens, looks),
         answer=processor.decode(out.sequences[0, length:], skip_special_tokens=True).strip(),
         guesses={processor.tokenizer.decode([token]).strip() or "(blank)": chance for token, chance in pairs},
         shape=record.shape or _square(visual // max(len(images), 1)),
@@ -613,9 +614,9 @@ def _square(count: int) -> tuple[int, int]:
     return (side, side) if side * side == count else (1, count)
 
 
-def _relative_flops(config, plan, text_tokens: float) -> float:
+def _relative_flops(config, plan, text_tokens: float, images: int = 1) -> float:
     try:
-        return step_cost(config, plan, text_tokens).total / step_cost(config, "none", text_tokens).total
+        return step_cost(config, plan, text_tokens, images).total / step_cost(config, "none", text_tokens, images).total
     except UnsupportedModel:  # its tower cuts images into parts of its own
         return math.nan
 
