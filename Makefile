@@ -35,6 +35,7 @@ test: install
 lab: install
 	$(BIN)/jupyter lab --notebook-dir .
 
+# Each with the parameters it was saved with: the five seeds of 04 take two hours where data/runs does not hold them.
 notebooks: install
 	cd notebooks && for notebook in *.ipynb; do ../$(BIN)/papermill $$notebook $$notebook || exit 1; done
 	$(BIN)/python -c "from llavolta import SCHEMES, plots; plots.scheme_diagram(SCHEMES['three-stage'].scaled(8), 8, 144, 200).savefig('papers/llavolta/three-stage.png', dpi=120)"
@@ -46,6 +47,7 @@ evidence: install
 	cd notebooks && ../$(BIN)/papermill 04_compare_schemes.ipynb ../data/runs/04.ipynb -p controls True -p seeds 5 -p record ../papers/llavolta
 	cd notebooks && ../$(BIN)/papermill 05_compare_compressors.ipynb ../data/runs/05.ipynb -p record ../papers/compressors
 	$(BIN)/python -m llavolta.claims
+	$(BIN)/python -m llavolta.scaling
 
 # Kills trainings at random moments and compares the weights of the resumed runs bit for bit; about a minute.
 stress: install
