@@ -28,7 +28,7 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 EMBEDDED = DATA / "tiny-llava"
 EMBEDDED_VIDEO = DATA / "cache" / "tiny-video-llava"
 PROJECTOR, TOWER = "multi_modal_projector", "_tower"
-TOWERS = ("vision", "image", "video")  # Video-LLaVA has one for images and one for frames
+TOWERS = tuple(kind + TOWER for kind in ("vision", "image", "video"))  # Video-LLaVA has one each of the last two
 
 # The conversation of Vicuna v1.5 and LLaVA-1.5: a system message, theirs unless there is one, then the turns, pictures
 # before text.
@@ -113,7 +113,7 @@ def _four_bits():
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["lm_head", f"model.{PROJECTOR}", *(f"model.{kind}{TOWER}" for kind in TOWERS)],
+        llm_int8_skip_modules=["lm_head", f"model.{PROJECTOR}", *(f"model.{tower}" for tower in TOWERS)],
     )
 
 
@@ -199,7 +199,7 @@ def with_adapters(model, config: TrainConfig, base: str) -> PeftModel:
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         lora_dropout=0.05,
         target_modules=linear,
-        modules_to_save=[PROJECTOR, TOWER] if config.train_tower else [PROJECTOR],
+        modules_to_save=[PROJECTOR, *TOWERS] if config.train_tower else [PROJECTOR],
     )
     return get_peft_model(model, adapters)
 

@@ -547,11 +547,12 @@ def choose(data: LlavaData, number: int) -> tuple[dict, list]:
 def view(model, processor, question: str, images: list, plan: str, text_tokens: float = 64) -> View:
     """Ask ``question`` about opened ``images``, or clips (lists of frames), under ``plan``.
 
-    text_tokens: of the training example that FLOPs are of. Raises PlanError, UnsupportedModel, or a compressor's own ValueError.
+    text_tokens: of the training example that FLOPs are of. Raises PlanError, UnsupportedModel, or a compressor's own
+    ValueError.
     """
     parts = families.find_parts(model)
     batch = evaluate.prompts(model, processor, [(question, images)])
-    looks = sum(len(look) if isinstance(look, list) else 1 for look in images)  # a clip's frames count as images
+    frames = [len(look) if isinstance(look, list) else 1 for look in images]  # each counts as an image in FLOPs
     length = batch["input_ids"].shape[1]
     visual = sum(int((batch["input_ids"] == token).sum()) for token in parts.visual_ids.values())
     training = model.training
@@ -567,7 +568,7 @@ def view(model, processor, question: str, images: list, plan: str, text_tokens: 
         maps=record.maps,
         tokens=tokens,
         ratio=len(tokens) * visual / sum(tokens),
-        flops=_relative_flops(families.unwrap(model).config, plan, text_tokens, looks),
+        flops=_relative_flops(families.unwrap(model).config, plan, text_tokens, sum(frames)),
         answer=processor.decode(out.sequences[0, length:], skip_special_tokens=True).strip(),
         guesses={processor.tokenizer.decode([token]).strip() or "(blank)": chance for token, chance in pairs},
         shape=record.shape or _square(visual // max(len(images), 1)),

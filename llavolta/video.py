@@ -43,12 +43,11 @@ def read_frames(path: str | Path, count: int, name: str | None = None) -> list[I
     try:
         total = _count(path)
         kept, found = _decode(path, frame_places(total, count))
+        if not found:
+            raise ValueError("no frame can be decoded")
         if found != total:  # some packets hold no frame of their own
-            if not found:
-                raise ValueError("no frame can be decoded")
-            total = found
-            kept, found = _decode(path, frame_places(total, count))
-        return [kept[place] for place in frame_places(total, count)]
+            kept, _ = _decode(path, frame_places(found, count))
+        return [kept[place] for place in frame_places(found, count)]
     except (OSError, ValueError, LookupError, MemoryError) as error:  # PyAV's errors are of these kinds
         raise DataError(f"{name} cannot be read ({error}); fetch it again or drop the entry") from None
 
