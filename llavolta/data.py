@@ -470,9 +470,9 @@ class Collator:
 class GroupedSampler(Sampler[int]):
     """Batches of one modality and of like length, in random order: LLaVA's ``group_by_modality_length``.
 
-    medium: (n,) a number of each example's modality, or bool.
-    The order is a function of the seed and the epoch alone, so a resumed run sees the same batches.
-    batch: examples of one optimizer step over all processes. The few left over at the end may mix modalities.
+    The order is a function of the seed and the epoch alone, so a resumed run sees the same batches. medium: (n,)
+    which kind of pictures an example has, see LlavaData. batch: examples of an optimizer step over all processes. The
+    few left over at the end may mix them.
     """
 
     def __init__(self, lengths: np.ndarray, medium: np.ndarray, batch: int, seed: int):
