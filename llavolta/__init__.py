@@ -3,6 +3,7 @@
 from llavolta.compressors import (
     AveragePool,
     AveragePool2d,
+    AveragePool3d,
     CompressedTokens,
     Compressor,
     Downsample,
@@ -28,6 +29,7 @@ __all__ = [
     "SCHEMES",
     "AveragePool",
     "AveragePool2d",
+    "AveragePool3d",
     "CompressedTokens",
     "Compression",
     "Compressor",

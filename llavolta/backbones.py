@@ -10,7 +10,7 @@ instruction tuning: the two phases that the package studies.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +27,12 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
 )
 
-from llavolta import digits
+from llavolta import clips, digits
+from llavolta.video import FRAMES, FrameProcessor, VideoLlavaProcessor
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>")
 CHAT_TEMPLATE = (
@@ -42,9 +45,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the words of the digits questions, lower case, 40-odd words."""
-    vocabulary = {token: index for index, token in enumerate((*SPECIAL, *digits.vocabulary()))}
+def tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over the words of the digits questions, lower case, 40-odd words, and ``more``."""
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL, *digits.vocabulary(), *more))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -330,8 +333,14 @@ def assemble(tower: CLIPVisionModel, language_model: LlamaForCausalLM, seed: int
         pad_token_id=ids["<pad>"],
         tie_word_embeddings=False,
     )
-    model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower.load_state_dict(tower.state_dict())
+    return _fill(LlavaForConditionalGeneration(config), tower, language_model)
+
+
+def _fill(model, tower: CLIPVisionModel, language_model: LlamaForCausalLM):
+    """``model`` with the weights of its parts, and a new projector."""
+    for name, part in model.model.named_children():
+        if name.endswith("_tower"):
+            part.load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(language_model.model.state_dict())
     model.lm_head.load_state_dict(language_model.lm_head.state_dict())
     for part in model.model.multi_modal_projector.modules():  # the default 0.02 is too small at this width
@@ -341,6 +350,51 @@ def assemble(tower: CLIPVisionModel, language_model: LlamaForCausalLM, seed: int
     return model
 
 
+def video_llava(model: LlavaForConditionalGeneration, seed: int = 0) -> VideoLlavaForConditionalGeneration:
+    """A Video-LLaVA of the parts of a LLaVA, with a new projector, for frames of 48 x 48 pixels (6 x 6 patches).
+
+    The tower keeps every second position in each direction, so that a frame spans the places of a whole scene; the
+    language model gets the words of the questions on clips, untrained.
+    """
+    torch.manual_seed(seed)
+    side = clips.SIZE // digits.PATCH
+    tower = CLIPVisionModel(vision_config(image_size=clips.SIZE))
+    weights = model.model.vision_tower.state_dict()
+    name = next(name for name in weights if name.endswith("position_embedding.weight"))
+    places = weights[name][1:].view(digits.TOKENS, digits.TOKENS, -1)[::2, ::2].reshape(side**2, -1)
+    tower.load_state_dict(weights | {name: torch.cat([weights[name][:1], places])})
+    language_model = language_model_of(model)
+    language_model.resize_token_embeddings(len(tokenizer(clips.vocabulary())))
+    ids = dict(zip(SPECIAL, range(len(SPECIAL)), strict=True))
+    config = VideoLlavaConfig(
+        vision_config=tower.config,
+        text_config=language_model.config,
+        image_token_index=ids["<image>"],
+        video_token_index=ids["<video>"],
+        image_seq_length=side**2,
+        video_seq_length=FRAMES * (side**2 + 1),  # with CLS
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        pad_token_id=ids["<pad>"],
+        tie_word_embeddings=False,
+    )
+    return _fill(VideoLlavaForConditionalGeneration(config), tower, language_model)
+
+
+def video_processor() -> VideoLlavaProcessor:
+    """The processor of the embedded Video-LLaVA."""
+    images = processor(clips.SIZE).image_processor
+    return VideoLlavaProcessor(
+        images,
+        FrameProcessor(images),
+        tokenizer(clips.vocabulary()),
+        patch_size=digits.PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # CLS, which is dropped from images and kept in frames
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
 def language_model_of(model: LlavaForConditionalGeneration) -> LlamaForCausalLM:
     """The language model of a LLaVA as a causal language model; shares its weights."""
     language_model = LlamaForCausalLM(model.config.text_config)
@@ -348,14 +402,15 @@ def language_model_of(model: LlavaForConditionalGeneration) -> LlamaForCausalLM:
     return language_model.eval()
 
 
-def save(model: LlavaForConditionalGeneration, folder: str | Path, log: dict | None = None) -> Path:
-    """Write the unaligned LLaVA and its processor to ``folder`` in half precision, as a plain Hugging Face folder.
+def save(model, folder: str | Path, log: dict | None = None, words=None) -> Path:
+    """Write the unaligned model and its processor (``words``; default: the LLaVA's) to ``folder``, a plain Hugging Face
+    folder in half precision.
 
     log: the training logs of its parts, kept beside it as ``backbones.json``.
     """
     folder = Path(folder)
     model.half().save_pretrained(folder)
-    processor().save_pretrained(folder)
+    (words or processor()).save_pretrained(folder)
     model.float()
     if log is not None:
         (folder / "backbones.json").write_text(json.dumps(log))

@@ -100,11 +100,15 @@ def step_times(
 
 
 def _sizes(model, batches) -> tuple[float, float, float]:
-    """Text tokens, images and labelled rows per example, means over the batches."""
+    """Text tokens, images and labelled rows per example, means over the batches; a clip counts as its frames."""
     examples = sum(len(batch["input_ids"]) for batch in batches)
     images = sum(len(batch.get("pixel_values", ())) for batch in batches)
+    images += sum(batch["pixel_values_videos"].shape[:2].numel() for batch in batches if "pixel_values_videos" in batch)
     rows = sum(batch["input_ids"].numel() for batch in batches)
-    visual = sum((batch["input_ids"] == model.config.image_token_id).sum().item() for batch in batches)
+    placeholders = torch.tensor(list(find_parts(model).visual_ids.values()))
+    visual = sum(
+        torch.isin(batch["input_ids"], placeholders.to(batch["input_ids"].device)).sum().item() for batch in batches
+    )
     labelled = sum((batch["labels"] != IGNORED).sum().item() for batch in batches)
     return (rows - visual) / examples, images / examples, labelled / examples
 

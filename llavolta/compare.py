@@ -24,7 +24,7 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from llavolta import bench, train
-from llavolta.data import Collator, LlavaData
+from llavolta.data import Collator, GroupedSampler, LlavaData
 from llavolta.errors import UserError
 from llavolta.evaluate import evaluate, interval
 from llavolta.plan import check_layers, parse_plan
@@ -190,20 +190,22 @@ def costs(
     model: str | Path,
     rounds: int = 5,
     progress: bool = True,
+    batches: int = 2,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What the schemes cost relative to no compression, and the steps that this is summed from.
 
     The first table has one row per scheme: time and flops (1 for no compression), each the mean over its stages by
-    their shares. The second is ``bench.step_times`` of all their plans, timed in turn on the same batches of training
-    data, so that the noise of the machine cancels. model: a trained one of them.
+    their shares. The second is ``bench.step_times`` of all their plans, timed in turn on the same ``batches``, as
+    training has them, so that the noise of the machine cancels. model: a trained one of them.
     """
     setup = train.prepare(_any(config))
     trained, processor = train.load_model(str(model))
     data, collate = train.open_data(config, setup.data, setup.images), Collator(processor, config.max_length)
-    size = config.batch_size
-    batches = [collate([data[i % len(data)] for i in range(k * size, (k + 1) * size)]) for k in range(2)]
+    order, size = list(GroupedSampler(data.lengths, data.medium, config.batch_size, config.seed)), config.batch_size
+    parts = [[order[i % len(order)] for i in range(k * size, (k + 1) * size)] for k in range(batches)]
+    seen = [collate([data[i] for i in part]) for part in parts]
     stages = [stage for scheme in schemes.values() for stage in scheme.stages]
-    steps = bench.step_times(trained, batches, stages, rounds, progress=progress)
+    steps = bench.step_times(trained, seen, stages, rounds, progress=progress)
     by_plan = steps.set_index("plan")
     rows = []
     for name, scheme in schemes.items():

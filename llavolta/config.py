@@ -60,12 +60,13 @@ _NUMBERS = dict(
 class TrainConfig:
     """Everything a run depends on. The defaults are the embedded scale; ``PRESETS`` names others.
 
-    model: a Hugging Face folder or hub name; "embedded" is the tiny LLaVA in data/. vision_tower, language_model:
-    folders or hub names to make a LLaVA of, with a new projector, in place of ``model``. projector: a new one for
-    projector alignment to train, such as "stf:2" (see llavolta.projectors); "mlp" leaves the model's own. data, images:
-    LLaVA JSON and image folder; "digits" is the generated digits VQA of so many ``scenes``. bad_entries: "fail" at the
-    first that cannot be read, or "skip" those that a check of all pictures finds before training; for a large set run
-    ``python -m llavolta.data check`` first, whose findings are used.
+    model: a Hugging Face folder or hub name; "embedded" is the tiny LLaVA in data/, "embedded-video" a Video-LLaVA of
+    its parts. vision_tower, language_model: folders or hub names to make a LLaVA of, with a new projector, in place of
+    ``model``. projector: a new one for projector alignment to train, such as "stf:2" (see llavolta.projectors); "mlp"
+    leaves the model's own. data, images: LLaVA JSON and image folder; "digits" and "clips" are the generated digits VQA
+    and clips VQA of so many ``scenes``. bad_entries: "fail" at the first that cannot be read, or "skip" those that a
+    check of all pictures and clips finds before training; for a large set run ``python -m llavolta.data check`` first,
+    whose findings are used.
 
     scheme: a name of SCHEMES or NEIGHBOURS (layers are scaled to the model's depth), a list of plans, or a list of
     {plan, share}, maybe with slow_every (both taken as they are; see schemes.Stage). pivots: the optimizer steps at

@@ -1,4 +1,4 @@
-"""LLaVA's training data: a JSON list of conversations and a folder of pictures.
+"""LLaVA's training data: a JSON list of conversations and a folder of pictures and clips.
 
 ``python -m llavolta.data check FILE [FOLDER]`` names every entry that cannot be trained on, and why; its exit status
 is 0 if there is none, 1 if there are some, 2 if the file itself cannot be read.
@@ -16,7 +16,7 @@ import sys
 from array import array
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from reprlib import repr as short
@@ -27,9 +27,10 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
-from llavolta.errors import UserError
+from llavolta.errors import DataError, UserError
 from llavolta.jsonlist import scan
 from llavolta.models import DATA
+from llavolta.video import FRAMES, read_frames
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 MEDIA = {"image": "<image>", "video": "<video>"}  # an entry's key, and what stands for it in the text
@@ -38,20 +39,24 @@ IGNORED = -100
 CACHE = DATA / "cache" / "llava"
 KEPT_FROM = 1 << 25  # bytes of a data file whose index is kept: a smaller one is indexed in a second
 
+_PLACEHOLDER = re.compile("<(image|video)>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class DataError(UserError, ValueError):
-    """A data set, entry or picture that cannot be used; the message names it and says what to do."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation. messages: transformers' chat format. images: the opened pictures, RGB, in their order."""
+    """One conversation. messages: transformers' chat format. images: the opened pictures, RGB, in their order. videos:
+    the frames of each clip."""
 
     messages: list[dict]
     images: list[Image.Image]
     name: str
+    videos: list[list[Image.Image]] = field(default_factory=list)
+
+    @property
+    def looks(self) -> list:
+        """Pictures, then clips, as ``evaluate.prompts`` takes them."""
+        return [*self.images, *self.videos]
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Index:
 
     start: np.ndarray  # first byte
     stop: np.ndarray
-    has_image: np.ndarray  # or has a video
+    medium: np.ndarray  # 0 text alone, 1 with images, 2 with a video
     lengths: np.ndarray  # words, about: blanks are counted
     bad: dict[int, str]
     version: list[int]  # of the file: bytes and time
@@ -88,17 +93,17 @@ def read_index(file: Path) -> Index:
 
 
 def _scan_index(file: Path, version: list[int]) -> Index:
-    starts, stops, words, pictured, bad = array("q"), array("q"), array("q"), array("b"), {}
+    starts, stops, words, media, bad = array("q"), array("q"), array("q"), array("b"), {}
     try:
         for start, stop, entry in scan(file):
             try:
                 text = check_entry(entry, f"{file.name} entry {len(starts)}")
                 words.append(text.count(" ") + text.count("\n") + 1)
-                pictured.append(any(_paths(entry, medium) for medium in MEDIA))
+                media.append(2 if _paths(entry, "video") else 1 if _paths(entry) else 0)
             except DataError as error:
                 bad[len(starts)] = str(error)
                 words.append(0)
-                pictured.append(False)
+                media.append(0)
             starts.append(start)
             stops.append(stop)
     except (ValueError, RecursionError) as error:
@@ -107,7 +112,7 @@ def _scan_index(file: Path, version: list[int]) -> Index:
         raise DataError(f"{file} cannot be read ({error})") from None
     if not starts:
         raise DataError(f"{file} must hold a JSON list with at least one conversation")
-    return Index(*map(np.array, (starts, stops)), np.array(pictured, bool), np.array(words), bad, version)
+    return Index(*map(np.array, (starts, stops)), np.array(media), np.array(words), bad, version)
 
 
 def _version(file: str | Path | int) -> list[int]:
@@ -135,15 +140,18 @@ def _reasons(text: str) -> dict[int, str]:
 
 
 class LlavaData(Dataset):
-    """Conversations in LLaVA's format: ``id``, ``image`` (a path, a list of paths or none), ``conversations``.
+    """Conversations in LLaVA's format: ``id``, ``image`` and ``video`` (each a path, a list of paths or none),
+    ``conversations``.
 
     file: the JSON list. images: the folder that the image paths are relative to (default: the JSON's own folder).
-    pad: pad pictures to squares with this RGB colour, as LLaVA-1.5 does; None leaves them as they are.
+    pad: pad images to squares with this RGB colour, as LLaVA-1.5 does; None leaves them, and clips always are, as
+    they are. frames: of each clip; see video.read_frames.
     skip: entries of the file to leave out (see ``find_bad``), besides those of a wrong structure; None: none are.
 
-    The structure of every entry is checked on opening, each picture when it is read. Entries and pictures are read
-    from their files when asked for; none stay in memory. has_image, lengths: arrays (n,); a video counts as an image,
-    lengths are in words. skipped: the entries of the file that are left out. Raises DataError.
+    The structure of every entry is checked on opening, each picture when it is read. Entries, pictures and frames are
+    read from their files when asked for; none stay in memory. medium, has_image, lengths: arrays (n,); medium: 0 for
+    text alone, 1 with images, 2 with a video, which has_image counts, too; lengths are in words. skipped: the entries
+    of the file that are left out. Raises DataError.
     """
 
     def __init__(
@@ -152,10 +160,11 @@ class LlavaData(Dataset):
         images: str | Path | None = None,
         pad: tuple[int, int, int] | None = None,
         skip: Collection[int] | None = None,
+        frames: int = FRAMES,
     ):
         self.file = Path(file)
         self.folder = Path(images) if images else self.file.parent
-        self.pad = pad
+        self.pad, self.frames = pad, frames
         self.index = read_index(self.file)
         if not self.folder.is_dir():
             raise DataError(f"no image folder {self.folder}; give the folder that the image paths are relative to")
@@ -169,7 +178,8 @@ class LlavaData(Dataset):
         self.rows = np.setdiff1d(np.arange(len(self.index.start)), self.skipped)  # entries of the file
         if not len(self.rows):
             raise DataError(f"{self.file}: all of its {len(self.index.start)} entries are bad")
-        self.has_image, self.lengths = self.index.has_image[self.rows], self.index.lengths[self.rows]
+        self.medium, self.lengths = self.index.medium[self.rows], self.index.lengths[self.rows]
+        self.has_image = self.medium > 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -177,10 +187,9 @@ class LlavaData(Dataset):
     def __getitem__(self, index: int) -> Example:
         entry = self.entry(index)
         name = self._name(index, entry)
-        if _paths(entry, "video"):
-            raise DataError(f"{name} has a video, which this data set cannot decode; give entries with images")
         images = [open_image(self.folder, path, name, self.pad) for path in _paths(entry)]
-        return Example(_messages(entry), images, name)
+        videos = [open_video(self.folder, path, name, self.frames) for path in _paths(entry, "video")]
+        return Example(_messages(entry), images, name, videos)
 
     def entry(self, index: int) -> dict:
         """The entry as it is in the file."""
@@ -209,17 +218,17 @@ class LlavaData(Dataset):
             texts = [turn["value"] for turn in entry["conversations"] if turn["from"] != "system"]
             types = entry.get("types") or ["all"] * (len(texts) // 2)
             for asked, answered, kind in zip(texts[::2], texts[1::2], types, strict=True):
-                question = asked.replace("<image>", "").strip()
+                question = _PLACEHOLDER.sub("", asked).strip()
                 yield {"index": index, "type": kind, "question": question, "answer": answered}
 
     def check_media(self, index: int) -> None:
-        """Raise DataError unless each picture of an entry can be decoded and each video is there."""
+        """Raise DataError unless each picture and clip of an entry can be decoded."""
         entry = self.entry(index)
         name = self._name(index, entry)
         for path in _paths(entry):
             open_image(self.folder, path, name, eighth=True)
         for path in _paths(entry, "video"):
-            find_file(self.folder, path, name, "video")
+            open_video(self.folder, path, name, self.frames)
 
 
 def _paths(entry: dict, medium: str = "image") -> list[str]:
@@ -269,8 +278,8 @@ def _messages(entry: dict) -> list[dict]:
     messages = []
     for turn in entry["conversations"]:
         text = turn["value"]
-        parts = [{"type": "image"}] * text.count("<image>")  # pictures go before the text, as in LLaVA
-        parts.append({"type": "text", "text": text.replace("<image>", "").strip()})
+        parts = [{"type": medium} for medium in _PLACEHOLDER.findall(text)]  # go before the text, as in LLaVA
+        parts.append({"type": "text", "text": _PLACEHOLDER.sub("", text).strip()})
         messages.append({"role": ROLES[turn["from"]], "content": parts})
     return messages
 
@@ -310,6 +319,11 @@ def open_image(
     return pad_to_square(image, pad)
 
 
+def open_video(folder: Path, path: str, name: str, frames: int) -> list[Image.Image]:
+    """``frames`` frames of the clip at ``path`` below ``folder``; see video.read_frames. Raises DataError."""
+    return read_frames(find_file(folder, path, name, "video"), frames, f"{name}: video {path!r}")
+
+
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int] | None) -> Image.Image:
     """``image`` in the middle of a square of ``colour`` (RGB), as LLaVA-1.5 sees it; None leaves it as it is."""
     if colour is None or image.width == image.height:
@@ -332,7 +346,7 @@ def find_bad(
     fresh: bool = False,
     progress: bool = True,
 ) -> dict[int, str]:
-    """The bad entries of a data file, in order, and the reason of each: structure, pictures (all decoded), videos.
+    """The bad entries of a data file, in order, and the reason of each: structure, pictures and clips (all decoded).
 
     workers: threads, for Pillow decodes outside Python's lock; None: one a core. What was found is kept in data/cache
     and holds while the file stays as it is; fresh: look again. Raises DataError if the file itself cannot be read.
@@ -372,7 +386,7 @@ def _bad_media(data: LlavaData, part: np.ndarray) -> dict[int, str]:
 
 @dataclass
 class Collator:
-    """Examples -> a batch of input_ids, attention_mask, labels (B, T) and pixel_values.
+    """Examples -> a batch of input_ids, attention_mask, labels (B, T) and pixel_values, pixel_values_videos.
 
     Labels are the answers, as the processor's chat template writes them with what follows (the end token); all
     else is ignored. Rows are padded at the end and cut at ``max_length``. Raises DataError when that would cut into
@@ -390,15 +404,18 @@ class Collator:
         tokenizer = self.processor.tokenizer
         texts, spans = zip(*(self._render(example) for example in examples), strict=True)
         images = [image for example in examples for image in example.images]
+        videos = [frames for example in examples for frames in example.videos]
+        if videos and not hasattr(self.processor, "video_processor"):
+            raise DataError(f"{type(self.processor).__name__} reads no video; train a model that does, or drop them")
         rendered = list(texts)
-        if self.always_picture and not images:
+        if self.always_picture and not images and not videos:
             rendered.append(self.processor.image_token)
             images.append(Image.new("RGB", (32, 32)))
-        encoded = self.processor(
-            text=rendered, images=images or None, padding=True, padding_side="right", return_tensors="pt"
-        )
+        visual = {"images": images or None} | ({"videos": videos} if videos else {})
+        encoded = self.processor(text=rendered, **visual, padding=True, padding_side="right", return_tensors="pt")
         plain = tokenizer(list(texts), return_offsets_mapping=True)
-        ids, picture = encoded["input_ids"], self.processor.image_token_id
+        ids = encoded["input_ids"]
+        placeholder = torch.isin(ids, self._placeholders)
         labels = torch.full_like(ids, IGNORED)
         for row, example in enumerate(examples):
             written = torch.tensor(plain["input_ids"][row])
@@ -406,22 +423,28 @@ class Collator:
             answers = torch.zeros_like(written, dtype=torch.bool)
             for first, last in spans[row]:
                 answers |= (starts >= first) & (ends <= last) & (ends > starts)
-            text = (ids[row] != picture) & encoded["attention_mask"][row].bool()
-            # The processor repeats the picture token for each visual token, and changes nothing else.
-            if not torch.equal(ids[row][text], written[written != picture]):
+            text = ~placeholder[row] & encoded["attention_mask"][row].bool()
+            said = ~torch.isin(written, self._placeholders)
+            # The processor repeats a placeholder for each visual token, and changes nothing else.
+            if not torch.equal(ids[row][text], written[said]):
                 raise DataError(f"{example.name}: the processor rewrote the text; its answers cannot be found")
-            values = torch.where(answers, written, IGNORED)[written != picture]
+            values = torch.where(answers, written, IGNORED)[said]
             labels[row, text.nonzero().squeeze(1)] = values
-            self._check_length(example, ids[row], labels[row])
-        if (ids[len(examples) :, self.max_length :] == picture).any():
+            self._check_length(example, placeholder[row], labels[row])
+        if placeholder[len(examples) :, self.max_length :].any():
             raise DataError(f"max_length {self.max_length} is less than a picture's visual tokens; raise it")
         keep = min(ids.shape[1], self.max_length)
         batch = {"input_ids": ids[:, :keep], "attention_mask": encoded["attention_mask"][:, :keep]}
         others = {key: value for key, value in encoded.items() if key not in batch}
         return {**batch, "labels": labels[:, :keep], **others}
 
-    def _check_length(self, example: Example, ids: torch.Tensor, labels: torch.Tensor) -> None:
-        if (ids[self.max_length :] == self.processor.image_token_id).any():
+    @property
+    def _placeholders(self) -> torch.Tensor:
+        ids = (getattr(self.processor, f"{medium}_token_id", None) for medium in MEDIA)
+        return torch.tensor([token for token in ids if token is not None])
+
+    def _check_length(self, example: Example, placeholder: torch.Tensor, labels: torch.Tensor) -> None:
+        if placeholder[self.max_length :].any():
             raise DataError(f"{example.name}: max_length {self.max_length} cuts off visual tokens; raise it")
         if not (labels[1 : self.max_length] != IGNORED).any():
             raise DataError(f"{example.name}: no answer is left within max_length {self.max_length}; raise it")
@@ -447,12 +470,13 @@ class Collator:
 class GroupedSampler(Sampler[int]):
     """Batches of one modality and of like length, in random order: LLaVA's ``group_by_modality_length``.
 
-    The order is a function of the seed and the epoch alone, so a resumed run sees the same batches.
-    batch: examples of one optimizer step over all processes. The few left over at the end may mix modalities.
+    The order is a function of the seed and the epoch alone, so a resumed run sees the same batches. medium: (n,)
+    which kind of pictures an example has, see LlavaData. batch: examples of an optimizer step over all processes. The
+    few left over at the end may mix them.
     """
 
-    def __init__(self, lengths: np.ndarray, has_image: np.ndarray, batch: int, seed: int):
-        self.lengths, self.has_image, self.batch, self.seed, self.epoch = lengths, has_image, batch, seed, 0
+    def __init__(self, lengths: np.ndarray, medium: np.ndarray, batch: int, seed: int):
+        self.lengths, self.medium, self.batch, self.seed, self.epoch = lengths, medium, batch, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -463,8 +487,8 @@ class GroupedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self.seed, self.epoch])
         batches, rest = [], []
-        for wanted in (True, False):
-            chosen = rng.permutation(np.flatnonzero(self.has_image == wanted))
+        for wanted in (1, 2, 0):
+            chosen = rng.permutation(np.flatnonzero(self.medium == wanted))
             mega = self.batch * 50  # sort by length only within some 50 batches, so that epochs differ
             for start in range(0, len(chosen), mega):
                 part = chosen[start : start + mega]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -87,31 +88,43 @@ class Scenes:
 
     def render(self, split: str, rng: np.random.Generator) -> torch.Tensor:
         """Pictures (B, 3, 96, 96) in [0, 1], drawn with scans of ``split``; random ink, paper and slant."""
-        images, labels = scans(split)
         count, cells = self.digits.shape
-        by_label = [np.flatnonzero(labels == digit) for digit in range(10)]
-        counts = np.array([len(rows) for rows in by_label] + [1])
-        table = np.zeros((11, counts.max()), dtype=int)
-        for digit, rows in enumerate(by_label):
-            table[digit, : len(rows)] = rows
-        chosen = table[self.digits, (rng.random((count, cells)) * counts[self.digits]).astype(int)]
-        glyphs = images[chosen.ravel()][:, None] * torch.tensor(self.digits.ravel() != NONE)[:, None, None, None]
-
+        glyphs = draw_scans(self.digits.ravel(), split, rng)
         angle = rng.uniform(-0.2, 0.2, count * cells)
-        zoom = CELL / self.size.reshape(-1, 1, 1)
-        turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], -1).reshape(-1, 2, 2)
-        box_centre = (self.corner + self.size[..., None] / 2).reshape(-1, 2, 1) / CELL * 2 - 1
-        affine = np.concatenate([zoom * turn, -zoom * turn @ box_centre], axis=2)
-        grid = F.affine_grid(
-            torch.tensor(affine, dtype=torch.float32), [len(glyphs), 1, CELL, CELL], align_corners=False
-        )
-        drawn = F.grid_sample(glyphs, grid, align_corners=False).reshape(count, cells, CELL, CELL)
-        ink = torch.tensor(_join_cells(drawn.numpy()))[:, None]
+        centre = (self.corner + self.size[..., None] / 2).reshape(-1, 2)
+        drawn = place(glyphs, centre, self.size.ravel(), angle, CELL).reshape(count, cells, CELL, CELL)
+        return paint(torch.tensor(_join_cells(drawn.numpy()))[:, None], rng)
 
-        paper_colour = torch.tensor(rng.uniform(0.0, 0.3, (count, 3, 1, 1)), dtype=torch.float32)
-        ink_colour = torch.tensor(rng.uniform(0.65, 1.0, (count, 3, 1, 1)), dtype=torch.float32)
-        grain = torch.tensor(rng.normal(0, 0.02, (count, 1, SIZE, SIZE)), dtype=torch.float32)
-        return (paper_colour + (ink_colour - paper_colour) * ink + grain).clamp(0, 1)
+
+def draw_scans(digits: np.ndarray, split: str, rng: np.random.Generator) -> torch.Tensor:
+    """A random scan of ``split`` for each of ``digits`` (n,): (n, 8, 8) in [0, 1], 0 where the digit is ``NONE``."""
+    images, labels = scans(split)
+    by_label = [np.flatnonzero(labels == digit) for digit in range(10)]
+    counts = np.array([len(rows) for rows in by_label] + [1])
+    table = np.zeros((11, counts.max()), dtype=int)
+    for digit, rows in enumerate(by_label):
+        table[digit, : len(rows)] = rows
+    chosen = table[digits, (rng.random(len(digits)) * counts[digits]).astype(int)]
+    return images[chosen] * torch.tensor(digits != NONE)[:, None, None]
+
+
+def place(glyphs: torch.Tensor, centre: np.ndarray, size: np.ndarray, angle: np.ndarray, side: int) -> torch.Tensor:
+    """Each of ``glyphs`` (n, 8, 8) as large as ``size`` (n,) pixels, turned by ``angle`` (n,), with its centre at x, y
+    ``centre`` (n, 2) of a square of ``side`` pixels: (n, side, side)."""
+    zoom = side / size.reshape(-1, 1, 1)
+    turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], -1).reshape(-1, 2, 2)
+    affine = np.concatenate([zoom * turn, -zoom * turn @ (centre[..., None] / side * 2 - 1)], axis=2)
+    grid = F.affine_grid(torch.tensor(affine, dtype=torch.float32), [len(glyphs), 1, side, side], align_corners=False)
+    return F.grid_sample(glyphs[:, None], grid, align_corners=False)[:, 0]
+
+
+def paint(ink: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Frames (B, 3, T * h, w) in [0, 1] of ``ink`` (B, 1, T * h, w): a random ink and paper each, and grain."""
+    count = len(ink)
+    paper_colour = torch.tensor(rng.uniform(0.0, 0.3, (count, 3, 1, 1)), dtype=torch.float32)
+    ink_colour = torch.tensor(rng.uniform(0.65, 1.0, (count, 3, 1, 1)), dtype=torch.float32)
+    grain = torch.tensor(rng.normal(0, 0.02, ink.shape), dtype=torch.float32)
+    return (paper_colour + (ink_colour - paper_colour) * ink + grain).clamp(0, 1)
 
 
 def _join_cells(cells: np.ndarray) -> np.ndarray:
@@ -167,17 +180,12 @@ def build(folder: str | Path, scenes: int = 4000, heldout: int = 300, seed: int 
     Files: ``align.json`` (captions), ``train.json`` and ``heldout.json`` (four questions a scene, their types
     under ``"types"``), ``images/``. The same arguments always give the same files.
     """
-    folder = Path(folder)
     make = {"scenes": scenes, "heldout": heldout, "seed": seed, "version": 1}
-    done = folder / "make.json"
-    if done.exists() and json.loads(done.read_text()) == make:
-        return folder
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(
-            f"{folder} holds something else than the digits data {make}; remove it or name another folder"
-        )
-    part = folder.with_name(f"{folder.name}.part{os.getpid()}")
-    (part / "images").mkdir(parents=True)
+    return build_once(Path(folder), make, _write)
+
+
+def _write(part: Path, scenes: int, heldout: int, seed: int, version: int) -> None:
+    (part / "images").mkdir()
     for number, (split, count) in enumerate((("train", scenes), ("heldout", heldout))):
         rng = np.random.default_rng([seed, number])
         layout = Scenes.sample(count, rng)
@@ -188,11 +196,23 @@ def build(folder: str | Path, scenes: int = 4000, heldout: int = 300, seed: int 
             Image.fromarray(pictures[row]).save(part / name)
             types = [str(kind) for kind in rng.permutation(QUESTION_TYPES)]
             turns = [ask(kind, digits, rng) for kind in types]
-            entries.append({**_entry(f"{split}_{row:06d}", name, turns), "types": types})
-            captions.append(_entry(f"{split}_{row:06d}", name, [(CAPTION, caption(digits))]))
+            entries.append({**entry(f"{split}_{row:06d}", name, turns), "types": types})
+            captions.append(entry(f"{split}_{row:06d}", name, [(CAPTION, caption(digits))]))
         (part / f"{split}.json").write_text(json.dumps(entries))
         if split == "train":
             (part / "align.json").write_text(json.dumps(captions))
+
+
+def build_once(folder: Path, make: dict, write: Callable[..., None]) -> Path:
+    """``folder``, filled by ``write(part, **make)`` unless it holds the same make already; complete or not there."""
+    done = folder / "make.json"
+    if done.exists() and json.loads(done.read_text()) == make:
+        return folder
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds something else than {make}; remove it or name another folder")
+    part = folder.with_name(f"{folder.name}.part{os.getpid()}")
+    part.mkdir(parents=True)
+    write(part, **make)
     (part / "make.json").write_text(json.dumps(make))
     if folder.exists():
         folder.rmdir()
@@ -203,9 +223,10 @@ def build(folder: str | Path, scenes: int = 4000, heldout: int = 300, seed: int 
     return folder
 
 
-def _entry(identifier: str, image: str, turns: list[tuple[str, str]]) -> dict:
+def entry(identifier: str, path: str, turns: list[tuple[str, str]], medium: str = "image") -> dict:
+    """A conversation in LLaVA's format about the ``medium`` ("image" or "video") at ``path``."""
     conversation = []
     for turn, (question, answer) in enumerate(turns):
-        conversation.append({"from": "human", "value": ("<image>\n" if turn == 0 else "") + question})
+        conversation.append({"from": "human", "value": (f"<{medium}>\n" if turn == 0 else "") + question})
         conversation.append({"from": "gpt", "value": answer})
-    return {"id": identifier, "image": image, "conversations": conversation}
+    return {"id": identifier, medium: path, "conversations": conversation}

@@ -8,6 +8,10 @@ class UserError(Exception):
         return [f"{type(self).__name__}: {self}"]
 
 
+class DataError(UserError, ValueError):
+    """A data set, entry, picture or clip that cannot be used; the message names it and says what to do."""
+
+
 class UnsupportedModel(UserError, TypeError):
     """A model, or a way of calling one, that cannot be compressed; the message says why."""
 

@@ -57,8 +57,8 @@ def answer(model, processor, batch, max_new_tokens: int = 4) -> list[str]:
 
 
 def pictured(data: LlavaData, questions: list[dict]) -> list[tuple[str, list]]:
-    """Each of ``questions`` (see LlavaData.questions) with its opened pictures."""
-    return [(question["question"], data[question["index"]].images) for question in questions]
+    """Each of ``questions`` (see LlavaData.questions) with its opened pictures and clips."""
+    return [(question["question"], data[question["index"]].looks) for question in questions]
 
 
 def is_right(prediction: str, truth: str) -> bool:

@@ -41,12 +41,42 @@ class Pictures:
     """Which tokens belong to which picture: an image, a tile of one, a frame of a clip.
 
     rows (I, L): indices into the flat (B * T) sequence, and mask (I, L), False at padding. grid (I, 2): height and
-    width, (1, n) where n tokens are no known rectangle.
+    width without a class token, (1, n) where n tokens are no known rectangle. clip (I,): rising, the same for the
+    frames of a clip that no text parts. frames (I,): in each row.
     """
 
     rows: Tensor
     mask: Tensor
     grid: Tensor
+    clip: Tensor
+    frames: Tensor
+
+    @property
+    def has_clips(self) -> bool:
+        """Whether some pictures are frames of one clip."""
+        return int(self.clip[-1]) + 1 < len(self.clip)
+
+    def by_clip(self) -> Pictures:
+        """The same with clips, each in one row, in place of frames."""
+        frames = self.clip.bincount()
+        first = frames.cumsum(0) - frames
+        sizes = torch.cat([self.grid, self.mask.sum(1, keepdim=True)], dim=1)
+        alike = (sizes == sizes[first][self.clip]).all(1)
+        alike = torch.ones_like(frames).scatter_reduce(0, self.clip, alike.long(), "amin").bool()
+        mask = self.merge(self.mask[..., None].long())[..., 0].bool()
+        count = mask.sum(1)
+        row = torch.stack([torch.ones_like(count), count], dim=1)
+        grid, frames = torch.where(alike[:, None], self.grid[first], row), torch.where(alike, frames, 1)
+        rows, clip = self.merge(self.rows[..., None])[..., 0], torch.arange(len(count), device=count.device)
+        return Pictures(rows, mask, grid, clip, frames)
+
+    def merge(self, values: Tensor) -> Tensor:
+        """values (I, L, D) of these pictures as those of ``by_clip``, 0 at padding."""
+        count = torch.zeros_like(self.clip.bincount()).index_add(0, self.clip, self.mask.sum(1))
+        mask = torch.arange(int(count.max()), device=count.device) < count[:, None]
+        merged = values.new_zeros(*mask.shape, values.shape[-1])
+        merged[mask] = values[self.mask]
+        return merged
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -165,10 +195,11 @@ def find_pictures(base: nn.Module, visual: dict[str, Tensor], encoded: dict, pos
     A newline token at the end of each row of a high-resolution grid counts as the grid's last column. One that stands
     alone behind a picture is no part of it and stays, as text does.
     """
-    flat, start, lines = (torch.cat(part) for part in zip(*_marks(base, visual, encoded), strict=True))
+    flat, start, lines, first = (torch.cat(part) for part in zip(*_marks(base, visual, encoded), strict=True))
     order = flat.argsort()
-    flat, start, lines = flat[order], start[order], lines[order]
-    start |= torch.nn.functional.pad(flat[1:] != flat[:-1] + 1, (1, 0), value=True)  # text stands between
+    flat, start, lines, first = flat[order], start[order], lines[order], first[order]
+    first |= torch.nn.functional.pad(flat[1:] != flat[:-1] + 1, (1, 0), value=True)  # text stands between
+    start |= first
     positions = positions.reshape(-1, positions.shape[-1])[flat]
     if positions.shape[1] > 1:  # (time, height, width): a new frame starts where the height falls back
         start[1:] |= positions[1:, 1] < positions[:-1, 1]
@@ -186,13 +217,18 @@ def find_pictures(base: nn.Module, visual: dict[str, Tensor], encoded: dict, pos
     if positions.shape[1] > 1:
         height = per_picture(positions[:, 1], "amax") - per_picture(positions[:, 1], "amin") + 1
     side = count.double().sqrt().round().long()
+    inner = (count - 1).double().sqrt().round().long()
+    lead = (side * side != count) & (inner * inner == count - 1) & _gives_frames(base)  # a class token
+    count, side = count - lead.long(), torch.where(lead, inner, side)
     height = torch.where(height > 0, height, torch.where(side * side == count, side, 1))
     height = torch.where((count % height == 0) & (height < count), height, 1)
-    return Pictures(rows, mask, torch.stack([height, count // height], dim=1))
+    grid = torch.stack([height, count // height], dim=1)
+    return Pictures(rows, mask, grid, first.cumsum(0)[start] - 1, torch.ones_like(count))
 
 
 def _marks(base: nn.Module, visual: dict[str, Tensor], encoded: dict):
-    """By modality, for the n tokens of its pictures: flat indices, where a picture starts, which ones end a line."""
+    """By modality, for the n tokens of its pictures: flat indices, where a picture starts, which ones end a line, where
+    an image, a tile or a clip starts."""
     newline = getattr(base, "image_newline", None)
     for kind, where in visual.items():
         flat = where.reshape(-1).nonzero().squeeze(1)
@@ -201,10 +237,14 @@ def _marks(base: nn.Module, visual: dict[str, Tensor], encoded: dict):
         if sum(lengths) != len(flat):
             raise UnsupportedModel(f"the batch holds {len(flat)} {kind} tokens, but its {kind}s fill {sum(lengths)}")
         starts, lines, kept = [], flat.new_zeros(len(flat), dtype=torch.bool), torch.ones_like(flat, dtype=torch.bool)
+        clips = []
         frame = _frame_tokens(base) if kind == "video" else None
+        clip = base.config.video_seq_length if kind == "video" and _gives_frames(base) else None
+        clip = clip if clip and len(flat) % clip == 0 else len(flat)  # only text parts clips of another length
         first = 0
         for feature, length in zip(features, lengths, strict=True):
             starts += range(first, first + length, frame or length)
+            clips += [first] if kind == "video" and (not _gives_frames(base) or first % clip == 0) else []
             if newline is not None:
                 ends = (feature == newline.to(feature)).all(-1).nonzero().squeeze(1).tolist()
                 if len(ends) == 1:
@@ -215,7 +255,14 @@ def _marks(base: nn.Module, visual: dict[str, Tensor], encoded: dict):
             first += length
         start = torch.zeros_like(kept)
         start[[place for place in starts if place < len(start)]] = True
-        yield flat[kept], start[kept], lines[kept]
+        whole = torch.zeros_like(kept) if kind == "video" else start.clone()
+        whole[clips] = True
+        yield flat[kept], start[kept], lines[kept], whole[kept]
+
+
+def _gives_frames(base: nn.Module) -> bool:
+    """Whether the encoder's output is frame by frame, with a class token each, as Video-LLaVA's is."""
+    return hasattr(base, "video_tower")
 
 
 def pools_frames(base: nn.Module) -> bool:

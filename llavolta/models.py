@@ -19,12 +19,16 @@ from transformers import (
     LlavaProcessor,
 )
 
+from llavolta import digits
 from llavolta.config import ConfigError, TrainConfig
 from llavolta.families import find_parts, unwrap
+from llavolta.video import FrameProcessor, VideoLlavaProcessor
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 EMBEDDED = DATA / "tiny-llava"
-PROJECTOR, TOWER = "multi_modal_projector", "vision_tower"
+EMBEDDED_VIDEO = DATA / "cache" / "tiny-video-llava"
+PROJECTOR, TOWER = "multi_modal_projector", "_tower"
+TOWERS = tuple(kind + TOWER for kind in ("vision", "image", "video"))  # Video-LLaVA has one each of the last two
 
 # The conversation of Vicuna v1.5 and LLaVA-1.5: a system message, theirs unless there is one, then the turns, pictures
 # before text.
@@ -42,10 +46,23 @@ VICUNA_TEMPLATE = (
 
 def model_path(name: str) -> str:
     """The folder or hub name that ``name`` stands for. Raises ConfigError if it can be neither."""
+    if name == "embedded-video":
+        return str(_embedded_video())
     path = str(EMBEDDED) if name == "embedded" else name
     if not Path(path).exists() and (path.startswith((".", "/")) or path.count("/") != 1):
         raise ConfigError(f"no model folder {path}; give a Hugging Face folder, a hub name or 'embedded'")
     return path
+
+
+def _embedded_video() -> Path:
+    """The folder of the Video-LLaVA of the embedded parts, made on first use."""
+    from llavolta import backbones
+
+    def write(folder: Path, **make) -> None:
+        model = LlavaForConditionalGeneration.from_pretrained(EMBEDDED, dtype=torch.float32)
+        backbones.save(backbones.video_llava(model), folder, words=backbones.video_processor())
+
+    return digits.build_once(EMBEDDED_VIDEO, {"version": 1}, write)
 
 
 def load_model(name: str, quantize: str | None = None, dtype: torch.dtype = torch.float32) -> tuple:
@@ -60,7 +77,19 @@ def load_model(name: str, quantize: str | None = None, dtype: torch.dtype = torc
         return PeftModel.from_pretrained(model, path).merge_and_unload(), processor
     options = {"quantization_config": _four_bits()} if quantize else {}
     model = _whole(AutoModelForImageTextToText, path, dtype=dtype, **options)
-    return model, AutoProcessor.from_pretrained(path)
+    return model, _processor(model, path)
+
+
+def _processor(model: nn.Module, path: str):
+    """The processor at ``path``; that of Video-LLaVA, of which transformers' own needs torchvision, by ours."""
+    if model.config.model_type != "video_llava":
+        return AutoProcessor.from_pretrained(path)
+    from transformers import CLIPImageProcessor  # warns of a missing torchvision as soon as it is imported
+
+    images = CLIPImageProcessor.from_pretrained(path)  # the one of its own that some have calls pixel_values otherwise
+    settings, _ = VideoLlavaProcessor.get_processor_dict(path)
+    parts = [images, FrameProcessor(images), AutoTokenizer.from_pretrained(path)]
+    return VideoLlavaProcessor.from_args_and_dict(parts, settings)
 
 
 def _whole(kind: type, path: str, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
@@ -84,7 +113,7 @@ def _four_bits():
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=[f"model.{TOWER}", f"model.{PROJECTOR}", "lm_head"],
+        llm_int8_skip_modules=["lm_head", f"model.{PROJECTOR}", *(f"model.{tower}" for tower in TOWERS)],
     )
 
 
@@ -145,7 +174,9 @@ def set_trainable(model, phase: str, train_tower: bool = False) -> None:
     names = [name for name, _ in unwrap(model).named_parameters()]
     for part in (PROJECTOR, TOWER):
         if not any(part in name for name in names):
-            raise ConfigError(f"{type(unwrap(model)).__name__} has no {part}; training is for models of LLaVA's make")
+            raise ConfigError(
+                f"{type(unwrap(model)).__name__} has no {part.strip('_')}; training is for models of LLaVA's make"
+            )
     for name, parameter in unwrap(model).named_parameters():
         trains = PROJECTOR in name if phase == "align" else TOWER not in name or train_tower
         if parameter.is_floating_point():
@@ -168,7 +199,7 @@ def with_adapters(model, config: TrainConfig, base: str) -> PeftModel:
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         lora_dropout=0.05,
         target_modules=linear,
-        modules_to_save=[PROJECTOR, TOWER] if config.train_tower else [PROJECTOR],
+        modules_to_save=[PROJECTOR, *TOWERS] if config.train_tower else [PROJECTOR],
     )
     return get_peft_model(model, adapters)
 

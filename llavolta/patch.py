@@ -459,6 +459,9 @@ class Compression:
         """hidden (B, T, C) -> (B, T', C) after ``compressor``; state.rows then describes the new rows."""
         rows = state.rows or self._first_rows(state)
         batch, length, width = at.hidden.shape
+        if compressor.over_clips and rows.pictures.has_clips:
+            deepstack = {layer: rows.pictures.merge(features) for layer, features in rows.deepstack.items()}
+            rows = replace(rows, pictures=rows.pictures.by_clip(), deepstack=deepstack)
         pictures, flat = rows.pictures, at.hidden.reshape(batch * length, width)
         positions = rows.positions.reshape(batch * length, -1)
         tokens = VisualTokens(
@@ -468,6 +471,7 @@ class Compression:
             pictures.grid,
             self.parts.decoder.training,
             self._probe(at, rows, state),
+            pictures.frames,
         )
         out = _check(compressor(tokens), tokens, f"compressor {compressor} at layer {number}")
 
@@ -505,7 +509,9 @@ class Compression:
             later,
             valid,
             new_positions.view(batch, new_length, -1),
-            Pictures(target, out.mask, grid),
+            Pictures(
+                target, out.mask, grid, pictures.clip, torch.ones_like(left) if out.frames is None else out.frames
+            ),
             {layer: _merge_like(out, features, pictures.mask) for layer, features in rows.deepstack.items()},
         )
         return new.view(batch, new_length, width)

@@ -45,11 +45,14 @@ def scheme_diagram(
 
 
 def example(conversation) -> Figure:
-    """The first picture of a data.Example."""
-    figure, ax = plt.subplots(figsize=(2.6, 2.6), layout="constrained")
-    ax.imshow(conversation.images[0], interpolation="nearest")
-    ax.set(xticks=[], yticks=[], title=conversation.name)
-    ax.title.set_fontsize(8)
+    """The first picture, or else the frames of the first clip, of a data.Example."""
+    pictures = conversation.images[:1] or conversation.videos[0]
+    size = (2.6, 2.6) if len(pictures) == 1 else (1.3 * len(pictures), 1.6)
+    figure, axes = plt.subplots(1, len(pictures), figsize=size, squeeze=False, layout="constrained")
+    for ax, picture in zip(axes[0], pictures, strict=True):
+        ax.imshow(picture, interpolation="nearest")
+        ax.set(xticks=[], yticks=[])
+    figure.suptitle(conversation.name, fontsize=8)
     return figure
 
 
@@ -119,18 +122,19 @@ def step_time_bars(times: pd.DataFrame, labels: Sequence[str] | None = None) -> 
     return figure
 
 
-def token_map(picture: np.ndarray, groups: np.ndarray, ax=None, title: str = ""):
+def token_map(picture: np.ndarray, groups: np.ndarray, ax=None, title: str = "", shared: np.ndarray | None = None):
     """A picture, (H, W, 3) or PIL's, under its patch grid, tinted by the token that each patch ends in.
 
     groups: (rows, columns) for each patch the number of its output token; -1 where it was dropped (drawn dark).
+    shared: those of the whole clip that the picture is a frame of.
     """
     ax = ax or plt.subplots(figsize=(3.4, 3.4), layout="constrained")[1]
     rows, columns = groups.shape
     extent = (0, columns, rows, 0)
     ax.imshow(picture, extent=extent, interpolation="nearest")
     tint = np.array([COLOURS[number % len(COLOURS)] for number in groups.ravel()]).reshape(rows, columns, 3)
-    _, token, count = np.unique(groups, return_inverse=True, return_counts=True)
-    merged = count[token].reshape(groups.shape) > 1  # a token of one patch keeps the picture's own colours
+    numbers, count = np.unique(groups if shared is None else shared, return_counts=True)
+    merged = count[np.searchsorted(numbers, groups)] > 1  # a token of one patch keeps the picture's own colours
     alpha = np.where(groups < 0, 0.85, np.where(merged, 0.4, 0.0))
     ax.imshow(np.where(groups[..., None] < 0, 0.0, tint), extent=extent, alpha=alpha, interpolation="nearest")
     # A border wherever two neighbouring patches end in different tokens.
@@ -154,6 +158,22 @@ def stage_token_maps(picture: np.ndarray, maps: dict[str, np.ndarray]) -> Figure
         ax.title.set_fontsize(11)
     for ax in axes.flat[len(maps) :]:
         ax.set_axis_off()
+    return figure
+
+
+def clip_token_maps(frames: Sequence, maps: dict[str, np.ndarray]) -> Figure:
+    """A row for each plan: the frames of a clip under its token map (frames, rows, columns), see ``token_map``.
+
+    Patches of one colour in one row of pictures, also in different frames, may have ended in one token.
+    """
+    size = (1.25 * len(frames), 1.5 * len(maps))
+    figure, axes = plt.subplots(len(maps), len(frames), figsize=size, dpi=100, squeeze=False, layout="constrained")
+    for row, (name, groups) in zip(axes, maps.items(), strict=True):
+        for ax, frame, part in zip(row, frames, groups, strict=True):
+            token_map(frame, part, ax, shared=groups)
+        row[0].set_ylabel(f"{name}\n{_left(groups)} tokens", fontsize=9)
+    for number, ax in enumerate(axes[0], start=1):
+        ax.set_title(f"frame {number}", fontsize=9)
     return figure
 
 

@@ -417,6 +417,10 @@ class _Recorder(Compressor):
         return self.inner.needs
 
     @property
+    def over_clips(self) -> bool:
+        return self.inner.over_clips
+
+    @property
     def is_identity(self) -> bool:
         return self.inner.is_identity
 
@@ -465,6 +469,8 @@ def recording(model, plan) -> Iterator[SimpleNamespace]:
         step, shape, record.counts[layer] = recorder.seen[0]
         if where is None:
             where, record.shape = step, shape
+        elif len(where) != len(step):
+            raise StudyError("a plan that works on frames first and on whole clips later cannot be drawn")
         else:
             padded = torch.nn.functional.pad(step, (0, 1), value=-1)  # what is gone looks up the last column
             where = padded.gather(1, where.masked_fill(where < 0, step.shape[1]))
@@ -492,8 +498,9 @@ class View:
     """What one plan does with one question.
 
     plan: its text. maps: see ``token_map``. tokens: how many visual tokens each decoder layer worked on. shape: rows
-    and columns of the first picture. ratio: the compression ratio, from these tokens. flops: those of a training step
-    relative to no compression, at the plan's mean number of tokens; NaN where cost.step_cost does not know the model.
+    and columns of the first picture (or frame). visual: visual tokens in all. ratio: the compression ratio, from these
+    tokens. flops: those of a training step relative to no compression, at the plan's mean number of tokens; NaN where
+    cost.step_cost does not know the model.
     answer: the model's greedy answer. guesses: the five likeliest first tokens of the answer and their probabilities.
     """
 
@@ -505,6 +512,16 @@ class View:
     answer: str
     guesses: dict[str, float]
     shape: tuple[int, int]
+    visual: int
+
+    def clip(self, frames: int) -> np.ndarray:
+        """(frames, rows, columns) of the first clip's map behind the plan's last layer, without class tokens."""
+        where, shape = np.arange(self.visual)[None], (math.isqrt(self.visual // frames),) * 2
+        if self.maps:
+            where, shape = self.maps[list(self.maps)[-1]], self.shape
+        if len(where) > 1:  # each frame counts from 0
+            where = np.where(where < 0, -1, where + np.arange(len(where))[:, None] * where.shape[1])[:frames]
+        return where.reshape(frames, -1)[:, -math.prod(shape) :].reshape(frames, *shape)
 
     def grid(self, layer=None) -> np.ndarray:
         """(rows, columns) of the first picture's map behind ``layer``, by default the plan's last; for plots."""
@@ -515,23 +532,27 @@ class View:
 
 
 def choose(data: LlavaData, number: int) -> tuple[dict, list]:
-    """Question ``number`` of ``data`` (see LlavaData.questions) and its opened pictures. Raises StudyError."""
+    """Question ``number`` of ``data`` (see LlavaData.questions) and its opened pictures; of a clip the first
+    frame alone. Raises StudyError."""
     questions = list(data.questions())
     if number not in range(len(questions)):
         raise StudyError(f"{data.file.name} has questions 0..{len(questions) - 1}, not {number!r}")
-    images = data[questions[number]["index"]].images
+    example = data[questions[number]["index"]]
+    images = example.images or [frames[0] for frames in example.videos]
     if not images:
         raise StudyError(f"question {number} of {data.file.name} has no picture; choose another")
     return questions[number], images
 
 
 def view(model, processor, question: str, images: list, plan: str, text_tokens: float = 64) -> View:
-    """Ask ``question`` about opened ``images`` under ``plan``. text_tokens: of the training example that FLOPs are of.
+    """Ask ``question`` about opened ``images``, or clips (lists of frames), under ``plan``.
 
-    Raises PlanError, UnsupportedModel, or a compressor's own ValueError.
+    text_tokens: of the training example that FLOPs are of. Raises PlanError, UnsupportedModel, or a compressor's own
+    ValueError.
     """
     parts = families.find_parts(model)
     batch = evaluate.prompts(model, processor, [(question, images)])
+    frames = [len(look) if isinstance(look, list) else 1 for look in images]  # each counts as an image in FLOPs
     length = batch["input_ids"].shape[1]
     visual = sum(int((batch["input_ids"] == token).sum()) for token in parts.visual_ids.values())
     training = model.training
@@ -547,10 +568,11 @@ def view(model, processor, question: str, images: list, plan: str, text_tokens: 
         maps=record.maps,
         tokens=tokens,
         ratio=len(tokens) * visual / sum(tokens),
-        flops=_relative_flops(families.unwrap(model).config, plan, text_tokens),
+        flops=_relative_flops(families.unwrap(model).config, plan, text_tokens, sum(frames)),
         answer=processor.decode(out.sequences[0, length:], skip_special_tokens=True).strip(),
         guesses={processor.tokenizer.decode([token]).strip() or "(blank)": chance for token, chance in pairs},
         shape=record.shape or _square(visual // max(len(images), 1)),
+        visual=visual,
     )
 
 
@@ -593,9 +615,9 @@ def _square(count: int) -> tuple[int, int]:
     return (side, side) if side * side == count else (1, count)
 
 
-def _relative_flops(config, plan, text_tokens: float) -> float:
+def _relative_flops(config, plan, text_tokens: float, images: int = 1) -> float:
     try:
-        return step_cost(config, plan, text_tokens).total / step_cost(config, "none", text_tokens).total
+        return step_cost(config, plan, text_tokens, images).total / step_cost(config, "none", text_tokens, images).total
     except UnsupportedModel:  # its tower cuts images into parts of its own
         return math.nan
 

@@ -40,6 +40,7 @@ from transformers import AutoConfig, PrinterCallback, Trainer, TrainerCallback, 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llavolta import checkpoints, digits
+from llavolta import clips as clips_vqa
 from llavolta.config import ENGINES, PRESETS, ConfigError, TrainConfig, parse_yaml
 from llavolta.data import Collator, DataError, GroupedSampler, LlavaData, find_bad, padding_colour
 from llavolta.dualspeed import ISOLATOR, add_isolator, fast_mode, load_isolator, save_isolator, slow_mode
@@ -73,6 +74,19 @@ WANTED_PROCESSES = "LLAVOLTA_PROCESSES"  # environment variable: so many must co
 def digits_data(scenes: int = 4000, heldout: int = 300, seed: int = 0) -> Path:
     """The generated digits VQA data set in data/cache, built on first use."""
     return digits.build(DATA / "cache" / f"digits-{scenes}-{heldout}-{seed}", scenes, heldout, seed)
+
+
+def clips_data(clips: int = 1500, heldout: int = 150, seed: int = 0) -> Path:
+    """The generated clips VQA data set in data/cache, built on first use."""
+    return clips_vqa.build(DATA / "cache" / f"clips-{clips}-{heldout}-{seed}", clips, heldout, seed)
+
+
+GENERATED = {"digits": digits_data, "clips": clips_data}  # what ``data`` may name besides a file
+
+
+def heldout_file(config: TrainConfig) -> Path:
+    """The held-out questions of the generated data that ``config`` trains on; of the digits if it trains on a file."""
+    return GENERATED.get(config.data, digits_data)(config.scenes) / "heldout.json"
 
 
 def embedded_llava() -> Path:
@@ -199,7 +213,7 @@ class StageTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         data = train_dataset if train_dataset is not None else self.train_dataset
-        return GroupedSampler(data.lengths, data.has_image, self.examples_per_step, self.args.seed)
+        return GroupedSampler(data.lengths, data.medium, self.examples_per_step, self.args.seed)
 
     def create_optimizer(self, model=None):
         model = self.model if model is None else model
@@ -271,12 +285,12 @@ def prepare(config: TrainConfig) -> Setup:
     """Resolve ``config`` without loading weights; builds the digits data on first use. Raises ConfigError."""
     num_layers, num_tokens = _sizes(config)
     data, images = (
-        (digits_data(config.scenes) / "train.json", None)
-        if config.data == "digits"
+        (GENERATED[config.data](config.scenes) / "train.json", None)
+        if config.data in GENERATED
         else (Path(config.data), config.images)
     )
     if not data.is_file():
-        raise ConfigError(f"no data file {data}; give a LLaVA JSON file, or 'digits'")
+        raise ConfigError(f"no data file {data}; give a LLaVA JSON file, or {' or '.join(map(repr, GENERATED))}")
     if config.data == "digits" and config.max_steps is None and config.epochs is None:
         total = DIGITS_STEPS
     else:
@@ -295,11 +309,16 @@ def _sizes(config: TrainConfig) -> tuple[int, int]:
 
     if config.vision_tower is None:
         whole = with_projector(read(config.model), config.projector)
-        return whole.get_text_config().num_hidden_layers, getattr(whole, "image_seq_length", 0)
+        return whole.get_text_config().num_hidden_layers, _visual_tokens(whole)
     vision = read(config.vision_tower)
     vision = getattr(vision, "vision_config", vision)
     projector = parse_projector(config.projector) or ProjectorSpec()
     return read(config.language_model).num_hidden_layers, projector.num_tokens(vision.image_size // vision.patch_size)
+
+
+def _visual_tokens(config) -> int:
+    """Of an image, or of a clip where the model is made for them; 0 where they vary."""
+    return getattr(config, "video_seq_length", getattr(config, "image_seq_length", 0))
 
 
 def _steps(config: TrainConfig, phase: str, data: Path, images: str | Path | None) -> int:
@@ -470,9 +489,9 @@ def _claim(output: Path, config: TrainConfig, scheme: Scheme) -> None:
 def _align_data(config: TrainConfig) -> tuple[Path, Path | None]:
     if config.align_data:
         return Path(config.align_data), config.align_images
-    if config.data != "digits":
+    if config.data not in GENERATED:
         raise ConfigError("projector alignment needs align_data (captions); give it, or align_steps 0 to skip it")
-    return digits_data(config.scenes) / "align.json", None
+    return GENERATED[config.data](config.scenes) / "align.json", None
 
 
 def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: bool) -> None:
@@ -485,7 +504,7 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         model, processor = load_model(phase.model, None if aligning else config.quantize)
     if aligning:
         model, processor = replace_projector(model, processor, config.projector)
-    num_layers, num_tokens = len(find_parts(model).layers), getattr(model.config, "image_seq_length", 0)
+    num_layers, num_tokens = len(find_parts(model).layers), _visual_tokens(model.config)
     set_trainable(model, phase.name, config.train_tower)
     if config.lora_rank and not aligning:
         base = Path(phase.model).resolve()  # the adapters may be loaded from elsewhere

@@ -91,7 +91,8 @@ class Explorer:
     @property
     def plan(self) -> str:
         """The plan that the controls say."""
-        given = [f"{name}={control.value}" for name, control in self.options.items()]
+        values = {name: control.value for name, control in self.options.items()}
+        given = [f"{name}={value}" for name, value in values.items() if value is not False]  # a switch that is off
         return ":".join([str(self.layer.value), self.compressor.value, *given])
 
     @property

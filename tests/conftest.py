@@ -1,7 +1,9 @@
 import pytest
+import torch
 from tiny import write_small_llava
+from transformers import LlavaForConditionalGeneration
 
-from llavolta import data, digits
+from llavolta import backbones, clips, data, digits, models
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +15,20 @@ def scenes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory):
     return write_small_llava(tmp_path_factory.mktemp("model") / "small-llava")
+
+
+@pytest.fixture(scope="session")
+def clip_data(tmp_path_factory):
+    """24 clips and stills to train on, 8 held-out clips."""
+    return clips.build(tmp_path_factory.mktemp("data") / "clips", clips=24, heldout=8, seed=1)
+
+
+@pytest.fixture(scope="session")
+def video_model(tmp_path_factory):
+    """The folder of the embedded Video-LLaVA."""
+    source = LlavaForConditionalGeneration.from_pretrained(models.EMBEDDED, dtype=torch.float32)
+    folder = tmp_path_factory.mktemp("model") / "video"
+    return backbones.save(backbones.video_llava(source), folder, words=backbones.video_processor())
 
 
 @pytest.fixture(autouse=True)

@@ -21,26 +21,30 @@ class Family:
     model: torch.nn.Module
     batch: dict
     pictures: list[list[tuple[int, int]]]
+    clips: list[list[tuple[int, int]]] = field(default_factory=list)  # the same with a clip's frames as one
     extra: dict = field(default_factory=dict)
 
     def inputs(self, rows: list[list], side: str) -> None:
         """Fill in ids, labels and mask from rows of text lengths and ("image" | "video", [unit lengths], tail)."""
         generator = torch.Generator().manual_seed(1)
-        ids, labels, self.pictures = [], [], []
+        ids, labels, self.pictures, self.clips = [], [], [], []
         for row in rows:
-            tokens, units = [], []
+            tokens, units, clips = [], [], []
             for part in row:
                 if isinstance(part, int):
                     tokens += torch.randint(8, VOCABULARY, (part,), generator=generator).tolist()
                     continue
                 kind, lengths, lone = part
+                first = len(tokens)
                 for length in lengths:
                     units.append((len(tokens), length))
                     tokens += [IMAGE if kind == "image" else VIDEO] * length
+                clips += [(first, sum(lengths))] if kind == "video" else units[-len(lengths) :]
                 tokens += [IMAGE if kind == "image" else VIDEO] * lone
             ids.append(tokens)
             labels.append([-100] * (len(tokens) - 2) + tokens[-2:])
             self.pictures.append(units)
+            self.clips.append(clips)
         longest = max(map(len, ids))
 
         def pad(values, fill):
@@ -49,7 +53,8 @@ class Family:
 
         if side == "left":
             shift = [longest - len(row) for row in ids]
-            self.pictures = [[(s + by, n) for s, n in row] for row, by in zip(self.pictures, shift, strict=True)]
+            for rows in (self.pictures, self.clips):
+                rows[:] = [[(s + by, n) for s, n in row] for row, by in zip(rows, shift, strict=True)]
         self.batch["input_ids"] = torch.tensor([pad(row, PAD) for row in ids])
         self.batch["labels"] = torch.tensor([pad(row, -100) for row in labels])
         self.batch["attention_mask"] = torch.tensor([pad([1] * len(row), 0) for row in ids])
@@ -373,13 +378,13 @@ FAMILIES = {
 
 
 def pool_by_hand(
-    family: Family, layer: int, stride: int, merged=None, newlines=()
+    family: Family, layer: int, stride: int, merged=None, newlines=(), by="clips"
 ) -> list[tuple[list[int], torch.Tensor]]:
     """What average pooling at ``layer`` must give, from the stock model's own inputs at that layer.
 
     The stock model (eager attention) runs once and is watched; then every row goes alone and without padding, token
     by token, through the remaining layers. merged: hidden states of the windows in the batch's order instead of their
-    means. Returns per row the columns of its text tokens and their logits.
+    means. by: "pictures" or "clips". Returns per row the columns of its text tokens and their logits.
     """
     model, batch = family.model, family.batch
     decoder = model.get_decoder()
@@ -398,7 +403,7 @@ def pool_by_hand(
     start_of_row = (extra["visual_pos_masks"].sum(1).cumsum(0).tolist() if deepstack else [0] * 2) + [0]
     merged = iter(merged) if merged is not None else None
     results = []
-    for row, units in enumerate(family.pictures):
+    for row, units in enumerate(getattr(family, by)):
         units = [[c for c in range(first, first + n) if (row, c) not in newlines] for first, n in units]
         inside = {column for unit in units for column in unit}
         windows = {}  # by the column at which a window's token stands

@@ -466,16 +466,6 @@ def test_the_plugin_refuses_what_it_cannot_do(small_model):
 # Clips.
 
 
-def test_frames_are_taken_uniformly_from_first_to_last(tmp_path):
-    clip = write_clip(tmp_path / "a.mp4", [20 * i for i in range(10)])
-    greys = [np.asarray(frame).mean() for frame in video.read_frames(clip, 4)]
-    assert greys == pytest.approx([0, 60, 120, 180], abs=6)
-    assert len(video.read_frames(write_clip(tmp_path / "b.mp4", [9, 200]), 5)) == 5  # fewer frames than asked: repeated
-    (tmp_path / "c.mp4").write_bytes(clip.read_bytes()[:100])
-    with pytest.raises(DataError, match="c.mp4 cannot be read"):
-        video.read_frames(tmp_path / "c.mp4", 4)
-
-
 @needs_harness
 def test_msvd_qa_is_scored_by_exact_match(evaluated):
     samples = run.read_samples(evaluated[0], "msvd_qa")

@@ -13,7 +13,9 @@ from families_tiny import FAMILIES
 from tiny import IMAGE, ragged_batch, tiny_llava
 
 from llavolta import (
+    AveragePool,
     AveragePool2d,
+    AveragePool3d,
     Compressor,
     Downsample,
     FastV,
@@ -34,7 +36,11 @@ from llavolta.compressors import COMPRESSORS
 from llavolta.schemes import scale_plan
 
 RAGGED = [[3, 4], [2, 0, 5], [6], [1, 3, 2]]  # one image, two in a row, none, two apart
-NO_GRID = ("video_llava", "mistral3")  # a class token among each frame's tokens; rectangles of unknown sides
+NO_GRID = {
+    "avgpool2d": ["mistral3"],
+    "avgpool3d": ["mistral3"],
+    "downsample": ["mistral3", "video_llava"],
+}  # of known sides
 CLASS_TOKEN = ("llava", "llava_next", "video_llava")  # whose attention at "vision" can rank all that is projected
 NO_ATTENTION = ("aya_vision",)  # Cohere 2 rotates in its sliding-window layers only
 GREEDY = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None, suppress_tokens=[IMAGE])
@@ -96,6 +102,7 @@ def test_the_matrix_has_every_compressor_of_the_package_and_a_users():
     methods = {
         "avgpool",
         "avgpool2d",
+        "avgpool3d",
         "downsample",
         "kmeans",
         "random",
@@ -194,7 +201,7 @@ def test_on_every_family(name):
     place = places(name)[0]
     for family in FAMILIES.values():
         tiny, refused = family("left"), None
-        if name in ("avgpool2d", "downsample") and family.__name__ in NO_GRID:
+        if family.__name__ in NO_GRID.get(name, []):
             refused = pytest.raises(ValueError, match="rectangle")
         if place == "vision" and family.__name__ not in CLASS_TOKEN:
             refused = pytest.raises(UnsupportedModel, match=r"class token|merge[sd].*use (a compressor|layer 0)|q_proj")
@@ -234,6 +241,48 @@ def test_average_pooling_in_squares_by_hand():
         assert out.positions[0, place, 0] == sum(100 + w for w in window) // len(window)
         assert out.anchor[0, place] in window and all(out.group[0, w] == place for w in window)
     torch.testing.assert_close(out.hidden[1, 0], hidden[1, :4].mean(0))
+
+
+@pytest.mark.parametrize("lead", [0, 1])
+def test_average_pooling_in_blocks_of_a_clip_by_hand(lead):
+    """Frame by frame, token by token: lead is 1 with a class token before each frame's patches."""
+    torch.manual_seed(0)
+    length, height, width, t, k = 5, 3, 4, 2, 3
+    each = lead + height * width
+    hidden, positions = torch.randn(2, 70, 8), torch.arange(100, 170)[None, :, None].expand(2, -1, 2).clone()
+    mask = torch.arange(70) < torch.tensor([[length * each], [4 + lead]])
+    grid, frames = torch.tensor([[height, width], [2, 2]]), torch.tensor([length, 1])
+    out = AveragePool3d(t, k)(VisualTokens(hidden, mask, positions, grid, frames=frames))
+    windows, anchors = [], []
+    for first in range(0, length, t):
+        block = range(first, min(first + t, length))
+        middle = block[(len(block) - 1) // 2] * each
+        if lead:
+            windows.append([frame * each for frame in block])
+            anchors.append(middle)
+        for top in range(0, height, k):
+            for left in range(0, width, k):
+                down, across = range(top, min(top + k, height)), range(left, min(left + k, width))
+                windows.append([f * each + lead + r * width + c for f in block for r in down for c in across])
+                row, column = down[(len(down) - 1) // 2], across[(len(across) - 1) // 2]
+                anchors.append(middle + lead + row * width + column)
+    assert out.mask.sum(1).tolist() == [len(windows), 1 + lead]
+    assert out.anchor[0, : len(anchors)].tolist() == anchors
+    for place, window in enumerate(windows):
+        torch.testing.assert_close(out.hidden[0, place], hidden[0, window].mean(0))
+        assert out.positions[0, place, 0] == sum(100 + w for w in window) // len(window)
+        assert all(out.group[0, w] == place for w in window)
+    torch.testing.assert_close(out.hidden[1, lead], hidden[1, lead : 4 + lead].mean(0))
+
+
+def test_how_many_tokens_blocks_of_a_clip_leave():
+    assert [AveragePool3d(2, 2).num_tokens(n) for n in (16, 8 * 36, 8 * 37, 7)] == [4, 4 * 9, 4 * 10, 4]
+    with pytest.raises(ValueError, match="per_frame must be true or false"):
+        AveragePool(2, 1)
+    assert (
+        str(AveragePool(2, True)) == "avgpool:2:per_frame=true"
+        and parse_plan("1:avgpool:2:per_frame=true")[1].per_frame
+    )
 
 
 def test_resizing_by_area_by_hand():

@@ -63,8 +63,8 @@ def test_other_ways_to_train_agree_with_the_flop_counter(change):
 def longest(family, plan: dict[int, int], depth: int) -> list[int]:
     """By hand: tokens of the longest row at each layer, which is what the batch is padded to; see Family."""
     real = family.batch["attention_mask"].sum(1).tolist()
-    text = [total - sum(n for _, n in units) for total, units in zip(real, family.pictures, strict=True)]
-    units, lengths = [[n for _, n in row] for row in family.pictures], []
+    text = [total - sum(n for _, n in units) for total, units in zip(real, family.clips, strict=True)]
+    units, lengths = [[n for _, n in row] for row in family.clips], []
     for layer in range(depth):
         if layer in plan:
             units = [[-(-n // plan[layer]) for n in row] for row in units]

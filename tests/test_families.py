@@ -11,6 +11,7 @@ from llavolta import AveragePool, UnsupportedModel, compress
 from llavolta.families import find_parts
 
 every_family = pytest.mark.parametrize("name", list(FAMILIES))
+every_unit = pytest.mark.parametrize("units", ["pictures", "clips"])
 
 
 class PoolAll(AveragePool):
@@ -44,12 +45,14 @@ GREEDY |= dict(output_logits=True, suppress_tokens=[IMAGE, VIDEO])  # a random m
 
 
 @every_family
+@every_unit
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_pictures_are_the_ones_written_down_by_hand(name, side):
+def test_pictures_are_the_ones_written_down_by_hand(name, side, units):
     family, seen = FAMILIES[name](side), []
 
     class Spy(PoolAll):
         name = ""
+        over_clips = units == "clips"
 
         def __call__(self, tokens):
             length = family.batch["input_ids"].shape[1]
@@ -57,25 +60,27 @@ def test_pictures_are_the_ones_written_down_by_hand(name, side):
             seen.append(
                 [(s // length, s % length, n) for s, n in zip(starts, tokens.mask.sum(1).tolist(), strict=True)]
             )
-            assert (tokens.grid.prod(1) == tokens.mask.sum(1)).all()
+            lead = name == "video_llava" and (tokens.mask.sum(1) == 17 * tokens.frames)  # a class token in each
+            assert (tokens.grid.prod(1) * tokens.frames == tokens.mask.sum(1) - tokens.frames * lead).all()
             return super().__call__(tokens)
 
     with compress(family.model, {1: Spy(2)}):
         family.model(**family.batch)
-    assert seen == [[(row, s, n) for row, units in enumerate(family.pictures) for s, n in units]]
+    assert seen == [[(row, s, n) for row, row_units in enumerate(getattr(family, units)) for s, n in row_units]]
 
 
 @every_family
+@every_unit
 @pytest.mark.parametrize("layer", [0, 2])
-def test_pooling_equals_pooling_by_hand(name, layer):
-    family = FAMILIES[name]("left", "eager")
-    expected = pool_by_hand(family, layer, 3)
-    with compress(family.model, {layer: AveragePool(3)}):
+def test_pooling_equals_pooling_by_hand(name, layer, units):
+    family, pool = FAMILIES[name]("left", "eager"), AveragePool(3, per_frame=units == "pictures")
+    expected = pool_by_hand(family, layer, 3, by=units)
+    with compress(family.model, {layer: pool}):
         out = family.model(**family.batch)
     for row, (columns, logits) in enumerate(expected):
         torch.testing.assert_close(out.logits[row, columns], logits, rtol=1e-4, atol=1e-4)
     fast = FAMILIES[name]("left", "sdpa")
-    with compress(fast.model, {layer: AveragePool(3)}):
+    with compress(fast.model, {layer: pool}):
         torch.testing.assert_close(fast.model(**fast.batch).loss, out.loss, rtol=1e-4, atol=1e-4)
 
 
@@ -170,7 +175,7 @@ def test_vision_plan_equals_pooling_by_hand_before_the_projector(name):
     hooks[0].remove()
     order = in_order_of_the_text(family, [list(pictures) for pictures in tower])
     merged = [projector(unit[i : i + 3].mean(0)[None, None])[0, 0] for unit in order for i in range(0, len(unit), 3)]
-    expected = pool_by_hand(family, 0, 3, merged, newlines)
+    expected = pool_by_hand(family, 0, 3, merged, newlines, "pictures")
     with compress(family.model, "vision:avgpool:3"):
         out = family.model(**family.batch)
         slow = family.model.generate(**prompt(family), **GREEDY, use_cache=False)

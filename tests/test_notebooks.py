@@ -233,6 +233,34 @@ def test_05_compare_compressors_stops_with_one_clear_line(study, tmp_path, wrong
     assert_one_clear_line("05_compare_compressors", tmp_path, settings, wrong, message)
 
 
+@pytest.fixture
+def video(clip_data, video_model, tmp_path) -> dict:
+    """Parameters of 06_video that run in seconds."""
+    data = dict(data=str(clip_data / "train.json"), align_data=str(clip_data / "align.json"))
+    options = dict(model=str(video_model), max_steps=3, align_steps=2, batch_size=4, log_steps=1, **data)
+    sizes = dict(heldout=str(clip_data / "heldout.json"), questions=10, timing_rounds=1, workers=1)
+    return dict(options=options, output=str(tmp_path / "video"), record=str(tmp_path), **sizes)
+
+
+def test_06_video(video, tmp_path):
+    notebook = run("06_video", tmp_path, **video)
+    assert pictures(notebook) == 7
+    assert "points above the best constant" in outputs(notebook) and "`three-stage` (1 seed): " in outputs(notebook)
+    assert set(pd.read_csv(tmp_path / "video-costs.csv").scheme) == {"single-stage", "three-stage"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"schemes": ["tree-stage"]}, "CompareError: unknown scheme 'tree-stage'"),
+        ({"question": 3}, "ParameterError: unknown parameter 'question'"),
+        ({"heldout": "no.json"}, "DataError: no data file no.json"),
+    ],
+)
+def test_06_video_stops_with_one_clear_line(video, tmp_path, wrong, message):
+    assert_one_clear_line("06_video", tmp_path, video, wrong, message)
+
+
 def test_08_benchmarks_marks_what_was_not_run(tmp_path):
     empty = run("08_benchmarks", tmp_path, results=str(tmp_path / "none"))
     assert "Nothing was run yet" in outputs(empty) and pictures(empty) == 1

@@ -99,7 +99,7 @@ def test_the_index_of_a_large_file_is_kept_until_the_file_changes(folder, monkey
     with monkeypatch.context() as patch:
         patch.setattr(data, "scan", None)
         again = LlavaData(file, folder, skip=())
-    for name in ("start", "stop", "has_image", "lengths"):
+    for name in ("start", "stop", "medium", "lengths"):
         assert np.array_equal(getattr(first.index, name), getattr(again.index, name))
     assert first.index.bad == again.index.bad and first.skipped == again.skipped == [2]
     kept = next(data_cache.glob("data-*.npz"))
@@ -142,6 +142,7 @@ def test_check_names_every_bad_entry_and_why(folder, capsys):
         6: "leads out of the image folder",
         7: "no image 'no.png'",
         8: "no 'conversations' list",
+        9: "video 'clip.mp4' cannot be read",
         10: "no video 'no.mp4'",
     }
     assert list(bad) == list(reasons)
@@ -151,7 +152,7 @@ def test_check_names_every_bad_entry_and_why(folder, capsys):
 
     assert main(["check", str(file), str(folder), "--workers", "2"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [*bad.values(), "7 of 11 entries are bad"]
+    assert lines == [*bad.values(), "8 of 11 entries are bad"]
     assert main(["check", str(file), str(folder), "--json"]) == 1
     assert json.loads(capsys.readouterr().out) == {"entries": 11, "bad": {str(i): bad[i] for i in bad}}
     assert main(["check", str(write(folder, entry())), str(folder)]) == 0
@@ -176,10 +177,10 @@ def test_entries_left_out_keep_the_names_of_the_others(folder):
         LlavaData(write(folder, {}, {}), folder, skip=())
 
 
-def test_videos_are_counted_but_not_decoded(folder):
+def test_videos_are_counted_and_read_when_asked_for(folder):
     opened = LlavaData(write(folder, video("clip.mp4"), entry(None)), folder)
     assert opened.has_image.tolist() == [True, False]
-    with pytest.raises(DataError, match="entry 0 .* has a video"):
+    with pytest.raises(DataError, match="entry 0 .*: no video 'clip.mp4' in"):
         opened[0]
     with pytest.raises(DataError, match="1 <video> placeholders for 0 videos"):
         LlavaData(write(folder, {"conversations": SEEN}), folder)

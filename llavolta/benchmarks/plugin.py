@@ -17,13 +17,13 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from PIL import Image
 from tqdm.auto import tqdm
 
-from llavolta.benchmarks.video import read_frames
 from llavolta.data import Collator, Example, pad_to_square, padding_colour
 from llavolta.errors import UserError
 from llavolta.evaluate import greedy, prompts
 from llavolta.models import load_model
 from llavolta.patch import compress
 from llavolta.plan import format_plan, parse_plan
+from llavolta.video import read_frames
 
 MAX_NEW_TOKENS = 1024  # of tasks that name no limit
 IGNORED_OPTIONS = ("temperature", "top_p", "do_sample", "image_aspect_ratio")  # of sampling, and of LLaVA's own code

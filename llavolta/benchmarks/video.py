@@ -1,4 +1,4 @@
-"""MSVD-QA and MSRVTT-QA as tasks of lmms-eval, from their published files, and the frames of a clip.
+"""MSVD-QA and MSRVTT-QA as tasks of lmms-eval, from their published files.
 
 Two scores, as the literature has two: exact match with the one-word answer (Xu et al., 2017), offline; and the
 judged accuracy and score of Video-ChatGPT (arXiv 2306.05424), which lmms-eval has for ActivityNet-QA, by your judge.
@@ -10,11 +10,7 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from llavolta.data import DataError
-from llavolta.errors import UserError
+from llavolta.errors import DataError, UserError
 
 KINDS = (".mp4", ".avi", ".webm", ".mkv")
 CLIP_NAMES = {"msvd_qa": "vid{}", "msrvtt_qa": "video{}"}  # what the clip of a numbered video is called
@@ -23,30 +19,6 @@ TEMPLATES = Path(__file__).parent / "tasks"
 
 class JudgeError(UserError, RuntimeError):
     """A judged score without a judge."""
-
-
-def read_frames(path: str | Path, count: int) -> list[Image.Image]:
-    """``count`` frames (RGB) of the clip at ``path``, taken uniformly from the first to the last. Raises DataError."""
-    import av  # part of the extra environment
-
-    try:
-        with av.open(str(path)) as container:
-            total = sum(1 for packet in container.demux(video=0) if packet.size)
-        places = np.linspace(0, total - 1, count).round().astype(int).tolist() if total else []
-        kept: dict[int, Image.Image] = {}
-        with av.open(str(path)) as container:
-            for number, frame in enumerate(container.decode(video=0)):
-                if number in places:
-                    kept[number] = frame.to_image()
-        return [kept[place] for place in places] or _refuse(path, "no frames")
-    except (OSError, ValueError, IndexError) as error:  # PyAV's own errors are of these kinds
-        return _refuse(path, error)
-    except KeyError as error:
-        return _refuse(path, f"frame {error} of {total} is missing")
-
-
-def _refuse(path: str | Path, why: object):
-    raise DataError(f"the clip {path} cannot be read ({why}); fetch it again") from None
 
 
 def prepare(task: str, questions: Path, videos: Path, output: Path, answers: Path | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 from llavolta.compressors.avgpool import AveragePool
 from llavolta.compressors.avgpool2d import AveragePool2d
+from llavolta.compressors.avgpool3d import AveragePool3d
 from llavolta.compressors.base import (
     COMPRESSORS,
     CompressedTokens,
@@ -21,6 +22,7 @@ __all__ = [
     "COMPRESSORS",
     "AveragePool",
     "AveragePool2d",
+    "AveragePool3d",
     "CompressedTokens",
     "Compressor",
     "Downsample",

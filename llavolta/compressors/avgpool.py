@@ -16,14 +16,23 @@ class AveragePool(Compressor):
     """1-D average pooling, kernel = stride = S, in raster order: ``H_K (I, L, C) -> (I, ceil(L / S), C)``.
 
     The last window of an image is shorter where S does not divide L, and averages what it holds. A pooled token
-    takes the mean of its window's positions, cut to an integer. Source: arXiv 2406.20092, section 4.1.
+    takes the mean of its window's positions, cut to an integer. Source: arXiv 2406.20092, section 4.1. As published, a
+    clip is one row of tokens, and windows cross from frame to frame; per_frame: they do not. At "vision", where frames
+    come one by one, they never do.
     """
 
     stride: int
+    per_frame: bool = False
     name: ClassVar[str] = "avgpool"
 
     def __post_init__(self):
         require_int("avgpool", "stride", self.stride, at_least=1)
+        if not isinstance(self.per_frame, bool):
+            raise ValueError(f"avgpool: per_frame must be true or false, not {self.per_frame!r}")
+
+    @property
+    def over_clips(self) -> bool:
+        return not self.per_frame
 
     @property
     def is_identity(self) -> bool:

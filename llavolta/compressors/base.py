@@ -16,12 +16,15 @@ COMPRESSORS: dict[str, type[Compressor]] = {}
 
 @dataclass
 class VisualTokens:
-    """The visual tokens of a batch at one layer, one row per picture: an image, a tile of one, a frame of a clip.
+    """The visual tokens of a batch at one layer, one row per picture: an image, a tile of one, a frame of a clip; or a
+    clip, for a compressor that works ``over_clips``.
 
     hidden: (I, L, C) in raster order; rows of pictures with fewer than L tokens are padded at the end.
     mask: (I, L) True where a token is real.
     positions: (I, L, A) integer rotary positions; A is 1, or 3 where the model has 3-D positions.
-    grid: (I, 2) height and width in tokens; (1, n) where the n tokens are not (or no longer) a known rectangle.
+    grid: (I, 2) height and width in tokens of the picture or frame, without a class token before its patches; (1, n)
+    where the n tokens are not (or no longer) a known rectangle.
+    frames: (I,) frames in the row, of equally many tokens, one after the other.
     training: whether the model is in training mode.
     probe: what computes ``attention``, ``keys`` and ``question`` when they are asked for. At "vision" there is no
     decoder layer yet: ``attention("class")`` and ``keys`` of the tower are all, for a compressor that needs "tower".
@@ -33,8 +36,11 @@ class VisualTokens:
     grid: Tensor | None = None
     training: bool = False
     probe: LayerProbe | TowerProbe | None = None
+    frames: Tensor | None = None
 
     def __post_init__(self):
+        if self.frames is None:
+            self.frames = torch.ones_like(self.mask[:, 0], dtype=torch.long)
         if self.grid is None:
             count = self.mask.sum(1)
             self.grid = torch.stack([torch.ones_like(count), count], dim=1)
@@ -86,7 +92,8 @@ class CompressedTokens:
     positions: (I, M, A) integer rotary positions, or None for those of the anchors.
     group: (I, L) the output token into which each input token was averaged, or None where tokens were only kept or
     dropped. Features that the model adds to visual tokens in later layers (deep-stack) are merged in the same way.
-    grid: (I, 2) height and width of what is left, or None if that is no rectangle.
+    grid: (I, 2) height and width of what is left, or None if that is no rectangle; frames: (I,) how many of these, or
+    None for one.
     """
 
     hidden: Tensor
@@ -95,6 +102,7 @@ class CompressedTokens:
     positions: Tensor | None = None
     group: Tensor | None = None
     grid: Tensor | None = None
+    frames: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -104,11 +112,13 @@ class Compressor(ABC):
     Write a frozen dataclass whose fields are the options in the order of the plan text
     (``"2:avgpool:8"`` -> ``AveragePool(8)``), check them in ``__post_init__``, and write ``__call__``.
     ``needs``: "previous_layer" for ``tokens.attention(previous=True)``, so from layer 1; "decoder" for what exists at
-    decoder layers only; "tower" for attention and keys of the vision tower, so at "vision" only.
+    decoder layers only; "tower" for attention and keys of the vision tower, so at "vision" only. ``over_clips``: at
+    decoder layers the frames of a clip that no text parts are one row.
     """
 
     name: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
+    over_clips: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -134,8 +144,10 @@ class Compressor(ABC):
         return False
 
     def __str__(self) -> str:
-        """The plan text, such as ``avgpool:8``."""
-        return ":".join([self.name, *(str(getattr(self, field.name)) for field in fields(self))])
+        """The plan text, such as ``avgpool:8``; switches that are off are left out."""
+        options = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        written = [f"{name}=true" if value is True else str(value) for name, value in options if value is not False]
+        return ":".join([self.name, *written])
 
 
 @dataclass(frozen=True)

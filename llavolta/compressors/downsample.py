@@ -42,7 +42,8 @@ class Downsample(Compressor):
         return max(1, round(side * self.keep**0.5))
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
-        if bool(((tokens.grid[:, 0] == 1) & (tokens.grid[:, 1] > 1)).any()):
+        rectangle = tokens.grid.prod(1) == tokens.mask.sum(1)
+        if bool((~rectangle | (tokens.grid[:, 0] == 1) & (tokens.grid[:, 1] > 1)).any()):
             raise ValueError(f"{self} needs pictures that are a rectangle of tokens; use avgpool or kmeans here")
         mask, grid = tokens.mask, tokens.grid
         size = (grid.double() * self.keep**0.5).round().clamp(min=1).long()  # (I, 2) the new grid

@@ -23,6 +23,10 @@ class Prefixed(Compressor):
     prefix: nn.Module
 
     @property
+    def over_clips(self) -> bool:
+        return self.compressor.over_clips
+
+    @property
     def contiguous(self) -> bool:
         return True
 

@@ -1,0 +1,121 @@
+"""Clips: their frames, read with PyAV, and the processor that makes them a model's input.
+
+PyAV is FFmpeg's own libraries in one wheel for every platform, so it reads what MSVD (avi), MSRVTT (mp4), ActivityNet
+(mp4, mkv, webm) and TGIF come in, writes real files for the embedded clips, and needs no system package. torchcodec
+needs an FFmpeg on the system and a build that matches torch's; decord is no longer kept up.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from transformers import BatchFeature
+from transformers.video_processing_utils import VideoProcessorMixin
+
+from llavolta.errors import DataError
+
+FRAMES = 8  # of a clip, as Video-LLaVA samples
+FORMATS = "mov,mp4,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,gif"  # no playlist, which would open other files
+OPENING = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+
+
+def frame_places(total: int, count: int) -> list[int]:
+    """Which of ``total`` frames ``count`` uniform samples are: evenly from the first to the last, rounded.
+
+    As in Video-LLaVA it is by number, not by time: where the frame rate varies, dense parts are sampled densely. A clip
+    of fewer frames shows some of them several times.
+    """
+    return np.linspace(0, total - 1, count).round().astype(int).tolist()
+
+
+def read_frames(path: str | Path, count: int, name: str | None = None) -> list[Image.Image]:
+    """``count`` frames (RGB) of the clip at ``path``, at ``frame_places``; only these are in memory at a time.
+
+    Raises DataError, naming ``name`` (default: the path), for a file that is missing, damaged, no video or without
+    frames, and for frames of more than PIL.Image.MAX_IMAGE_PIXELS. Damage that the decoder does not notice passes.
+    """
+    name = name or f"the clip {path}"
+    try:
+        total = _count(path)
+        kept, found = _decode(path, frame_places(total, count))
+        if not found:
+            raise ValueError("no frame can be decoded")
+        if found != total:  # some packets hold no frame of their own
+            kept, _ = _decode(path, frame_places(found, count))
+        return [kept[place] for place in frame_places(found, count)]
+    except (OSError, ValueError, LookupError, MemoryError) as error:  # PyAV's errors are of these kinds
+        raise DataError(f"{name} cannot be read ({error}); fetch it again or drop the entry") from None
+
+
+def _count(path: str | Path) -> int:
+    """Packets of the first video stream, which are its frames in most files. Raises ValueError if there are none."""
+    with _open(path) as container:
+        total = sum(1 for packet in container.demux(video=0) if packet.size)
+    if not total:
+        raise ValueError("it has no frames")
+    return total
+
+
+def _decode(path: str | Path, places: list[int]) -> tuple[dict[int, Image.Image], int]:
+    """The frames at ``places``, and how many there are."""
+    kept, number = {}, -1
+    with _open(path) as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            if frame.is_corrupt:
+                raise ValueError(f"frame {number} is damaged")
+            if number in places:
+                _check_size(frame.width, frame.height)
+                kept[number] = frame.to_image()
+    return kept, number + 1
+
+
+def _open(path: str | Path):
+    container = av.open(str(path), options=OPENING)
+    try:
+        if not container.streams.video:
+            raise ValueError("it has no video, only " + (", ".join({s.type for s in container.streams}) or "nothing"))
+        stream = container.streams.video[0]
+        _check_size(stream.width, stream.height)
+        stream.thread_type = "NONE" if stream.width * stream.height < 1 << 16 else "AUTO"
+    except Exception:
+        container.close()
+        raise
+    return container
+
+
+def _check_size(width: int, height: int) -> None:
+    if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"frames of {width} x {height} pixels are too large")
+
+
+class FrameProcessor(VideoProcessorMixin):
+    """The video processor of Video-LLaVA by way of its image processor, so that it needs no torchvision.
+
+    Saved as a ``VideoLlavaVideoProcessor`` with the same settings, which transformers loads where torchvision is.
+    """
+
+    def __init__(self, images):
+        super().__init__()
+        self.images = images
+
+    def __call__(self, videos: list[list[Image.Image]], **kwargs) -> BatchFeature:
+        """Clips, each a list of as many frames, to pixel_values_videos (clips, frames, 3, height, width)."""
+        pixels = [self.images(frames, return_tensors="pt")["pixel_values"] for frames in videos]
+        return BatchFeature({"pixel_values_videos": torch.stack(pixels)})
+
+    def to_dict(self) -> dict:
+        settings = self.images.to_dict() | {"video_processor_type": "VideoLlavaVideoProcessor"}
+        return {name: value for name, value in settings.items() if name != "image_processor_type"}
+
+
+class VideoLlavaProcessor(transformers.VideoLlavaProcessor):
+    """transformers' own, and saved under its name, whose check of a FrameProcessor would need torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        if argument_name != "video_processor":
+            super().check_argument_for_proper_class(argument_name, argument)
