@@ -196,7 +196,7 @@ def _video(folder: Path, published: pd.Series) -> list[Claim]:
             command,
         ),
         Claim(
-            "and scores better",
+            "On video staged training scores better",
             "better on three benchmarks",
             f"{BASELINE}: {scores[BASELINE].mean():.1%}; three-stage: {better}",
             verdict,

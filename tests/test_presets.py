@@ -330,8 +330,9 @@ def test_the_commands_of_the_reproduction_page_name_what_exists(monkeypatch):
     monkeypatch.setattr(launch, "launch", lambda config, *options: seen.append((config, *options)))
     for command in commands:
         assert train.main(command.replace("$scheme", "four-stage-wider").split()) == 0
-    (align, processes, _), (tuned, *_) = seen
+    (align, processes, _), (tuned, *_), (video, *_) = seen
     assert align.stage == 0 and align.aligns and align.deepspeed == "zero2" and processes == 8
     assert tuned.scheme == "four-stage-wider" and not tuned.aligns and tuned.vision_tower is None
     assert tuned.batches("instruct", 8) == (16, 1) and align.batches("align", 8) == (32, 1)
     assert Path(tuned.model) == Path(align.output)
+    assert video.model.endswith("Video-LLaVA-7B-hf") and not video.aligns and video.batches("instruct", 8) == (16, 1)
