@@ -38,6 +38,7 @@ lab: install
 # Each with the parameters it was saved with: the five seeds of 04 take two hours where data/runs does not hold them.
 notebooks: install
 	cd notebooks && for notebook in *.ipynb; do ../$(BIN)/papermill $$notebook $$notebook || exit 1; done
+	$(BIN)/ruff format --quiet notebooks
 	$(BIN)/python -c "from llavolta import SCHEMES, plots; plots.scheme_diagram(SCHEMES['three-stage'].scaled(8), 8, 144, 200).savefig('papers/llavolta/three-stage.png', dpi=120)"
 
 # Every figure in papers/ and the README's table; two to three hours on 2 cores, resumed where it was interrupted.
@@ -46,6 +47,7 @@ evidence: install
 	cd notebooks && ../$(BIN)/papermill 01_redundancy.ipynb ../data/runs/01.ipynb -p record ../papers/llavolta
 	cd notebooks && ../$(BIN)/papermill 04_compare_schemes.ipynb ../data/runs/04.ipynb -p controls True -p seeds 5 -p record ../papers/llavolta
 	cd notebooks && ../$(BIN)/papermill 05_compare_compressors.ipynb ../data/runs/05.ipynb -p train_steps 60 -p record ../papers/compressors
+	cd notebooks && ../$(BIN)/papermill 06_video.ipynb ../data/runs/06.ipynb -p record ../papers/llavolta
 	$(BIN)/python -m llavolta.claims
 	$(BIN)/python -m llavolta.scaling
 
