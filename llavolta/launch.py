@@ -76,7 +76,8 @@ def _machines(options: list[str]) -> int:
 def _cause(lines: list[str]) -> str:
     """What ended the child: its own error, the signal that killed a process, or its last lines."""
     text = "".join(lines)
-    for pattern in (r"(?:^|\s|\])error: (.*)", r"traceback : (Signal .*)"):  # it may follow a progress bar on its line
+    # An error may follow a progress bar on its line; torchrun also lists the processes that it stopped itself.
+    for pattern in (r"(?:^|\s|\])error: (.*)", r"Root Cause[\s\S]*?traceback : (Signal .*)"):
         if found := re.search(pattern, text):
             return found[1].strip()
     return "".join(lines[-15:]).strip()

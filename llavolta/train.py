@@ -409,7 +409,7 @@ def _train(config: TrainConfig, setup: Setup, progress: bool) -> Path:
         scheme = Scheme.equal(ALIGN, config.align_plan)
         _bring(config, Phase("align", align, model, data, images, scheme, steps, 1), progress)
         if config.stage == 0:
-            if state.is_main_process:
+            if state.is_main_process and checkpoints.finished(output, ALIGN, scheme.written, steps) < steps:
                 checkpoints.export(align, output)
             return output
         model = str(align)
