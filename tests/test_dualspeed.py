@@ -227,7 +227,7 @@ def settings(scenes, small_model):
     stages = [dict(plan="0:random:0.1", share=0.8, slow_every=3), dict(plan="none", share=0.2)]
     return dict(
         model=str(small_model), data=str(scenes / "train.json"), align_steps=0, scheme=stages, max_steps=10
-    ) | dict(batch_size=4, log_steps=1)
+    ) | dict(batch_size=4, log_steps=1, keep_checkpoints=10)
 
 
 @pytest.fixture(scope="module")
