@@ -35,19 +35,25 @@ test: install
 lab: install
 	$(BIN)/jupyter lab --notebook-dir .
 
-# Each with the parameters it was saved with: the five seeds of 04 take two hours where data/runs does not hold them.
-notebooks: install
-	cd notebooks && for notebook in *.ipynb; do ../$(BIN)/papermill $$notebook $$notebook || exit 1; done
-	$(BIN)/ruff format --quiet notebooks
+# Each notebook in place, with its committed outputs and recorded figures; two to three hours on 2 cores for all, resumed
+# where they were interrupted. Saved with the parameters it has by default, whatever it was executed with.
+NOTEBOOKS := $(sort $(notdir $(basename $(wildcard notebooks/*.ipynb))))
+01_redundancy := -p record ../papers/llavolta
+04_compare_schemes := -p controls True -p seeds 5 -p record ../papers/llavolta
+05_compare_compressors := -p train_steps 60 -p record ../papers/compressors
+06_video := -p record ../papers/llavolta
+
+$(NOTEBOOKS): install
+	cd notebooks && ../$(BIN)/papermill $@.ipynb $@.ipynb $($@)
+	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --inplace notebooks/$@.ipynb \
+		--TagRemovePreprocessor.enabled True --TagRemovePreprocessor.remove_cell_tags injected-parameters
+	$(BIN)/ruff format --quiet notebooks/$@.ipynb
+
+notebooks: $(NOTEBOOKS)
 	$(BIN)/python -c "from llavolta import SCHEMES, plots; plots.scheme_diagram(SCHEMES['three-stage'].scaled(8), 8, 144, 200).savefig('papers/llavolta/three-stage.png', dpi=120)"
 
-# Every figure in papers/ and the README's table; two to three hours on 2 cores, resumed where it was interrupted.
-evidence: install
-	mkdir -p data/runs
-	cd notebooks && ../$(BIN)/papermill 01_redundancy.ipynb ../data/runs/01.ipynb -p record ../papers/llavolta
-	cd notebooks && ../$(BIN)/papermill 04_compare_schemes.ipynb ../data/runs/04.ipynb -p controls True -p seeds 5 -p record ../papers/llavolta
-	cd notebooks && ../$(BIN)/papermill 05_compare_compressors.ipynb ../data/runs/05.ipynb -p train_steps 60 -p record ../papers/compressors
-	cd notebooks && ../$(BIN)/papermill 06_video.ipynb ../data/runs/06.ipynb -p record ../papers/llavolta
+# Every figure in papers/ and the README's table.
+evidence: notebooks
 	$(BIN)/python -m llavolta.claims
 	$(BIN)/python -m llavolta.scaling
 
@@ -62,4 +68,4 @@ eval: install-eval
 test-eval: install-eval
 	$(EVAL_BIN)/python -m pytest tests/test_benchmarks.py
 
-.PHONY: install install-eval demo test lab notebooks evidence stress eval test-eval
+.PHONY: install install-eval demo test lab notebooks $(NOTEBOOKS) evidence stress eval test-eval

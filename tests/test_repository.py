@@ -56,7 +56,9 @@ def test_paths_and_targets_in_the_readme_exist():
 def test_committed_notebooks_are_whole(file):
     notebook = json.loads(file.read_text())
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert any("parameters" in cell["metadata"].get("tags", []) for cell in code)
+    tags = [tag for cell in code for tag in cell["metadata"].get("tags", [])]
+    assert tags.count("parameters") == 1
+    assert "injected-parameters" not in tags, "a user's run would begin with the committed run's parameters"
     assert file.stat().st_size <= 1_000_000
     pictures = 0
     for cell in code:
