@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from llavolta.cost import PARTS
 from llavolta.schemes import Scheme
@@ -166,12 +167,12 @@ def clip_token_maps(frames: Sequence, maps: dict[str, np.ndarray]) -> Figure:
 
     Patches of one colour in one row of pictures, also in different frames, may have ended in one token.
     """
-    size = (1.25 * len(frames), 1.5 * len(maps))
+    size = (1.4 * len(frames), 1.75 * len(maps))  # tall enough for a plan's text beside its row
     figure, axes = plt.subplots(len(maps), len(frames), figsize=size, dpi=100, squeeze=False, layout="constrained")
     for row, (name, groups) in zip(axes, maps.items(), strict=True):
         for ax, frame, part in zip(row, frames, groups, strict=True):
             token_map(frame, part, ax, shared=groups)
-        row[0].set_ylabel(f"{name}\n{_left(groups)} tokens", fontsize=9)
+        row[0].set_ylabel(f"{name}\n{_left(groups)} tokens", fontsize=8)
     for number, ax in enumerate(axes[0], start=1):
         ax.set_title(f"frame {number}", fontsize=9)
     return figure
@@ -357,6 +358,9 @@ def loss_curves(curves: pd.DataFrame, columns: int = 4) -> Figure:
             ax.axvline(step, color="0.6", linestyle=":", linewidth=1)
         ax.set_title(names[number], fontsize=10)
     axes.flat[0].set_yscale("log")
+    axes.flat[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.flat[0].yaxis.set_major_formatter("{x:g}")
+    axes.flat[0].yaxis.set_minor_formatter(NullFormatter())
     figure.supxlabel("optimizer step", fontsize=11)
     figure.supylabel("loss (nats per token)", fontsize=11)
     return figure
