@@ -54,6 +54,9 @@ notebooks: $(NOTEBOOKS)
 
 # Every figure in papers/ and the README's table.
 evidence: notebooks
+	mkdir -p data/runs
+	cd notebooks && ../$(BIN)/papermill 04_compare_schemes.ipynb ../data/runs/faster.ipynb -p seeds 5 -p record ../papers/faster \
+		-y '{schemes: [dualspeed, two-stage]}'
 	$(BIN)/python -m llavolta.claims
 	$(BIN)/python -m llavolta.scaling
 

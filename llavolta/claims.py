@@ -17,7 +17,7 @@ import pandas as pd
 
 from llavolta.compare import BASELINE, paired, roughness, table
 from llavolta.errors import UserError
-from llavolta.schemes import SCHEMES, compression_ratio, plan_compression_ratio
+from llavolta.schemes import OURS, SCHEMES, compression_ratio, plan_compression_ratio
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 PAPERS = README.parent / "papers"
@@ -25,6 +25,7 @@ REDUNDANCY = "01_redundancy.ipynb OUT.ipynb -p record ../papers/llavolta"
 COMPARE = "04_compare_schemes.ipynb OUT.ipynb -p controls True -p seeds {seeds} -p record ../papers/llavolta"
 VIDEO = "06_video.ipynb OUT.ipynb -p seeds {seeds} -p record ../papers/llavolta"
 COMPRESSORS = "05_compare_compressors.ipynb OUT.ipynb -p train_steps 60 -p record ../papers/compressors"
+FASTER = "04_compare_schemes.ipynb OUT.ipynb -y '{{schemes: [{schemes}]}}' -p seeds {seeds} -p record ../papers/faster"
 YES, PARTLY, NO, OPEN = "reproduced", "in part", "not reproduced", "not tested"
 UNSETTLED = "not settled: no loss shown, but the intervals are wide"
 MARGIN = 0.02  # a loss that is below it throughout its interval counts as none
@@ -280,6 +281,38 @@ def llava_stf(folder: Path) -> list[Claim]:
     ]
 
 
+def faster(folder: Path) -> list[Claim]:
+    """The fastest training that is published, DualSpeed (arXiv 2602.03815), and schemes of ours held to its figures."""
+    published = pd.read_csv(folder / "published.csv").set_index("quantity").value
+    speed, kept = published["training of LLaVA-1.5 faster by"], published["performance kept above"] / 100
+    runs = pd.read_csv(folder / "compare-runs.csv").query("type == 'overall'")
+    result = table(runs, pd.read_csv(folder / "compare-costs.csv").set_index("scheme"))
+    seeds = runs.groupby("scheme").seed.nunique()
+    command = FASTER.format(schemes=", ".join(result.index.drop(BASELINE)), seeds=seeds[BASELINE])
+
+    def claim(name: str, text: str, source: str, verdict: str) -> Claim:
+        row = result.loc[name]
+        change = _points(row.difference, row.difference_low, row.difference_high)
+        said = f"{1 / row.time:.2f} times faster (FLOPs {row.flops - 1:+.0%}), {_share(row)}, {change}"
+        return Claim(text, source, said, verdict if row.time * speed <= 1 else NO, int(seeds[name]), command)
+
+    dual, allowed = result.loc["dualspeed"], (1 - kept) * result.accuracy[BASELINE]
+    lost = NO if dual.difference_high < -allowed else YES if dual.difference_low >= -allowed else UNSETTLED
+    text = f"DualSpeed trains {speed:g} times faster at above {kept:.0%} of the accuracy"
+    return [
+        claim("dualspeed", text, f"{speed:g} times, above {kept:.0%}", lost),
+        *(
+            claim(
+                name,
+                f"`{name}` trains at least {speed:g} times faster with nothing lost",
+                "ours",
+                _kept(result.loc[[name]]),
+            )
+            for name in OURS
+        ),
+    ]
+
+
 def _loss(row: pd.Series) -> str:
     change = _points(row.difference, row.difference_low, row.difference_high)
     return f"{_share(row)}, {change} against no compression, both after {row.steps:.0f} steps"
@@ -351,6 +384,7 @@ PAGES: dict[str, tuple[str, Callable[[Path], list[Claim]]]] = {
     "llavolta": ("LLaVolta", llavolta),
     "prumerge": ("PruMerge", prumerge),
     "llava-stf": ("LLaVA-STF", llava_stf),
+    "faster": ("Faster training", faster),
 }
 
 

@@ -29,7 +29,7 @@ from llavolta.errors import UserError
 from llavolta.evaluate import evaluate, interval
 from llavolta.plan import check_layers, parse_plan
 from llavolta.projectors import OWN
-from llavolta.schemes import NEIGHBOURS, SCHEMES, Scheme
+from llavolta.schemes import NAMED, SCHEMES, Scheme
 
 BASELINE = "single-stage"
 _three = SCHEMES["three-stage"]
@@ -53,10 +53,10 @@ class CompareError(UserError, ValueError):
 def contestants(names: Sequence[str], own: Mapping[str, Sequence], num_layers: int) -> dict[str, Scheme]:
     """Schemes by name, for a model of ``num_layers`` layers, the baseline first.
 
-    names: of SCHEMES, CONTROLS and NEIGHBOURS, scaled to the model's depth. own: more, each a list of plans (equal
+    names: of schemes.NAMED and CONTROLS, scaled to the model's depth. own: more, each a list of plans (equal
     shares) or of {plan, share}, taken as they are.
     """
-    known = {**SCHEMES, **CONTROLS, **NEIGHBOURS}
+    known = {**NAMED, **CONTROLS}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise CompareError(f"unknown scheme {', '.join(map(repr, unknown))}; choose from {', '.join(known)}")

@@ -13,9 +13,8 @@ import yaml
 from llavolta.errors import UserError
 from llavolta.plan import check_layers, parse_plan
 from llavolta.projectors import OWN, parse_projector
-from llavolta.schemes import NEIGHBOURS, SCHEMES, Scheme, Stage
+from llavolta.schemes import NAMED, Scheme, Stage
 
-NAMED = SCHEMES | NEIGHBOURS
 ENGINES = {
     file.stem: file for file in sorted((Path(__file__).parent / "engines").glob("*.json"), key=lambda file: file.stem)
 }
@@ -68,7 +67,7 @@ class TrainConfig:
     check of all pictures and clips finds before training; for a large set run ``python -m llavolta.data check`` first,
     whose findings are used.
 
-    scheme: a name of SCHEMES or NEIGHBOURS (layers are scaled to the model's depth), a list of plans, or a list of
+    scheme: a name of schemes.NAMED (layers are scaled to the model's depth), a list of plans, or a list of
     {plan, share}, maybe with slow_every (both taken as they are; see schemes.Stage). pivots: the optimizer steps at
     which a stage ends and the next begins; else stages have their shares. stage: train up to the end of this stage of
     the scheme (from 1), only projector alignment (0), or everything (None). plan: replaces the plan of ``stage``.

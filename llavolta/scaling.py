@@ -21,7 +21,7 @@ from llavolta.cost import cost_model, reference_config
 from llavolta.data import GroupedSampler
 from llavolta.planner import GPUS as GPU_DATA
 from llavolta.planner import published_hours
-from llavolta.schemes import SCHEMES
+from llavolta.schemes import OURS, SCHEMES
 
 PAPERS = Path(__file__).resolve().parent.parent / "papers"
 PAGE, RECIPE = PAPERS / "scaling.md", PAPERS / "REPRODUCE.md"
@@ -220,7 +220,7 @@ def hours(gpus: int = 8) -> pd.DataFrame:
     model, a100 = cost_model(reference_config()), gpu_speed()
     speeds = {"A100-80GB": a100, "H100": a100 * GPU_DATA["H100-SXM"].peak / GPU_DATA["A100-80GB"].peak}
     work = {"projector alignment": CAPTIONS * model.step("none", 20, 1, phase="align", checkpointing=True).total}
-    for name, scheme in SCHEMES.items():
+    for name, scheme in (SCHEMES | OURS).items():
         example = sum(stage.share * flops(stage.plan, tokens, has_image).mean() for stage in scheme.stages)
         work[name] = EXAMPLES * example
     run = pd.Series(work, name="FLOPs").rename_axis("run")

@@ -10,7 +10,7 @@ import pytest
 
 from llavolta import claims
 from llavolta.compare import BASELINE, CONTROLS
-from llavolta.schemes import SCHEMES
+from llavolta.schemes import OURS, SCHEMES
 
 
 @pytest.mark.parametrize("paper", claims.PAGES)
@@ -112,3 +112,23 @@ def test_a_stale_page_and_missing_figures_are_errors(papers, capsys):
     assert claims.main([]) == 0 and claims.main(["--check"]) == 0
     (papers / "attention.csv").unlink()
     assert claims.main([]) == 1 and "papers/llavolta lacks figures" in capsys.readouterr().err
+
+
+def test_faster_needs_the_speed_and_the_accuracy(papers):
+    folder, names = papers.parent / "faster", [BASELINE, "dualspeed", *OURS]
+    many = len(names) - 1
+
+    def verdicts(time: float, lost: list[float]) -> list[str]:
+        rows = [(n, s, "overall", 0.9 - (lost[s] if n != BASELINE else 0)) for n in names for s in range(3)]
+        table = pd.DataFrame(rows, columns=["scheme", "seed", "type", "accuracy"])
+        table.to_csv(folder / "compare-runs.csv", index=False)
+        times = [dict(scheme=n, time=1.0 if n == BASELINE else time, flops=0.5) for n in names]
+        pd.DataFrame(times).to_csv(folder / "compare-costs.csv", index=False)
+        return [claim.verdict for claim in claims.faster(folder)]
+
+    assert verdicts(0.4, [0.0, 0.001, -0.001]) == [claims.YES] * many
+    assert verdicts(0.5, [0.0, 0.001, -0.001]) == [claims.NO] * many  # 2.0 times is not 2.1 times
+    assert verdicts(0.4, [0.1, 0.101, 0.099]) == [claims.NO] * many
+    assert verdicts(0.4, [0.01, 0.06, -0.04]) == [claims.UNSETTLED] * many
+    # 1.2 points of 90 are more than DualSpeed's one percent and less than the two points that count as nothing
+    assert verdicts(0.4, [0.012, 0.0121, 0.0119]) == [claims.NO, *[claims.YES] * len(OURS)]

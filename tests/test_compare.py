@@ -113,7 +113,7 @@ def test_seed_lists():
     names = ["single-stage", "heavy", "light"]
     assert seed_lists(2, names) == dict.fromkeys(names, [0, 1])
     assert seed_lists({"heavy": 3}, names) == {"single-stage": [0, 1, 2], "heavy": [0, 1, 2], "light": [0]}
-    for wrong in (0, True, "2", {"heavier": 2}, {"heavy": 0}):
+    for wrong in (0, True, "2", {"heaviest": 2}, {"heavy": 0}):
         with pytest.raises(CompareError, match="seeds must be a whole number"):
             seed_lists(wrong, names)
 

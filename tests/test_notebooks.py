@@ -173,7 +173,7 @@ def test_04_compare_schemes_goes_on_where_it_stopped(comparison, tmp_path):
     [
         ({"seed": 2}, "ParameterError: unknown parameter 'seed'; known: seeds, schemes, controls"),
         ({"seeds": 0}, "CompareError: seeds must be a whole number of at least 1"),
-        ({"schemes": ["heavier"]}, "CompareError: unknown scheme 'heavier'; choose from single-stage"),
+        ({"schemes": ["heaviest"]}, "CompareError: unknown scheme 'heaviest'; choose from single-stage"),
         ({"own": {"heavy": ["none"]}}, "CompareError: a scheme of your own cannot be called 'heavy'"),
         ({"options": {"learningrate": 1}}, "ConfigError: unknown parameter 'learningrate'"),
         ({"workers": 0}, "CompareError: workers must be a whole number of at least 1"),
@@ -195,7 +195,7 @@ def test_07_cost_planner(tmp_path):
     [
         ({"gpu": "A1000"}, "PlannerError: unknown GPU 'A1000'; known: A100-80GB"),
         ({"model": "./nowhere"}, "ConfigError: no model folder ./nowhere"),
-        ({"schemes": ["heavier"]}, "CompareError: unknown scheme 'heavier'"),
+        ({"schemes": ["heaviest"]}, "CompareError: unknown scheme 'heaviest'"),
         ({"budget_hours": 0.01}, "PlannerError: no scheme takes at most 0.01 hours"),
         ({"budget": 1}, "ParameterError: unknown parameter 'budget'"),
     ],
