@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable
@@ -28,6 +29,7 @@ RECORD = "scheme.json"
 LOCK = ".lock"
 # What resuming needs and the finished model does not; none of a model's own files ends on these.
 _ENDINGS = (".pt", ".pth", ".bin")
+_REFUSED = r"inline_container|PytorchStreamWriter|write\(\): fd"  # how torch.save says that a file could not be written
 _RUN = {"config.yaml", "metrics.jsonl", "skipped.json", LOCK}  # a run folder's own files
 _RESUMING = {SEAL, RECORD, "trainer_state.json", "latest", "zero_to_fp32.py", f"{ISOLATOR}.safetensors"}
 
@@ -137,8 +139,10 @@ def saving(run: Path, name: str):
     try:
         yield
     except Exception as error:
-        # safetensors and torch.save have errors of their own for what the file system refused
-        if not isinstance(error, OSError | RuntimeError) and type(error).__name__ != "SafetensorError":
+        # Safetensors and torch.save have errors of their own for what the file system refused; another RuntimeError is
+        # none of it, such as a process that died while the others were saving.
+        refused = isinstance(error, RuntimeError) and re.search(_REFUSED, str(error))
+        if not (refused or isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
             raise
         shutil.rmtree(run / STAGING, ignore_errors=True)
         raise _save_error(error, name, run) from error

@@ -76,8 +76,8 @@ def _machines(options: list[str]) -> int:
 def _cause(lines: list[str]) -> str:
     """What ended the child: its own error, the signal that killed a process, or its last lines."""
     text = "".join(lines)
-    # An error may follow a progress bar on its line; torchrun also lists the processes that it stopped itself.
-    for pattern in (r"(?:^|\s|\])error: (.*)", r"Root Cause[\s\S]*?traceback : (Signal .*)"):
+    # An error may follow a progress bar on its line. Signal 15 is torchrun's, to the processes that a failure leaves.
+    for pattern in (r"(?:^|\s|\])error: (.*)", r"traceback : (Signal (?!15\b).*)", r"traceback : (Signal .*)"):
         if found := re.search(pattern, text):
             return found[1].strip()
     return "".join(lines[-15:]).strip()

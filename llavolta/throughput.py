@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader
 
-from llavolta.bench import embedded_batches, interleaved, now, peak_resident
+from llavolta.bench import embedded_batches, forget_peak, interleaved, now, peak_resident
 from llavolta.data import Collator, LlavaData
 from llavolta.dualspeed import fast_mode
 from llavolta.families import find_parts, towers
@@ -134,6 +134,7 @@ def _peak(name: str, size: int, plan: str) -> int:
     set_trainable(model.train(), "instruct")
     if torch.cuda.is_available():
         model, batch = model.cuda(), {key: value.cuda() for key, value in batch.items()}
+    forget_peak()  # loading may have taken more than the step does
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else peak_resident()
     with fast_mode(model, Stage(plan, 1)):
         model(**batch).loss.backward()

@@ -20,7 +20,7 @@ from llavolta import checkpoints
 from llavolta.checkpoints import SaveError, find_damage
 from llavolta.config import TrainConfig
 from llavolta.errors import Stopped, UserError
-from llavolta.launch import launch
+from llavolta.launch import _cause, launch
 from llavolta.train import StageTrainer, read_metrics, train
 
 
@@ -139,6 +139,15 @@ def test_a_disk_that_fills_up_while_saving(whole, settings, tmp_path):
     assert steps(output) == [3, 2, 1] and not (output / checkpoints.STAGING).exists()
     assert find_damage(output / "checkpoint-3") is None and same(output, output / "checkpoint-3")
     assert same(whole, run(settings, output))
+
+
+def test_what_is_not_the_disks_fault_is_not_blamed_on_it(tmp_path):
+    with pytest.raises(RuntimeError, match="Connection reset by peer"), checkpoints.saving(tmp_path, "checkpoint-3"):
+        raise RuntimeError("gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+    torn = [f"traceback : Signal {signal} received by PID 7\n" for signal in ("15 (SIGTERM)", "9 (SIGKILL)")]
+    for lines in (torn, torn[::-1]):
+        assert _cause(lines) == "Signal 9 (SIGKILL) received by PID 7"
+    assert _cause(["\r 50%] error: no data file x\n", *torn]) == "no data file x"
 
 
 def test_two_trainings_cannot_share_a_folder(settings, tmp_path, monkeypatch):
