@@ -119,13 +119,16 @@ def loading_times(data: LlavaData, collate: Collator, batch: int, workers: Seque
     return pd.DataFrame(rows).set_index("workers")
 
 
-def memory_by_batch(model: str, batches: Sequence[int], plans: Sequence[str]) -> pd.DataFrame:
-    """Peak MB of a training step above the weights, for each number of examples; each in a fresh process."""
+def memory_by_batch(model: str, batches: Sequence[int], plans: Sequence[str], rounds: int = 3) -> pd.DataFrame:
+    """Peak MB of a training step above what is held before it, for each number of examples: the median of ``rounds``.
+
+    Each in a fresh process; on a CPU the allocator's habits differ from one to the next.
+    """
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        rows = [
-            dict(examples=size, **{plan: pool.submit(_peak, model, size, plan).result() / 1e6 for plan in plans})
-            for size in batches
-        ]
+        rows = []
+        for size in batches:
+            peaks = {plan: [pool.submit(_peak, model, size, plan).result() for _ in range(rounds)] for plan in plans}
+            rows.append(dict(examples=size, **{plan: np.median(peaks[plan]) / 1e6 for plan in plans}))
     return pd.DataFrame(rows).set_index("examples")
 
 
