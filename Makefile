@@ -49,6 +49,8 @@ $(NOTEBOOKS): install
 		--TagRemovePreprocessor.enabled True --TagRemovePreprocessor.remove_cell_tags injected-parameters
 	$(BIN)/ruff format --quiet notebooks/$@.ipynb
 
+08_benchmarks: eval  # whose results it shows
+
 notebooks: $(NOTEBOOKS)
 	$(BIN)/python -c "from llavolta import SCHEMES, plots; plots.scheme_diagram(SCHEMES['three-stage'].scaled(8), 8, 144, 200).savefig('papers/llavolta/three-stage.png', dpi=120)"
 
@@ -71,4 +73,5 @@ eval: install-eval
 test-eval: install-eval
 	$(EVAL_BIN)/python -m pytest tests/test_benchmarks.py
 
+.NOTPARALLEL:  # notebooks time their steps; two at once would slow each other
 .PHONY: install install-eval demo test lab notebooks $(NOTEBOOKS) evidence stress eval test-eval
