@@ -24,6 +24,7 @@ from reprlib import repr as short
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
@@ -393,7 +394,7 @@ class Collator:
     a picture or leave no label.
 
     always_picture: examples without any picture get one more row, of a black picture and no label, so that every
-    part of the model is in the graph of every batch, as DistributedDataParallel, ZeRO and FSDP need on all processes.
+    part of the model is in the graph of every batch, as DistributedDataParallel and ZeRO need on all processes.
     """
 
     processor: object
@@ -407,12 +408,8 @@ class Collator:
         videos = [frames for example in examples for frames in example.videos]
         if videos and not hasattr(self.processor, "video_processor"):
             raise DataError(f"{type(self.processor).__name__} reads no video; train a model that does, or drop them")
-        rendered = list(texts)
-        if self.always_picture and not images and not videos:
-            rendered.append(self.processor.image_token)
-            images.append(Image.new("RGB", (32, 32)))
         visual = {"images": images or None} | ({"videos": videos} if videos else {})
-        encoded = self.processor(text=rendered, **visual, padding=True, padding_side="right", return_tensors="pt")
+        encoded = self.processor(text=list(texts), **visual, padding=True, padding_side="right", return_tensors="pt")
         plain = tokenizer(list(texts), return_offsets_mapping=True)
         ids = encoded["input_ids"]
         placeholder = torch.isin(ids, self._placeholders)
@@ -431,12 +428,36 @@ class Collator:
             values = torch.where(answers, written, IGNORED)[said]
             labels[row, text.nonzero().squeeze(1)] = values
             self._check_length(example, placeholder[row], labels[row])
-        if placeholder[len(examples) :, self.max_length :].any():
-            raise DataError(f"max_length {self.max_length} is less than a picture's visual tokens; raise it")
         keep = min(ids.shape[1], self.max_length)
         batch = {"input_ids": ids[:, :keep], "attention_mask": encoded["attention_mask"][:, :keep]}
         others = {key: value for key, value in encoded.items() if key not in batch}
-        return {**batch, "labels": labels[:, :keep], **others}
+        batch |= {"labels": labels[:, :keep], **others}
+        return self.with_black(batch, "image") if self.always_picture and not images and not videos else batch
+
+    def with_black(self, batch: dict[str, torch.Tensor], medium: str) -> dict[str, torch.Tensor]:
+        """``batch`` and one more row, without a label, of a black "image" or a "video" of one black frame.
+
+        For a process whose examples hold none while another's do: ZeRO-3 and FSDP gather a part's weights on all
+        processes or hang, and Video-LLaVA has a tower for each medium. ``batch`` must hold none of that medium.
+        """
+        black, token = Image.new("RGB", (32, 32)), getattr(self.processor, f"{medium}_token")
+        visual = {"images": [black]} if medium == "image" else {"videos": [[black]]}
+        row = self.processor(text=[token], **visual, return_tensors="pt")
+        if row["input_ids"].shape[1] > self.max_length:
+            raise DataError(f"max_length {self.max_length} is less than a picture's visual tokens; raise it")
+        row["labels"] = torch.full_like(row["input_ids"], IGNORED)
+        padding = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORED}
+        shape, joined = batch["input_ids"].shape, dict(batch)
+        for key, value in row.items():
+            if key not in batch:
+                joined[key] = value.to(batch["input_ids"].device)
+                continue
+            both = batch[key], value.to(batch[key].device)
+            if batch[key].shape == shape:
+                length = max(len(part[0]) for part in both)
+                both = (F.pad(part, (0, length - len(part[0])), value=padding.get(key, 0)) for part in both)
+            joined[key] = torch.cat(list(both))
+        return joined
 
     @property
     def _placeholders(self) -> torch.Tensor:

@@ -45,7 +45,7 @@ from llavolta.config import ENGINES, PRESETS, ConfigError, TrainConfig, parse_ya
 from llavolta.data import Collator, DataError, GroupedSampler, LlavaData, find_bad, padding_colour
 from llavolta.dualspeed import ISOLATOR, add_isolator, fast_mode, load_isolator, save_isolator, slow_mode
 from llavolta.errors import Stopped, UserError
-from llavolta.families import find_parts, unwrap
+from llavolta.families import PIXELS, find_parts, unwrap
 from llavolta.models import (
     DATA,
     PROJECTOR,
@@ -224,6 +224,19 @@ class StageTrainer(Trainer):
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = kind(groups, **options)
         return super().create_optimizer(model)
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        names = find_parts(unwrap(self.model)).visual_ids
+        if self.args.world_size == 1 or len(names) == 1:
+            return inputs
+        # The last batches of an epoch mix stills, clips and text: no process may need a part that another does not.
+        held = torch.tensor([int(PIXELS[name] in inputs) for name in names], device=self.args.device)
+        anywhere = self.accelerator.reduce(held.clone())
+        for name, here, there in zip(names, held.tolist(), anywhere.tolist(), strict=True):
+            if there and not here:
+                inputs = self.data_collator.with_black(inputs, name)
+        return inputs
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         step, total = self.state.global_step, self.state.max_steps

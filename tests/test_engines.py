@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from llavolta.config import TrainConfig
+from llavolta.data import LlavaData
 from llavolta.launch import launch
 from llavolta.train import read_metrics, train
 
@@ -64,6 +66,39 @@ def test_two_processes_train_like_one(one, settings, tmp_path, engine):
     model, info = AutoModelForImageTextToText.from_pretrained(two, output_loading_info=True, dtype=torch.float32)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     trained, found = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    assert trained.keys() == found.keys()
+    for name, value in trained.items():
+        torch.testing.assert_close(found[name], value, atol=1e-3, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture(scope="module")
+def of_all_kinds(clip_data, video_model, tmp_path_factory):
+    """Stills, clips and text, each too few for a batch of their own: processes see different ones in one step."""
+    opened = LlavaData(clip_data / "train.json")
+    rows = [index for kind, n in ((1, 6), (2, 6)) for index in np.flatnonzero(opened.medium == kind)[:n]]
+    entries = [opened.entry(int(row)) for row in rows]
+    turns = [{"from": "human", "value": "Which way does it move?"}, {"from": "gpt", "value": "up"}]
+    entries += [{"id": f"text{i}", "conversations": turns} for i in range(4)]
+    file = tmp_path_factory.mktemp("kinds") / "kinds.json"
+    file.write_text(json.dumps(entries))
+    values = dict(model=str(video_model), data=str(file), images=str(clip_data), align_steps=0, max_steps=4)
+    stages = [{"plan": "1:avgpool:8", "share": 0.5}, {"plan": "none", "share": 0.5}]
+    return {**values, "scheme": stages, "global_batch": 8, "log_steps": 1, "save_steps": 0, "learning_rate": 5e-4}
+
+
+@pytest.fixture(scope="module")
+def one_of_all_kinds(of_all_kinds, tmp_path_factory):
+    output = tmp_path_factory.mktemp("kinds") / "run"
+    return train(TrainConfig(output=str(output), batch_size=8, **of_all_kinds), progress=False)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_clips_stills_and_text_may_meet_in_one_step(one_of_all_kinds, of_all_kinds, tmp_path, engine):
+    values = {**of_all_kinds, "batch_size": 2, "output": str(tmp_path / "run"), **ENGINES[engine][0]}
+    two = launch(TrainConfig(**values), num_processes=2)
+    losses = [[row["loss"] for row in read_metrics(folder / "metrics.jsonl")] for folder in (one_of_all_kinds, two)]
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=2e-3)
+    trained, found = load_file(one_of_all_kinds / "model.safetensors"), load_file(two / "model.safetensors")
     assert trained.keys() == found.keys()
     for name, value in trained.items():
         torch.testing.assert_close(found[name], value, atol=1e-3, rtol=0, msg=lambda text, name=name: f"{name}: {text}")

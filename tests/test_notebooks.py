@@ -11,6 +11,8 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 from test_benchmark_table import write_results
 
+from llavolta import models
+
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
 
@@ -48,6 +50,10 @@ def training(scenes, small_model, tmp_path) -> dict:
 
 def test_00_backbones_shows_the_shipped_parts(tmp_path):
     assert pictures(run("00_backbones", tmp_path, scenes=20)) == 2
+    logs = json.loads((models.EMBEDDED / "backbones.json").read_text())
+    for name, last in {"vision tower": 3999, "language model": 3499}.items():
+        steps = pd.Series([row["step"] for row in logs[name]])
+        assert steps.is_monotonic_increasing and steps.iloc[[0, -1]].tolist() == [0, last]  # one run, drawn as one line
 
 
 def test_00_backbones_trains_them_again(tmp_path):
