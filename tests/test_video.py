@@ -16,6 +16,7 @@ from llavolta import backbones, clips, data, digits, evaluate, studies, train
 from llavolta.config import TrainConfig
 from llavolta.data import IGNORED, Collator, DataError, GroupedSampler, LlavaData, find_bad
 from llavolta.digits import NONE
+from llavolta.families import PIXELS
 from llavolta.models import load_model
 from llavolta.video import frame_places, read_frames
 
@@ -222,6 +223,26 @@ def test_clips_and_images_in_one_batch(clip_data, video_model):
     assert torch.equal(batch["pixel_values_videos"][0], pixels)
     with pytest.raises(DataError, match="LlavaProcessor reads no video"):
         Collator(backbones.processor())([opened[clip]])
+
+
+@pytest.mark.parametrize("medium", ["image", "video"])
+def test_a_black_row_of_the_other_medium_changes_no_loss(clip_data, video_model, medium):
+    opened = LlavaData(clip_data / "train.json")
+    model, processor = load_model(str(video_model))
+    collator, rows = Collator(processor), np.flatnonzero(opened.medium == {"image": 2, "video": 1}[medium])[:2]
+    batch = collator([opened[int(row)] for row in rows])
+    more = collator.with_black(batch, medium)
+    assert set(PIXELS.values()) <= more.keys() and not set(PIXELS.values()) <= batch.keys()
+    old, length = batch["input_ids"].shape
+    assert len(more["input_ids"]) == len(more["attention_mask"]) == len(more["labels"]) == old + 1
+    assert (more["labels"][old] == IGNORED).all()
+    assert (more["input_ids"][old] == getattr(processor, f"{medium}_token_id")).sum() in (36, 37)  # one frame has CLS
+    for key in ("input_ids", "attention_mask", "labels"):
+        assert torch.equal(more[key][:old, :length], batch[key])
+    with torch.no_grad():
+        assert model(**more).loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+    with pytest.raises(DataError, match="max_length 20 is less than a picture's visual tokens"):
+        Collator(processor, max_length=20).with_black(batch, medium)
 
 
 def test_batches_hold_one_medium(clip_data):
