@@ -41,7 +41,7 @@ NOTEBOOKS := $(sort $(notdir $(basename $(wildcard notebooks/*.ipynb))))
 01_redundancy := -p record ../papers/llavolta
 04_compare_schemes := -p controls True -p seeds 5 -p record ../papers/llavolta
 05_compare_compressors := -p train_steps 60 -p record ../papers/compressors
-06_video := -p record ../papers/llavolta
+06_video := -p seeds 3 -p record ../papers/llavolta
 
 $(NOTEBOOKS): install
 	cd notebooks && ../$(BIN)/papermill $@.ipynb $@.ipynb $($@)
@@ -58,7 +58,7 @@ notebooks: $(NOTEBOOKS)
 evidence: notebooks
 	mkdir -p data/runs
 	cd notebooks && ../$(BIN)/papermill 04_compare_schemes.ipynb ../data/runs/faster.ipynb -p seeds 5 -p record ../papers/faster \
-		-y '{schemes: [dualspeed, two-stage]}'
+		-y '{schemes: [dualspeed, two-stage, two-stage-light]}'
 	$(BIN)/python -m llavolta.claims
 	$(BIN)/python -m llavolta.scaling
 

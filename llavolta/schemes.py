@@ -211,7 +211,12 @@ SCHEMES = {
 NEIGHBOURS = {"dualspeed": Scheme("dualspeed", (Stage("0:random:0.1", 1, slow_every=10),))}
 """What others train by: DualSpeed (arXiv 2602.03815), with its numbers, and a random subset in the fast steps."""
 
-OURS = {"two-stage": Scheme("two-stage", (Stage("0:avgpool:8", 0.4), Stage("8:avgpool:8", 0.6)))}
-"""Cheaper than what is published: pooled from the first layer on, then from a quarter of the depth on, to the end."""
+_FEW = "0:avgpool2d:2;16:avgpool:36"  # a quarter of the tokens in the first half of the layers, 1 of 144 in the other
+OURS = {
+    "two-stage": Scheme("two-stage", (Stage(_FEW, 0.875), Stage("none", 0.125))),
+    "two-stage-light": Scheme("two-stage-light", (Stage(_FEW, 0.75), Stage("16:avgpool:8", 0.25))),
+}
+"""Cheaper than what is published: first 2 x 2 pooled patches in half of the layers and next to none of them in the
+others, which need few once the text has taken up what it asks for; then all, or all in half of the layers."""
 
 NAMED = SCHEMES | NEIGHBOURS | OURS
