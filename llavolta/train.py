@@ -191,6 +191,7 @@ class StageTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.scheme, self.rates, self.keep = scheme, rates, keep
         self.staging: Path | None = None
+        self.media = list(find_parts(unwrap(self.model)).visual_ids)
 
     def _get_output_dir(self, trial=None):
         return str(self.staging or self.args.output_dir)
@@ -227,13 +228,12 @@ class StageTrainer(Trainer):
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
-        names = find_parts(unwrap(self.model)).visual_ids
-        if self.args.world_size == 1 or len(names) == 1:
+        if self.args.world_size == 1 or len(self.media) == 1:
             return inputs
         # The last batches of an epoch mix stills, clips and text: no process may need a part that another does not.
-        held = torch.tensor([int(PIXELS[name] in inputs) for name in names], device=self.args.device)
+        held = torch.tensor([int(PIXELS[name] in inputs) for name in self.media], device=self.args.device)
         anywhere = self.accelerator.reduce(held.clone())
-        for name, here, there in zip(names, held.tolist(), anywhere.tolist(), strict=True):
+        for name, here, there in zip(self.media, held.tolist(), anywhere.tolist(), strict=True):
             if there and not here:
                 inputs = self.data_collator.with_black(inputs, name)
         return inputs
