@@ -35,7 +35,7 @@ test: install
 lab: install
 	$(BIN)/jupyter lab --notebook-dir .
 
-# Each notebook in place, with its committed outputs and recorded figures; two to three hours on 2 cores for all, resumed
+# Each notebook in place, with its committed outputs and recorded figures; some three hours on 2 cores for all, resumed
 # where they were interrupted. Saved with the parameters it has by default, whatever it was executed with.
 NOTEBOOKS := $(sort $(notdir $(basename $(wildcard notebooks/*.ipynb))))
 01_redundancy := -p record ../papers/llavolta
@@ -54,7 +54,7 @@ $(NOTEBOOKS): install
 notebooks: $(NOTEBOOKS)
 	$(BIN)/python -c "from llavolta import SCHEMES, plots; plots.scheme_diagram(SCHEMES['three-stage'].scaled(8), 8, 144, 200).savefig('papers/llavolta/three-stage.png', dpi=120)"
 
-# Every figure in papers/ and the README's table.
+# Every figure in papers/ and the README's table; an hour more.
 evidence: notebooks
 	mkdir -p data/runs
 	cd notebooks && ../$(BIN)/papermill 04_compare_schemes.ipynb ../data/runs/faster.ipynb -p seeds 5 -p record ../papers/faster \

@@ -394,7 +394,7 @@ class Collator:
     a picture or leave no label.
 
     always_picture: examples without any picture get one more row, of a black picture and no label, so that every
-    part of the model is in the graph of every batch, as DistributedDataParallel and ZeRO need on all processes.
+    part of the model is in the graph of every batch, as DistributedDataParallel, ZeRO and FSDP need on all processes.
     """
 
     processor: object
@@ -437,8 +437,8 @@ class Collator:
     def with_black(self, batch: dict[str, torch.Tensor], medium: str) -> dict[str, torch.Tensor]:
         """``batch`` and one more row, without a label, of a black "image" or a "video" of one black frame.
 
-        For a process whose examples hold none while another's do: ZeRO-3 and FSDP gather a part's weights on all
-        processes or hang, and Video-LLaVA has a tower for each medium. ``batch`` must hold none of that medium.
+        For a process whose examples hold none while another's do: ZeRO-3 gathers a part's weights on all processes at
+        once, and Video-LLaVA has a tower for each medium. ``batch`` must hold none of that medium. Raises DataError.
         """
         black, token = Image.new("RGB", (32, 32)), getattr(self.processor, f"{medium}_token")
         visual = {"images": [black]} if medium == "image" else {"videos": [[black]]}
