@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from llavolta import claims
-from llavolta.compare import BASELINE, CONTROLS
+from llavolta.compare import BASELINE, CONTROLS, contestants
 from llavolta.schemes import OURS, SCHEMES
 
 
@@ -132,3 +132,15 @@ def test_faster_needs_the_speed_and_the_accuracy(papers):
     assert verdicts(0.4, [0.01, 0.06, -0.04]) == [claims.UNSETTLED] * many
     # 1.2 points of 90 are more than DualSpeed's one percent and less than the two points that count as nothing
     assert verdicts(0.4, [0.012, 0.0121, 0.0119]) == [claims.NO, *[claims.YES] * len(OURS)]
+
+
+@pytest.mark.parametrize("folder", ["llavolta", "faster"])
+def test_recorded_costs_are_those_of_the_schemes_as_they_are_now(folder):
+    costs = pd.read_csv(claims.PAPERS / folder / "compare-costs.csv").set_index("scheme")
+    steps = pd.read_csv(claims.PAPERS / folder / "compare-steps.csv").set_index("plan")
+    schemes = contestants(costs.index, {}, 8)
+    assert costs.index.tolist() == list(schemes)
+    for column, ratio in {"flops": "flops_ratio", "time": "ratio"}.items():
+        for name, scheme in schemes.items():
+            expected = sum(stage.share * steps[ratio][str(stage)] for stage in scheme.stages)
+            assert costs[column][name] == pytest.approx(expected, abs=2e-3), f"{name} changed after its {column}"
