@@ -24,7 +24,7 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from llavolta import bench, train
-from llavolta.data import Collator, GroupedSampler, LlavaData
+from llavolta.data import Collator, GroupedSampler, LlavaData, padding_colour
 from llavolta.errors import UserError
 from llavolta.evaluate import evaluate, interval
 from llavolta.plan import check_layers, parse_plan
@@ -80,20 +80,22 @@ def compare(
     progress: bool = True,
     plans: Mapping[str, str] | None = None,
     changes: Mapping[str, dict] | None = None,
+    max_new_tokens: int | None = None,
 ) -> pd.DataFrame:
     """Train every scheme with its ``seeds`` and ask each model the first ``questions`` held-out questions.
 
     config: what the runs share; its output is the folder that holds them all, as ``<seed>/<scheme>``. Projector
-    alignment is done once a seed. heldout: LLaVA JSON; None: the held-out digits scenes. workers: runs at a time, each
-    in a process of its own (on the CPU with its share of the cores). plans: by scheme, the plan in force while
-    answering (default: none). changes: by scheme, what differs in its configuration, as ``{"projector": "stf:2"}``.
+    alignment is done once a seed. heldout: LLaVA JSON; None: that of the generated data trained on. workers: runs at
+    a time, each in a process of its own (on the CPU with its share of the cores). plans: by scheme, the plan in force
+    while answering (default: none). changes: by scheme, what differs in its configuration: ``{"projector": "stf:2"}``.
+    max_new_tokens: see evaluate.evaluate; pictures are padded as the runs pad them.
     Returns one row per scheme, seed and question: see evaluate.evaluate. Raises what ``train`` raises, at once; what is
     finished stays.
     """
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise CompareError(f"workers must be a whole number of at least 1, not {workers!r}")
     setup = train.prepare(_any(config))  # builds the data once, before the workers need it
-    heldout = Path(heldout) if heldout else train.digits_data() / "heldout.json"
+    heldout = Path(heldout) if heldout else train.heldout_file(config)
     LlavaData(heldout)  # refuses what cannot be asked, before anything is trained
     root, plans, changes = Path(config.output), plans or {}, changes or {}
     aligned, runs = {}, {}
@@ -113,11 +115,11 @@ def compare(
         for first in aligned.values():
             train.train(first, progress=False)
         bar = tqdm(runs.items(), desc="runs", disable=not progress)
-        frames = {key: _run(run, heldout, questions, plans.get(key[0], "none")) for key, run in bar}
+        frames = {key: _run(run, heldout, questions, plans.get(key[0], "none"), max_new_tokens) for key, run in bar}
     else:
         threads = max(1, (os.cpu_count() or 1) // workers)
         with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_worker, initargs=(threads,)) as pool:
-            frames = _in_pool(pool, aligned, runs, heldout, questions, plans, progress)
+            frames = _in_pool(pool, aligned, runs, heldout, questions, plans, max_new_tokens, progress)
     order = [(name, seed) for name in schemes for seed in seeds[name]]
     return pd.concat([frames[name, seed].assign(scheme=name, seed=seed) for name, seed in order], ignore_index=True)
 
@@ -138,7 +140,7 @@ def _begin_worker(threads: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _in_pool(pool, aligned: dict, runs: dict, heldout: Path, questions: int, plans: Mapping, progress: bool) -> dict:
+def _in_pool(pool, aligned: dict, runs: dict, heldout: Path, questions: int, plans, max_new_tokens, progress) -> dict:
     """The answers of every run; what cannot start any more after a failure is given up."""
     frames = {}
     with tqdm(total=len(aligned) + len(runs), desc="runs", disable=not progress) as bar:
@@ -147,7 +149,8 @@ def _in_pool(pool, aligned: dict, runs: dict, heldout: Path, questions: int, pla
                 done.result()
                 bar.update()
             waiting = {
-                pool.submit(_run, run, heldout, questions, plans.get(key[0], "none")): key for key, run in runs.items()
+                pool.submit(_run, run, heldout, questions, plans.get(key[0], "none"), max_new_tokens): key
+                for key, run in runs.items()
             }
             for done in as_completed(waiting):
                 frames[waiting[done]] = done.result()
@@ -161,18 +164,20 @@ def _in_pool(pool, aligned: dict, runs: dict, heldout: Path, questions: int, pla
     return frames
 
 
-def _run(config: train.TrainConfig, heldout: Path, questions: int, plan: str) -> pd.DataFrame:
+def _run(
+    config: train.TrainConfig, heldout: Path, questions: int, plan: str, max_new_tokens: int | None = None
+) -> pd.DataFrame:
     """Train ``config`` unless its folder holds the trained model already, and its answers under ``plan`` likewise."""
     output = Path(config.output)
-    asked = hashlib.blake2b(plan.encode() + heldout.read_bytes(), digest_size=6).hexdigest()
+    depends = [plan, max_new_tokens, config.pad_to_square]
+    asked = hashlib.blake2b(repr(depends).encode() + heldout.read_bytes(), digest_size=6).hexdigest()
     file = output / f"answers-{asked}.csv"
-    if not any(output.glob("answers-*.csv")):
-        train.train(config, progress=False)
-    elif file.exists() and len(held := pd.read_csv(file, dtype=_TEXT, keep_default_na=False)) >= questions:
-        train.claim(config)
+    train.train(config, progress=False)  # which refuses another run's folder, and does nothing for a finished one
+    if file.exists() and len(held := pd.read_csv(file, dtype=_TEXT, keep_default_na=False)) >= questions:
         return held[:questions]
     model, processor = train.load_model(str(output))
-    answers = evaluate(model, processor, LlavaData(heldout), plan, questions, progress=False)
+    data = LlavaData(heldout, pad=padding_colour(processor) if config.pad_to_square else None)
+    answers = evaluate(model, processor, data, plan, questions, progress=False, max_new_tokens=max_new_tokens)
     part = file.with_suffix(".part")
     answers.to_csv(part, index=False)
     part.replace(file)

@@ -208,9 +208,10 @@ class LlavaData(Dataset):
     def _name(self, index: int, entry: dict) -> str:
         return f"{self.file.name} entry {self.rows[index]} (id {short(entry.get('id'))})"
 
-    def image_paths(self, index: int) -> list[Path]:
-        """The files of an entry's pictures."""
-        return [self.folder / path for path in _paths(self.entry(index))]
+    def media_paths(self, index: int) -> list[Path]:
+        """The files of an entry's pictures and clips."""
+        entry = self.entry(index)
+        return [self.folder / path for medium in MEDIA for path in _paths(entry, medium)]
 
     def questions(self) -> Iterator[dict]:
         """Every turn as a question of its own: index (of the entry), type, question, answer."""

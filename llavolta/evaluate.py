@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
+from contextlib import contextmanager
 from itertools import islice
 
 import numpy as np
@@ -11,6 +14,9 @@ from tqdm.auto import tqdm
 
 from llavolta.data import LlavaData
 from llavolta.patch import compress
+
+LEAST_NEW_TOKENS = 4  # so that a model's own wrong answers can be read
+DRAWN_AT_ONCE = 1 << 20  # numbers that a bootstrap holds at a time, 16 MB
 
 
 def _normal(text: str) -> str:
@@ -36,8 +42,52 @@ def prompts(model, processor, asked: list[tuple[str, list]], padding_side: str =
     return batch.to(model.device, model.dtype)
 
 
+@contextmanager
+def answering(model):
+    """``model`` in evaluation mode; the mode of each of its modules is back afterwards, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def answer_limit(processor, answers: Iterable[str], max_new_tokens: int | None = None) -> int:
+    """How many tokens to generate: the longest of the true ``answers`` and its end token, or ``max_new_tokens``.
+
+    Says on stderr how many of the answers a ``max_new_tokens`` cuts off, as they can then never be right. Raises
+    ValueError for one below 1.
+    """
+    if max_new_tokens is not None and (isinstance(max_new_tokens, bool) or max_new_tokens < 1):
+        raise ValueError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}")
+    answers = list(answers)
+    different = list(dict.fromkeys(answers))
+    # A blank stands before an answer in most templates, and is a token of its own in some tokenizers.
+    ids = processor.tokenizer([f" {text}" for text in different], add_special_tokens=False)["input_ids"]
+    lengths = {text: len(tokens) for text, tokens in zip(different, ids, strict=True)}
+    longest = max(lengths.values(), default=0)
+    if max_new_tokens is None:
+        return max(longest + 1, LEAST_NEW_TOKENS)
+    if cut := sum(lengths[text] > max_new_tokens for text in answers):
+        print(
+            f"max_new_tokens {max_new_tokens} cuts off {cut} of {len(answers)} true answers, which are then wrong; "
+            f"the longest has {longest} tokens",
+            file=sys.stderr,
+        )
+    return max_new_tokens
+
+
+def end_tokens(model, processor) -> list[int]:
+    """The tokens that end an answer: those that the model generates with, and the tokenizer's."""
+    own = model.generation_config.eos_token_id
+    own = [] if own is None else own if isinstance(own, list) else [own]
+    return list(dict.fromkeys([*own, processor.tokenizer.eos_token_id]))
+
+
 @torch.no_grad()
-def greedy(model, processor, batch, max_new_tokens: int = 4, **options):
+def greedy(model, processor, batch, max_new_tokens: int, **options):
     """What ``model.generate`` returns for a batch padded on the left, decoding greedily; options go to generate."""
     tokenizer = processor.tokenizer
     return model.generate(
@@ -45,15 +95,16 @@ def greedy(model, processor, batch, max_new_tokens: int = 4, **options):
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end_tokens(model, processor),
         **options,
     )
 
 
-def answer(model, processor, batch, max_new_tokens: int = 4) -> list[str]:
-    """The model's greedy answers to a batch of ``prompts``."""
-    ids = greedy(model, processor, batch, max_new_tokens)
-    return processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+def answer(model, processor, batch, max_new_tokens: int) -> tuple[list[str], list[bool]]:
+    """The model's greedy answers to a batch of ``prompts``, and which of them ``max_new_tokens`` cut off."""
+    ids = greedy(model, processor, batch, max_new_tokens)[:, batch["input_ids"].shape[1] :]
+    ended = torch.isin(ids, torch.tensor(end_tokens(model, processor), device=ids.device)).any(1)
+    return processor.batch_decode(ids, skip_special_tokens=True), (~ended).tolist()
 
 
 def pictured(data: LlavaData, questions: list[dict]) -> list[tuple[str, list]]:
@@ -74,30 +125,42 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 64,
     progress: bool = True,
+    max_new_tokens: int | None = None,
 ) -> pd.DataFrame:
-    """One row per question: index, type, question, answer, prediction, correct (exact match, case ignored).
+    """One row per question: index, type, question, answer, prediction, truncated, correct (exact match, case ignored).
 
-    plan: compression in force while answering. limit: the first so many questions.
+    plan: compression in force while answering. limit: the first so many questions. max_new_tokens: of an answer; None:
+    as many as the longest true answer has, and its end. truncated: no end token came within them; their number is said
+    on stderr where a limit was given, since such an answer is longer than any true one otherwise.
     """
     questions = list(islice(data.questions(), limit))
-    training = model.training
-    model.eval()
-    predictions: list[str] = []
-    with compress(model, plan):
+    length = answer_limit(processor, (question["answer"] for question in questions), max_new_tokens)
+    predictions, truncated = [], []
+    with answering(model), compress(model, plan):
         for start in tqdm(range(0, len(questions), batch_size), desc="answering", disable=not progress, leave=False):
             asked = pictured(data, questions[start : start + batch_size])
-            predictions += answer(model, processor, prompts(model, processor, asked))
-    model.train(training)
-    frame = pd.DataFrame(questions).assign(prediction=predictions)
+            said, cut = answer(model, processor, prompts(model, processor, asked), length)
+            predictions += said
+            truncated += cut
+    if max_new_tokens is not None and any(truncated):
+        print(f"{sum(truncated)} of {len(truncated)} answers did not end in {length} tokens", file=sys.stderr)
+    frame = pd.DataFrame(questions).assign(prediction=predictions, truncated=truncated)
     return frame.assign(correct=list(map(is_right, frame.prediction, frame.answer)))
 
 
 def interval(correct: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """The 95% bootstrap interval of the mean of ``correct`` (n,)."""
     correct = np.asarray(correct, dtype=float)
-    sample = np.random.default_rng(seed).integers(0, len(correct), (draws, len(correct)))
-    low, high = np.quantile(correct[sample].mean(1), [0.025, 0.975])
+    rng, means = np.random.default_rng(seed), []
+    for rows in _parts(draws, max(1, DRAWN_AT_ONCE // max(len(correct), 1))):
+        means.append(correct[rng.integers(0, len(correct), (rows, len(correct)))].mean(1))
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return float(low), float(high)
+
+
+def _parts(total: int, size: int) -> list[int]:
+    """``total`` in parts of ``size``, the last one smaller."""
+    return [min(size, total - start) for start in range(0, total, size)]
 
 
 def accuracy_table(frame: pd.DataFrame) -> pd.DataFrame:

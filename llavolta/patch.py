@@ -497,7 +497,7 @@ class Compression:
         new_positions = positions.index_select(0, source).index_copy(0, target[out.mask], out_positions[out.mask])
         if compressor.contiguous:
             gone = (rows.valid & ~keep).cumsum(1)
-            state.moved = gone[:, -1:]
+            state.moved = state.moved + gone[:, -1:]
             new_positions = new_positions - gone.gather(1, take).view(-1, 1)
         later = rows.later.gather(1, take)
         if number == 0:  # later stock masks have the columns that are left here

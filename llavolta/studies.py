@@ -35,6 +35,7 @@ from llavolta.errors import UnsupportedModel, UserError
 from llavolta.plan import VISION, check_layers, format_plan, parse_plan
 from llavolta.schemes import plan_compression_ratio
 
+SHOWN = 64  # tokens of an answer that is shown
 KINDS = ("visual", "system and prompt", "question")
 PUBLISHED = Path(__file__).resolve().parent.parent / "papers" / "llavolta" / "published.csv"
 
@@ -56,12 +57,13 @@ def redundancy_sweep(
     cache: str | Path | None = None,
     batch_size: int = 64,
     progress: bool = True,
+    max_new_tokens: int | None = None,
 ) -> pd.DataFrame:
     """Answers to the first ``limit`` questions with average pooling at each layer K with each stride S, at test time.
 
     One row per point and question: layer, stride, kept (the share of an image's visual tokens that layer K and those
     behind it work on), question, type, answer, prediction, correct; equal to ``evaluate(plan="K:avgpool:S")``.
-    Stride 1 is the model without compression, at whatever layer.
+    Stride 1 is the model without compression, at whatever layer. max_new_tokens: see ``evaluate.evaluate``.
 
     Pictures and the layers below K are computed once per batch, for all strides and deeper layers. With ``cache``, a
     folder, every point is a JSON file there, brought up to date after each batch and kept per model weights, questions,
@@ -75,27 +77,26 @@ def redundancy_sweep(
         check_layers(parse_plan(f"{layer}:avgpool:{stride}"), depth)
     questions = list(islice(data.questions(), limit))
     plans = sorted(set(points.values()), key=lambda plan: (min(parse_plan(plan), default=depth), plan))
-    folder = Path(cache) / _fingerprint(model, processor, data, questions) if cache else None
+    length = evaluate.answer_limit(processor, (question["answer"] for question in questions), max_new_tokens)
+    folder = Path(cache) / _fingerprint(model, processor, data, questions, length) if cache else None
     answers = {plan: _read_point(folder, plan) for plan in plans}
 
     def missing(plan: str, start: int) -> bool:
         return any(number not in answers[plan] for number in batches[start])
 
     batches = {s: range(s, min(s + batch_size, len(questions))) for s in range(0, len(questions), batch_size)}
-    training = model.training
-    model.eval()
     todo = [(start, [plan for plan in plans if missing(plan, start)]) for start in batches]
-    with tqdm(total=sum(len(rest) for _, rest in todo), desc="sweep", disable=not progress, leave=False) as bar:
+    total = sum(len(rest) for _, rest in todo)
+    with evaluate.answering(model), tqdm(total=total, desc="sweep", disable=not progress, leave=False) as bar:
         for start, rest in todo:
             if not rest:
                 continue
             asked = evaluate.pictured(data, [questions[number] for number in batches[start]])
-            for plan, said in _answers_by_plan(model, processor, asked, rest):
+            for plan, said in _answers_by_plan(model, processor, asked, rest, length):
                 answers[plan] |= dict(zip(batches[start], said, strict=True))
                 _write_point(folder, plan, answers[plan])
                 bar.set_postfix_str(plan)
                 bar.update()
-    model.train(training)
     frames = [
         _point_frame(questions, answers[plan]).assign(layer=layer, stride=stride, kept=_kept(model, stride))
         for (layer, stride), plan in points.items()
@@ -121,7 +122,7 @@ def _kept(model, stride: int) -> float:
     return math.ceil(tokens / stride) / tokens if tokens else 1 / stride
 
 
-def _answers_by_plan(model, processor, asked, plans: list[str]) -> Iterator[tuple[str, list[str]]]:
+def _answers_by_plan(model, processor, asked, plans: list[str], max_new_tokens: int) -> Iterator[tuple[str, list[str]]]:
     """(plan, answers) for one batch; ``plans`` from the shallowest to the deepest."""
     batch = evaluate.prompts(model, processor, asked)
     with torch.no_grad():
@@ -130,7 +131,7 @@ def _answers_by_plan(model, processor, asked, plans: list[str]) -> Iterator[tupl
         for plan in plans:
             shared.below = min(parse_plan(plan), default=shared.depth)
             with patch.compress(model, plan):
-                yield plan, evaluate.answer(model, processor, batch)
+                yield plan, evaluate.answer(model, processor, batch, max_new_tokens)[0]
 
 
 @contextmanager
@@ -159,16 +160,19 @@ def shared_layers(model) -> Iterator[SimpleNamespace]:
 
         return recall
 
+    own = [vars(module).get("forward") for module in modules]  # such as accelerate's, of a model on several devices
     for number, module in enumerate(modules):
         module.forward = once(number, module.forward)
     try:
         yield shared
     finally:
-        for module in modules:
+        for module, forward in zip(modules, own, strict=True):
             del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
-def _fingerprint(model, processor, data: LlavaData, questions: list[dict]) -> str:
+def _fingerprint(model, processor, data: LlavaData, questions: list[dict], max_new_tokens: int) -> str:
     """A name for everything that the answers depend on."""
     digest = hashlib.blake2b(digest_size=12)
     for name, weight in families.unwrap(model).state_dict().items():
@@ -176,9 +180,9 @@ def _fingerprint(model, processor, data: LlavaData, questions: list[dict]) -> st
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     digest.update(processor.to_json_string().encode())
     digest.update(json.dumps([processor.tokenizer.get_vocab(), processor.chat_template], sort_keys=True).encode())
-    digest.update(json.dumps([questions, data.pad]).encode())
+    digest.update(json.dumps([questions, data.pad, data.frames, max_new_tokens]).encode())
     for index in dict.fromkeys(question["index"] for question in questions):
-        for path in data.image_paths(index):
+        for path in data.media_paths(index):
             digest.update(path.read_bytes())
     for code in (compressors.avgpool, compressors.base, evaluate, families, masks, patch, shared_layers):
         digest.update(inspect.getsource(code).encode())
@@ -333,29 +337,30 @@ def answer_attention(
     """
     questions = list(islice(data.questions(), limit))
     ids = set(families.find_parts(model).visual_ids.values())
-    training, frames = model.training, []
-    model.eval()
-    for start in tqdm(range(0, len(questions), batch_size), desc="attention", disable=not progress, leave=False):
-        asked = evaluate.pictured(data, questions[start : start + batch_size])
-        batch = evaluate.prompts(model, processor, asked, padding_side="right")
-        last = batch["attention_mask"].sum(1) - 1
-        rows = zip(asked, batch["input_ids"].cpu(), (last + 1).tolist(), strict=True)
-        kinds = torch.stack([_kinds(processor, *pair, ids, row, length) for pair, row, length in rows]).to(last.device)
-        shares = attention_shares(model, batch, last, kinds).cpu()
-        counts = (torch.nn.functional.one_hot(kinds, 3) * batch["attention_mask"][..., None]).sum(1).cpu()
-        layer, row, kind = (axis.ravel() for axis in np.indices(shares.shape))
-        frames.append(
-            pd.DataFrame(
-                {
-                    "question": start + row,
-                    "layer": layer,
-                    "kind": np.array(KINDS)[kind],
-                    "share": shares.numpy().ravel(),
-                    "tokens": counts[row, kind],
-                }
+    frames, starts = [], range(0, len(questions), batch_size)
+    with evaluate.answering(model):
+        for start in tqdm(starts, desc="attention", disable=not progress, leave=False):
+            asked = evaluate.pictured(data, questions[start : start + batch_size])
+            batch = evaluate.prompts(model, processor, asked, padding_side="right")
+            last = batch["attention_mask"].sum(1) - 1
+            rows = zip(asked, batch["input_ids"].cpu(), (last + 1).tolist(), strict=True)
+            kinds = torch.stack([_kinds(processor, *pair, ids, row, length) for pair, row, length in rows]).to(
+                last.device
             )
-        )
-    model.train(training)
+            shares = attention_shares(model, batch, last, kinds).cpu()
+            counts = (torch.nn.functional.one_hot(kinds, 3) * batch["attention_mask"][..., None]).sum(1).cpu()
+            layer, row, kind = (axis.ravel() for axis in np.indices(shares.shape))
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "question": start + row,
+                        "layer": layer,
+                        "kind": np.array(KINDS)[kind],
+                        "share": shares.numpy().ravel(),
+                        "tokens": counts[row, kind],
+                    }
+                )
+            )
     return pd.concat(frames, ignore_index=True)
 
 
@@ -544,10 +549,13 @@ def choose(data: LlavaData, number: int) -> tuple[dict, list]:
     return questions[number], images
 
 
-def view(model, processor, question: str, images: list, plan: str, text_tokens: float = 64) -> View:
+def view(
+    model, processor, question: str, images: list, plan: str, text_tokens: float = 64, max_new_tokens: int = SHOWN
+) -> View:
     """Ask ``question`` about opened ``images``, or clips (lists of frames), under ``plan``.
 
-    text_tokens: of the training example that FLOPs are of. Raises PlanError, UnsupportedModel, or a compressor's own
+    text_tokens: of the training example that FLOPs are of. max_new_tokens: of the answer, which ends in an ellipsis
+    where it is cut off. Raises PlanError, UnsupportedModel, or a compressor's own
     ValueError.
     """
     parts = families.find_parts(model)
@@ -555,11 +563,10 @@ def view(model, processor, question: str, images: list, plan: str, text_tokens: 
     frames = [len(look) if isinstance(look, list) else 1 for look in images]  # each counts as an image in FLOPs
     length = batch["input_ids"].shape[1]
     visual = sum(int((batch["input_ids"] == token).sum()) for token in parts.visual_ids.values())
-    training = model.training
-    model.eval()
-    with recording(model, plan) as record:
-        out = evaluate.greedy(model, processor, batch, return_dict_in_generate=True, output_logits=True)
-    model.train(training)
+    with evaluate.answering(model), recording(model, plan) as record:
+        out = evaluate.greedy(model, processor, batch, max_new_tokens, return_dict_in_generate=True, output_logits=True)
+    said = out.sequences[0, length:]
+    ended = not set(evaluate.end_tokens(model, processor)).isdisjoint(said.tolist())
     likeliest = out.logits[0][0].float().softmax(-1).topk(5)
     pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
     tokens = _tokens_left(record.counts, len(parts.layers), visual)
@@ -569,7 +576,7 @@ def view(model, processor, question: str, images: list, plan: str, text_tokens: 
         tokens=tokens,
         ratio=len(tokens) * visual / sum(tokens),
         flops=_relative_flops(families.unwrap(model).config, plan, text_tokens, sum(frames)),
-        answer=processor.decode(out.sequences[0, length:], skip_special_tokens=True).strip(),
+        answer=processor.decode(said, skip_special_tokens=True).strip() + ("" if ended else " …"),
         guesses={processor.tokenizer.decode([token]).strip() or "(blank)": chance for token, chance in pairs},
         shape=record.shape or _square(visual // max(len(images), 1)),
         visual=visual,

@@ -475,13 +475,6 @@ def _say(text: str, progress: bool) -> None:
         print(text, flush=True)
 
 
-def claim(config: TrainConfig) -> Path:
-    """The folder of ``config``, or ConfigError if it holds another run."""
-    output = Path(config.output)
-    _claim(output, config, prepare(config).scheme)
-    return output
-
-
 def _claim(output: Path, config: TrainConfig, scheme: Scheme) -> None:
     """Write config.yaml, or check that the folder's is the same run; refuse the folder of another one."""
     values = {**asdict(config), "resolved_stages": scheme.written}

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llavolta import SCHEMES, PlanError, Scheme
+from llavolta import SCHEMES, PlanError, Scheme, train
 from llavolta.compare import (
     CONTROLS,
     CompareError,
@@ -27,7 +27,8 @@ from llavolta.compare import (
     table_of_one_seed,
 )
 from llavolta.config import ConfigError, TrainConfig
-from llavolta.data import DataError
+from llavolta.data import DataError, padding_colour
+from llavolta.models import load_model
 from llavolta.plan import tokens_per_layer
 
 ONE = {"single-stage": [0], "mine": [0]}
@@ -182,5 +183,32 @@ def test_answers_are_kept_for_their_questions_and_plan_only(scenes, small_model,
     shutil.copytree(scenes / "images", tmp_path / "images")
     assert ask(4, other).answer.tolist() == [turn["value"] for turn in entries[0]["conversations"][1::2]]
     assert model.stat().st_mtime_ns == trained and not list(model.parent.glob("checkpoint-*"))
-    with pytest.raises(ConfigError, match="another run"):
-        compare(schemes, ONE, TrainConfig(output=str(tmp_path / "runs"), learning_rate=1e-5, **options), heldout, 4)
+    changed = TrainConfig(output=str(tmp_path / "runs"), learning_rate=1e-5, **options)
+    for again in (dict(), dict(questions=13), dict(plans={"single-stage": "1:avgpool:2"})):  # answered before or not
+        with pytest.raises(ConfigError, match="another run"):
+            compare(schemes, ONE, changed, heldout, **{"questions": 4, "progress": False, **again})
+
+
+def test_pictures_are_padded_as_in_training_and_questions_are_of_its_data(scenes, small_model, tmp_path, monkeypatch):
+    seen = {}
+
+    def look(model, processor, data, *args, **options):
+        seen.update(pad=data.pad, file=data.file)
+        return pd.DataFrame([dict(question="q", answer="a", prediction="a", correct=True)])
+
+    monkeypatch.setattr("llavolta.compare.evaluate", look)
+    monkeypatch.setitem(train.GENERATED, "digits", lambda scenes_wanted: scenes)
+    options = dict(model=str(small_model), align_steps=0, max_steps=1, batch_size=4)
+    config = TrainConfig(output=str(tmp_path), pad_to_square=True, **options)
+    compare(contestants([], {}, 4), {"single-stage": [0]}, config, progress=False, questions=1)
+    assert seen["file"] == scenes / "heldout.json"
+    assert seen["pad"] == padding_colour(load_model(str(small_model))[1])
+
+
+def test_a_model_of_clips_is_asked_about_clips(clip_data, video_model, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("llavolta.compare._run", lambda run, heldout, *rest: seen.append(heldout) or pd.DataFrame([{}]))
+    monkeypatch.setitem(train.GENERATED, "clips", lambda scenes_wanted: clip_data)
+    config = TrainConfig(output=str(tmp_path), model=str(video_model), data="clips", align_steps=0, max_steps=1)
+    compare(contestants([], {}, 8), {"single-stage": [0]}, config, progress=False)
+    assert seen == [clip_data / "heldout.json"]

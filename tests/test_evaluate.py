@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import re
+import tracemalloc
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from llavolta import bench, evaluate
+from llavolta import bench, evaluate, studies
 from llavolta.data import Collator, LlavaData
+from llavolta.families import find_parts
+from llavolta.plan import parse_plan
 from llavolta.train import load_model
 
 
@@ -39,7 +48,7 @@ def test_answers_do_not_depend_on_the_batch_and_follow_the_plan(scenes, small_mo
     one = evaluate.evaluate(model, processor, data, limit=12, batch_size=1, progress=False)
     many = evaluate.evaluate(model, processor, data, limit=12, batch_size=12, progress=False)
     assert one.prediction.tolist() == many.prediction.tolist() and len(one) == 12
-    assert one.columns.tolist() == ["index", "type", "question", "answer", "prediction", "correct"]
+    assert one.columns.tolist() == ["index", "type", "question", "answer", "prediction", "truncated", "correct"]
     pooled = evaluate.evaluate(model, processor, data, plan="0:avgpool:72", limit=12, progress=False)
     assert len(pooled) == 12 and model.training is False
 
@@ -54,3 +63,101 @@ def test_step_times_are_ratios_to_the_uncompressed_step(scenes, small_model):
     assert times.ratio[0] == times.flops_ratio[0] == 1 and times.flops_ratio[1] < 0.6
     assert (times.seconds > 0).all()
     assert all((before[name] == value).all() for name, value in model.state_dict().items())
+
+
+def test_an_answer_may_be_as_long_as_the_longest_true_one(scenes, small_model, tmp_path, monkeypatch, capsys):
+    """A model that says the right thing is right, however long that is; a limit of one's own is counted and said."""
+    model, processor = load_model(str(small_model))
+    truth = "1 2 3 4 5 6 7 8 9"
+    entry = json.loads((scenes / "heldout.json").read_text())[0]
+    picture = {"image": str((scenes / entry["image"]).resolve().relative_to(scenes.resolve()))}
+    turns = [{"from": "human", "value": "<image>\nRead all digits."}, {"from": "gpt", "value": truth}]
+    (tmp_path / "long.json").write_text(json.dumps([{"id": "0", **picture, "conversations": turns}]))
+    data = LlavaData(tmp_path / "long.json", scenes)
+    ids = processor.tokenizer(f" {truth}", add_special_tokens=False)["input_ids"]
+
+    def oracle(**options):
+        said = [*ids, processor.tokenizer.eos_token_id][: options["max_new_tokens"]]
+        prompt = options["input_ids"]
+        return torch.cat([prompt, prompt.new_tensor([said] * len(prompt))], dim=1)
+
+    monkeypatch.setattr(model, "generate", oracle)
+    capsys.readouterr()  # what loading printed
+    whole = evaluate.evaluate(model, processor, data, progress=False)
+    assert whole.correct.all() and not whole.truncated.any() and not capsys.readouterr().err
+    swept = studies.redundancy_sweep(model, processor, data, [1], [1, 4], progress=False)
+    assert swept.correct.all()
+    cut = evaluate.evaluate(model, processor, data, max_new_tokens=4, progress=False)
+    said = capsys.readouterr().err
+    assert not cut.correct.any() and cut.truncated.all()
+    assert "cuts off 1 of 1 true answers" in said and "1 of 1 answers did not end" in said
+    assert not studies.redundancy_sweep(
+        model, processor, data, [1], [4], max_new_tokens=4, progress=False
+    ).correct.any()
+    with pytest.raises(ValueError, match="at least 1"):
+        evaluate.evaluate(model, processor, data, max_new_tokens=0, progress=False)
+
+
+def test_the_mode_of_every_module_is_back_after_an_error(scenes, small_model, monkeypatch):
+    model, processor = load_model(str(small_model))
+    data = LlavaData(scenes / "heldout.json")
+    model.train()
+    model.model.vision_tower.eval()  # a frozen part may stay in evaluation mode while the rest trains
+    before = [module.training for module in model.modules()]
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(evaluate, "prompts", fail)
+    for ask in (
+        lambda: evaluate.evaluate(model, processor, data, limit=2, progress=False),
+        lambda: studies.redundancy_sweep(model, processor, data, [1], [2], limit=2, progress=False),
+        lambda: studies.answer_attention(model, processor, data, limit=2, progress=False),
+    ):
+        with pytest.raises(RuntimeError, match="on purpose"):
+            ask()
+        assert [module.training for module in model.modules()] == before
+    monkeypatch.undo()
+    monkeypatch.setattr(model, "generate", fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        studies.view(model, processor, "what ?", data[0].images, "1:avgpool:2")
+    assert [module.training for module in model.modules()] == before
+
+
+def test_intervals_in_parts_are_those_of_all_draws_at_once(monkeypatch):
+    correct = np.random.default_rng(3).random(777) < 0.7
+    sample = np.random.default_rng(0).integers(0, 777, (2000, 777))
+    whole = tuple(np.quantile(correct.astype(float)[sample].mean(1), [0.025, 0.975]))
+    monkeypatch.setattr(evaluate, "DRAWN_AT_ONCE", 5000)
+    assert evaluate.interval(correct) == whole
+
+
+def test_memory_of_an_interval_is_bounded():
+    correct = np.random.default_rng(0).random(100_000) < 0.5
+    tracemalloc.start()
+    low, high = evaluate.interval(correct, draws=50)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert low < 0.5 < high and peak < 40e6  # all at once took 80 MB for these draws, 3.2 GB for 2000
+
+
+def test_layers_are_shared_beside_a_forward_of_the_models_own(small_model):
+    """Such as accelerate's, which puts one on each module of a model on several devices."""
+    model, _ = load_model(str(small_model))
+    layers = find_parts(model).layers
+    own = layers[0].forward = functools.partial(layers[0].forward)
+    with studies.shared_layers(model):
+        assert layers[0].forward is not own
+    assert layers[0].forward is own and "forward" not in vars(layers[1])
+
+
+def test_every_plan_in_a_docstring_can_be_parsed():
+    package = Path(evaluate.__file__).parent
+    plans = [
+        plan
+        for file in package.rglob("*.py")
+        for plan in re.findall(r"\bplan=((?:\d+|vision):[\w:.=+;]+\w)", file.read_text(encoding="utf-8"))
+    ]
+    assert len(plans) >= 2
+    for plan in plans:
+        parse_plan(plan)

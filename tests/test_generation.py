@@ -63,6 +63,29 @@ def test_a_chat_goes_on_over_turns_on_one_cache(model, plan, picture):
     assert torch.equal(again[:, -6:], scratch[:, -6:])
 
 
+class Learnt(torch.nn.Module):
+    """Two embeddings to stand before each picture."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.rows = torch.nn.Parameter(torch.ones(2, model.config.get_text_config().hidden_size))
+
+    def forward(self, pictures: int) -> torch.Tensor:
+        return self.rows.expand(pictures, -1, -1)
+
+
+def test_two_compressors_that_close_their_gaps_move_later_tokens_by_both(model):
+    """Otherwise the next token of a cache stands at a position behind the one that follows its last row."""
+    plan, first, second = "vision:prumerge:0.5;0:avgpool:2", prompt([[3, 4], [2, 5]]), prompt([[5], [5]], seed=3)
+    mask = torch.cat([first["attention_mask"], second["attention_mask"]], dim=1)
+    ids = torch.cat([first["input_ids"], second["input_ids"]], dim=1)
+    with compress(model, plan, prefix=Learnt(model)):
+        whole = model(input_ids=ids, attention_mask=mask, pixel_values=first["pixel_values"]).logits
+        cache = model(**first, use_cache=True).past_key_values
+        out = model(**{**second, "attention_mask": mask}, past_key_values=cache)
+    torch.testing.assert_close(out.logits, whole[:, -second["input_ids"].shape[1] :], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("picture", [False, True])
 def test_a_second_chunk_by_calling_the_model(model, plan, picture):

@@ -1,7 +1,7 @@
 """The model ``llavolta`` of lmms-eval: ``--model llavolta --model_args pretrained=PATH,plan=2:avgpool:8``.
 
 lmms-eval splits model_args at "," and each part at its first "=", so a plan with options or several entries passes
-as it is; quote it in the shell for its ";": ``--model_args "pretrained=PATH,plan=8:fastv:ratio=0.5;16:fastv:0.5"``.
+as it is; quote it in the shell for its ";": ``--model_args "pretrained=PATH,plan=8:fastv:keep=0.5;16:fastv:0.5"``.
 """
 
 from __future__ import annotations
