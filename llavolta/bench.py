@@ -71,6 +71,7 @@ def step_times(
     add_isolator(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     device = next(model.parameters()).device
+    batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
 
     def step(stage: Stage, slow: bool) -> None:
         for batch in batches:

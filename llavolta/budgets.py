@@ -22,7 +22,7 @@ from llavolta.compare import BASELINE
 from llavolta.config import TrainConfig
 from llavolta.data import LlavaData
 from llavolta.errors import UnsupportedModel, UserError
-from llavolta.evaluate import evaluate, interval, pictured, prompts
+from llavolta.evaluate import device, evaluate, interval, pictured, prompts
 from llavolta.families import find_parts
 from llavolta.models import load_model
 from llavolta.plan import VISION, PlanError, tokens_per_layer
@@ -89,7 +89,13 @@ def plans_at(
 
 
 def training_free(
-    model, processor, data: LlavaData, plans: pd.DataFrame, questions: int | None = None, progress: bool = True
+    model,
+    processor,
+    data: LlavaData,
+    plans: pd.DataFrame,
+    questions: int | None = None,
+    progress: bool = True,
+    max_new_tokens: int | None = None,
 ) -> pd.DataFrame:
     """Answers of one model under every plan of ``plans_at``, at test time only.
 
@@ -97,13 +103,14 @@ def training_free(
     downsampling to the same budget gets wrong (VTC-Bench, arXiv 2510.07143). The model without compression is the
     method FULL in every budget. Methods that the model cannot do are left out, with a message.
     """
-    full = evaluate(model, processor, data, limit=questions, progress=False)
+    asked = dict(limit=questions, progress=False, max_new_tokens=max_new_tokens)
+    full = evaluate(model, processor, data, **asked)
     frames = []
     bar = tqdm(plans.itertuples(), total=len(plans), desc="methods", disable=not progress, leave=False)
     for row in bar:
         bar.set_postfix_str(row.plan)
         try:
-            answers = evaluate(model, processor, data, row.plan, questions, progress=False)
+            answers = evaluate(model, processor, data, row.plan, **asked)
         except (UnsupportedModel, PlanError) as error:
             print(f"left out: {row.method}: {error}")
             continue
@@ -189,6 +196,7 @@ def trained_methods(num_layers: int, num_tokens: int, budget: float = 0.25) -> d
 def tokens_left(folder: str | Path, data: LlavaData, plan: str, full: int, pictures: int = 64) -> float:
     """Visual tokens per layer under ``plan`` as a share of ``full``, counted on the first pictures of ``data``."""
     model, processor = load_model(str(folder))
+    model.to(device())
     questions = [q for q in data.questions() if q["question"]][:pictures]
     batch = prompts(model, processor, pictured(data, questions))
     depth, tokens = depth_and_tokens(model)

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from llavolta import bench, train
 from llavolta.data import Collator, GroupedSampler, LlavaData, padding_colour
 from llavolta.errors import UserError
-from llavolta.evaluate import evaluate, interval
+from llavolta.evaluate import device, evaluate, interval
 from llavolta.plan import check_layers, parse_plan
 from llavolta.projectors import OWN
 from llavolta.schemes import NAMED, SCHEMES, Scheme
@@ -177,7 +177,9 @@ def _run(
         return held[:questions]
     model, processor = train.load_model(str(output))
     data = LlavaData(heldout, pad=padding_colour(processor) if config.pad_to_square else None)
-    answers = evaluate(model, processor, data, plan, questions, progress=False, max_new_tokens=max_new_tokens)
+    answers = evaluate(
+        model.to(device()), processor, data, plan, questions, progress=False, max_new_tokens=max_new_tokens
+    )
     part = file.with_suffix(".part")
     answers.to_csv(part, index=False)
     part.replace(file)
@@ -205,12 +207,13 @@ def costs(
     """
     setup = train.prepare(_any(config))
     trained, processor = train.load_model(str(model))
-    data, collate = train.open_data(config, setup.data, setup.images), Collator(processor, config.max_length)
+    pad = padding_colour(processor) if config.pad_to_square else None
+    data, collate = train.open_data(config, setup.data, setup.images, pad), Collator(processor, config.max_length)
     order, size = list(GroupedSampler(data.lengths, data.medium, config.batch_size, config.seed)), config.batch_size
     parts = [[order[i % len(order)] for i in range(k * size, (k + 1) * size)] for k in range(batches)]
     seen = [collate([data[i] for i in part]) for part in parts]
     stages = [stage for scheme in schemes.values() for stage in scheme.stages]
-    steps = bench.step_times(trained, seen, stages, rounds, progress=progress)
+    steps = bench.step_times(trained.to(device()), seen, stages, rounds, progress=progress)
     by_plan = steps.set_index("plan")
     rows = []
     for name, scheme in schemes.items():

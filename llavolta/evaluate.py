@@ -42,6 +42,11 @@ def prompts(model, processor, asked: list[tuple[str, list]], padding_side: str =
     return batch.to(model.device, model.dtype)
 
 
+def device() -> torch.device:
+    """Where models answer and are timed: the accelerator, or the CPU where there is none."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
 @contextmanager
 def answering(model):
     """``model`` in evaluation mode; the mode of each of its modules is back afterwards, also after an error."""

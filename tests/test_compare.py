@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from llavolta import SCHEMES, PlanError, Scheme, train
 from llavolta.compare import (
@@ -19,6 +20,7 @@ from llavolta.compare import (
     accuracies,
     compare,
     contestants,
+    costs,
     headline,
     mean_interval,
     roughness,
@@ -212,3 +214,22 @@ def test_a_model_of_clips_is_asked_about_clips(clip_data, video_model, tmp_path,
     config = TrainConfig(output=str(tmp_path), model=str(video_model), data="clips", align_steps=0, max_steps=1)
     compare(contestants([], {}, 8), {"single-stage": [0]}, config, progress=False)
     assert seen == [clip_data / "heldout.json"]
+
+
+def test_models_answer_and_are_timed_on_the_accelerator(scenes, small_model, tmp_path, monkeypatch):
+    """Where there is one: "meta" stands for it, and what works on it says so."""
+    where = []
+
+    def look(model, *args, **options):
+        where.append(model.device.type)
+        return pd.DataFrame([dict(question="q", answer="a", prediction="a", correct=True)])
+
+    monkeypatch.setattr("llavolta.compare.device", lambda: torch.device("meta"))
+    monkeypatch.setattr("llavolta.compare.evaluate", look)
+    monkeypatch.setattr("llavolta.bench.step_times", look)
+    options = dict(model=str(small_model), data=str(scenes / "train.json"), align_steps=0, max_steps=1, batch_size=4)
+    config, schemes = TrainConfig(output=str(tmp_path), **options), contestants([], {}, 4)
+    compare(schemes, ONE, config, scenes / "heldout.json", 1, progress=False)
+    with pytest.raises(KeyError):  # there are no times to sum
+        costs(schemes, config, tmp_path / "0" / "single-stage", progress=False)
+    assert where == ["meta", "meta"]
