@@ -147,6 +147,7 @@ class MetricsCallback(TrainerCallback):
     def __init__(self, file: Path, scheme: Scheme, num_layers: int, num_tokens: int):
         self.file, self.scheme = file, scheme
         self.tokens = [stage.tokens_per_layer(num_layers, num_tokens) for stage in scheme.stages]
+        self.visual_tokens = num_tokens
         self.seconds, self.steps, self.started = 0.0, 0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -173,6 +174,7 @@ class MetricsCallback(TrainerCallback):
             "loss": logs["loss"],
             "learning_rate": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),
+            "visual_tokens": self.visual_tokens,
             "tokens_per_layer": self.tokens[stage],
             "seconds": self.seconds / max(self.steps, 1),
         }
