@@ -1,99 +1,103 @@
-"""Every parameter of every notebook as ``papermill -p`` and the shell give it, without running a notebook."""
+"""Every parameter of every notebook: documented, converted from what papermill's command line gives, or refused."""
+
+from __future__ import annotations
 
 import ast
 import json
+import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from papermill.cli import _resolve_type
+from papermill.translators import PythonTranslator
 
-from llavolta.notebook import ParameterError
+from llavolta.notebook import ParameterError, convert, converted
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("0*.ipynb"))
-
-
-def cells_of(notebook: Path) -> tuple[str, str]:
-    """The parameters cell, and the call of check_parameters alone."""
-    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
-    declared = next("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
-    source = next("".join(cell["source"]) for cell in cells if "check_parameters(" in "".join(cell["source"]))
-    calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
-    return declared, next(ast.unparse(call) for call in calls if ast.unparse(call.func) == "check_parameters")
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
-def inject(notebook: Path, monkeypatch, **injected) -> dict:
-    """What the notebook's variables hold behind check_parameters; the returned dict has to agree."""
-    declared, call = cells_of(notebook)
-    cells = ["", declared, "# Parameters\n" + "".join(f"{name} = {value!r}\n" for name, value in injected.items())]
-    space: dict = {}
-    exec("from llavolta.notebook import check_parameters", space)
-    for cell in cells:
-        exec(cell, space)
-    space["In"] = cells
-    monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(user_ns=space))
-    returned = eval(call, space)
-    assert returned == {name: space[name] for name in returned}
-    return returned
+def parameters_cell(file: Path) -> str:
+    cells = json.loads(file.read_text())["cells"]
+    return next("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
 
 
-def defaults(notebook: Path) -> dict:
-    space: dict = {}
-    exec(cells_of(notebook)[0], {}, space)
-    return space
+def injected(cell: str, given: dict) -> dict:
+    """The notebook's parameters after papermill has put the values ``given`` behind its parameters ``cell``."""
+    names: dict = {}
+    exec(cell, names)
+    more = PythonTranslator.codify(given) if given else ""
+    exec(more, names)
+    return converted(["", cell, more], names)
 
 
-PARAMETERS = [(notebook, name) for notebook in NOTEBOOKS for name in defaults(notebook)]
-EVERY = pytest.mark.parametrize("notebook, name", PARAMETERS, ids=[f"{file.stem}-{name}" for file, name in PARAMETERS])
+EVERY = [(file.stem, name) for file in NOTEBOOKS for name in injected(parameters_cell(file), {})]
+CELLS = {file.stem: parameters_cell(file) for file in NOTEBOOKS}
 
 
-@EVERY
-def test_every_parameter_given_as_text_is_of_its_default_s_type(notebook, name, monkeypatch):
-    default = defaults(notebook)[name]
-    values = {
-        bool: {"false": False, "true": True, "False": False, "no": False, 1: True},
-        int: {"2": 2, 3: 3, 4.0: 4},
-        float: {"0.5": 0.5, 1: 1.0},
-        str: {"some/file": "some/file", 2026: "2026"},
-        dict: {'{"lora_rank": 8}': {"lora_rank": 8}, "{'bf16': True}": {"bf16": True}, '{"a": null}': {"a": None}},
-        type(None): {"some": "some", 8: 8, '["a"]': ["a"]},
-    }.get(type(default))
-    if values is None:
-        item = default[0] if default else 2
-        values = {json.dumps([item, item]): [item, item], str([item]): [item], str(item): [item], item: [item]}
-    if not default and not isinstance(default, (bool, int, float)) and name != "plan":
-        values |= {"none": default, "None": default, None: default}
-    for given, wanted in values.items():
-        found = inject(notebook, monkeypatch, **{name: given})[name]
-        assert found == wanted and type(found) is type(wanted), given
-    unchanged = inject(notebook, monkeypatch, **{name: default})[name]
-    assert unchanged == default and type(unchanged) is type(default)
+@pytest.mark.parametrize("notebook", CELLS)
+def test_defaults_stay_what_they_are_and_each_says_what_it_is_for(notebook):
+    cell = CELLS[notebook]
+    names: dict = {}
+    exec(cell, names)
+    assert json.dumps(injected(cell, {})) == json.dumps({n: v for n, v in names.items() if n != "__builtins__"})
+    for node in ast.parse(cell).body:
+        around = [cell.splitlines()[number] for number in (node.lineno - 2, node.end_lineno - 1)]
+        assert any("# " in line for line in around), f"{node.targets[0].id} is not explained"
+        unknown = isinstance(node.value, ast.Constant) and node.value.value is None
+        assert not unknown or re.search(r"  # type: \S", around[1]), f"{node.targets[0].id} has no type"
 
 
-@EVERY
-def test_every_parameter_of_another_type_is_refused_in_one_line(notebook, name, monkeypatch):
-    default = defaults(notebook)[name]
-    if default is None:
-        wrong = ["[1, 2", "{a"]
-    elif isinstance(default, (list, str)):
-        wrong = [{"a": 1}, "[1, 2"] + [None] * bool(default)
-    else:
-        wrong = {bool: ["maybe", 2, None], int: ["two", 1.5, True, "[1]"], float: ["much", True], dict: ["a", 8, [1]]}
-        wrong = wrong[type(default)]
-    for given in wrong:
-        with pytest.raises(ParameterError, match=rf"^parameter {name} = [^\n]+$"):
-            inject(notebook, monkeypatch, **{name: given})
+# By type: what papermill's -p makes of an argument, and the value that it must become; None where it must be refused.
+REFUSED = object()
+GIVEN = {
+    "bool": {"false": False, "False": False, "true": True, "2": REFUSED, "no": REFUSED, "[true]": REFUSED},
+    "int": {"2": 2, "3.0": 3, "two": REFUSED, "2.5": REFUSED, "-1": REFUSED, "True": REFUSED, "[2, 4]": REFUSED},
+    "float": {"2": 2.0, "1e-3": 0.001, "inf": REFUSED, "much": REFUSED, "true": REFUSED, "{a: 1}": REFUSED},
+    "int|float": {"2": 2, "2.5": 2.5, "many": REFUSED},
+    "int|dict": {"2": 2, "{heavy: 3}": {"heavy": 3}, '{"heavy": 3}': {"heavy": 3}, "few": REFUSED, "[2]": REFUSED},
+    "str": {"text": "text", "2": REFUSED, "True": REFUSED},
+    "str|list": {"heavy": "heavy", "[none]": ["none"], '["1:avgpool:4"]': ["1:avgpool:4"], "2": REFUSED, "True": REFUSED},
+    "dict": {"{}": {}, '{"a": 2}': {"a": 2}, "{a: {b: none}}": {"a": {"b": "none"}}, "2": REFUSED, "{a": REFUSED},
+    "list[int]": {"2": [2], "[2, 4]": [2, 4], "[2.0]": [2], "[a]": REFUSED, "a": REFUSED, "{a: 2}": REFUSED},
+    "list[float]": {"0.5": [0.5], "[1, 0.5]": [1.0, 0.5], "[half]": REFUSED, "True": REFUSED},
+    "list[str]": {"heavy": ["heavy"], "[heavy, light]": ["heavy", "light"], "2": REFUSED, "[2]": REFUSED},
+}
 
 
-def test_what_a_parameter_takes_beside_its_default_s_type(monkeypatch):
-    by_name = {notebook.stem: notebook for notebook in NOTEBOOKS}
-    for file, name, given, wanted in (
-        ("03_train_stage", "plan", "none", "none"),  # the plan that compresses nothing
-        ("04_compare_schemes", "seeds", '{"three-stage": 5}', {"three-stage": 5}),
-        ("06_video", "seeds", {"three-stage": 5}, {"three-stage": 5}),
-        ("02_compressor_design", "layer", "vision", "vision"),
-        ("07_cost_planner", "budget_hours", "none", None),
-        ("07_cost_planner", "budget_hours", None, None),
-        ("01_redundancy", "layers", "[0, 2]", [0, 2]),
-        ("08_benchmarks", "columns", "GQA", ["GQA"]),
-    ):
-        assert inject(by_name[file], monkeypatch, **{name: given})[name] == wanted
+@pytest.mark.parametrize(("notebook", "name"), EVERY)
+def test_every_parameter_of_every_notebook_is_converted_or_refused(notebook, name):
+    cell = CELLS[notebook]
+    default = injected(cell, {})[name]
+    kind = type(default).__name__ if default is not None else ""
+    if written := re.search(rf"(?m)^{name} = .*?# type: (\S+)", cell):
+        kind = written[1].removesuffix("|None")
+    elif kind == "list":
+        kind = f"list[{type(default[0]).__name__}]"
+    for text, wanted in GIVEN[kind].items():
+        given = {name: _resolve_type(text)}  # as papermill -p injects it
+        if wanted is REFUSED:
+            with pytest.raises(ParameterError, match=f"^{name} must be .*, not ") as error:
+                injected(cell, given)
+            assert "\n" not in str(error.value)
+        else:
+            value = injected(cell, given)[name]
+            assert value == wanted and type(value) is type(wanted), text
+    for nothing in (None, "none", "null"):
+        if default in (None, "", [], {}) or name == "budget_hours":
+            wanted = None if name == "budget_hours" else default
+            assert injected(cell, {name: nothing})[name] == wanted
+        elif nothing is None or kind not in ("str", "list[str]"):
+            with pytest.raises(ParameterError, match=f"^{name} must be"):
+                injected(cell, {name: nothing})
+
+
+def test_a_misspelt_name_and_a_cell_that_has_not_run_are_one_line():
+    cell = "stage = 2  # which\nplan = None  # type: str"
+    with pytest.raises(ParameterError, match="unknown parameter 'stgae'; known: stage, plan"):
+        converted([cell, "# Parameters\nstgae = float('inf')\n"], {"stage": 2, "plan": None})
+    with pytest.raises(ParameterError, match="the parameters cell has not run"):
+        converted(["", "import pandas", "%matplotlib inline"], {})
+    live = ["x = 1", cell, "import pandas", "stage = 3  # edited and run again\nplan = None  # type: str"]
+    assert converted(live, {"stage": 3, "plan": "none", "x": 1}) == {"stage": 3, "plan": None}
+    with pytest.raises(ParameterError, match="true or false"):
+        convert("bf16", "yes", "bool")
