@@ -16,6 +16,7 @@ from llavolta.cost import PARTS
 from llavolta.schemes import Scheme
 
 COLOURS = sns.color_palette("colorblind")
+LINES = ("-", "--", ":", "-.")
 THEME = sns.plotting_context("notebook") | sns.axes_style("whitegrid")
 
 
@@ -36,24 +37,30 @@ def scheme_diagram(
 ) -> Figure:
     """Visual tokens per decoder layer in each stage (LLaVolta, figure 1), for the actual numbers.
 
-    A panel a stage, as wide as its share of the steps; the bar of a layer is as long as its visual tokens are many.
-    current: the stage (from 1) to mark.
+    A panel a stage, four a row; the bar of a layer is as long as its visual tokens are many. num_tokens: of an image;
+    0 where they vary, which draws an image of 576. current: the stage (from 1) to mark.
     """
-    ends = scheme.boundaries(total_steps)
-    steps = np.diff([0, *ends])
+    of = num_tokens or 576
+    steps = np.diff([0, *scheme.boundaries(total_steps)])
+    columns = min(len(steps), 4)
+    rows = -(-len(steps) // columns)
     figure, axes = plt.subplots(
-        1, len(ends), figsize=(10, 3.2), sharex=True, sharey=True, squeeze=False, layout="constrained"
+        rows, columns, figsize=(10, 3.2 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
-    for number, (ax, stage) in enumerate(zip(axes[0], scheme.stages, strict=True), start=1):
-        counts = stage.tokens_per_layer(num_layers, num_tokens)
+    for number, (ax, stage) in enumerate(zip(axes.flat, scheme.stages, strict=False), start=1):
+        counts = stage.tokens_per_layer(num_layers, of)
         colour = COLOURS[0] if current in (None, number) else "0.7"
         ax.barh(range(num_layers), counts, color=colour, height=0.8)
-        ratio = num_layers * num_tokens / sum(counts)
-        ax.set_title(f"Stage {number}: {stage}\n{steps[number - 1]} steps, CR {ratio:.2f}", fontsize=11)
-        ax.set_xlabel("visual tokens")
-        ax.set_xlim(0, num_tokens * 1.05)
+        ax.set_title(
+            f"Stage {number}: {stage}\n{steps[number - 1]} steps, CR {num_layers * of / sum(counts):.2f}", fontsize=11
+        )
+        ax.set_xlabel("visual tokens" if num_tokens else f"visual tokens of {of}")
+        ax.set_xlim(0, of * 1.05)
         ax.grid(axis="y", visible=False)
-    axes[0][0].set_ylabel("decoder layer")
+    for ax in axes.flat[len(steps) :]:
+        ax.set_visible(False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("decoder layer")
     axes[0][0].set_yticks(range(0, num_layers, max(1, num_layers // 8)))
     return figure
 
@@ -77,9 +84,12 @@ def loss_curve(metrics: pd.DataFrame, title: str = "") -> Figure:
     figure, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
     for number, (stage, part) in enumerate(metrics.groupby("stage")):
         label = f"stage {stage} ({part.plan.iloc[0]})"
-        ax.plot(part.step, part.loss, color=COLOURS[number], label=label, marker=".", markersize=4)
+        style = LINES[number // len(COLOURS) % len(LINES)]
+        colour = COLOURS[number % len(COLOURS)]
+        ax.plot(part.step, part.loss, color=colour, linestyle=style, label=label, marker=".", markersize=4)
     ax.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
-    ax.legend()
+    few = len(ax.lines) <= 6
+    ax.legend(**{} if few else dict(loc="upper left", bbox_to_anchor=(1, 1), ncols=-(-len(ax.lines) // 13), fontsize=7))
     return figure
 
 
@@ -251,7 +261,7 @@ def attention_lines(table: pd.DataFrame) -> Figure:
     """
     figure, ax = plt.subplots(figsize=(8, 3.8), layout="constrained")
     for number, (kind, part) in enumerate(table.groupby("kind", sort=False)):
-        colour, marker = COLOURS[number], LAYER_MARKERS[number]
+        colour, marker = COLOURS[number % len(COLOURS)], LAYER_MARKERS[number % len(LAYER_MARKERS)]
         ax.plot(part.layer, 100 * part.share, color=colour, marker=marker, label=kind)
         ax.fill_between(part.layer, 100 * part.low, 100 * part.high, color=colour, alpha=0.2)
         ax.axhline(100 * part.tokens_share.mean(), color=colour, linestyle=":", linewidth=1.2)
@@ -403,7 +413,8 @@ def _stacked(table: pd.DataFrame, labels: Sequence[str], xlabel: str, title: str
     figure, ax = plt.subplots(figsize=(8.5, 1.2 + 0.45 * len(table)), layout="constrained")
     left, hatches = np.zeros(len(table)), ("", "//", "..", "xx", "--", "\\\\")
     for number, column in enumerate(table):
-        ax.barh(labels, table[column], left=left, label=column, color=COLOURS[number], hatch=hatches[number % 6])
+        colour = COLOURS[number % len(COLOURS)]
+        ax.barh(labels, table[column], left=left, label=column, color=colour, hatch=hatches[number % 6])
         left += table[column].to_numpy()
     for place, total in enumerate(left):
         ax.annotate(f"{total:.3g}", (total, place), (3, 0), textcoords="offset points", va="center", fontsize=9)

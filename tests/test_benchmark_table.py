@@ -101,6 +101,7 @@ def test_ratio_of_a_model_that_is_compressed_everywhere(plan, tokens, wanted, tm
         (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
         return training(tmp_path)[RATIO]
 
+    assert math.isnan(ratio(visual_tokens=0, tokens_per_layer=[0] * 4))  # their number varies
     assert ratio(visual_tokens=144) == pytest.approx(wanted)
     old = ratio()  # logs of before: where no layer saw all tokens, their number is not known
     assert old == pytest.approx(wanted) if plan[0] == "1" else math.isnan(old)

@@ -97,7 +97,7 @@ def training(model: Path) -> dict[str, float]:
     for plan, tokens in by_plan.items():  # logs of before: known where a plan leaves the first layer all tokens
         if math.isnan(whole) and not any(part.strip().startswith(("0:", "vision:")) for part in plan.split(";")):
             whole = tokens[0]
-    return {HOURS: hours, RATIO: whole * len(rows[0]["tokens_per_layer"]) / used}
+    return {HOURS: hours, RATIO: whole * len(rows[0]["tokens_per_layer"]) / used if used else math.nan}
 
 
 def published() -> pd.DataFrame:
