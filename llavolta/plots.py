@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,36 +16,56 @@ from llavolta.cost import PARTS
 from llavolta.schemes import Scheme
 
 COLOURS = sns.color_palette("colorblind")
-sns.set_theme(style="whitegrid", palette="colorblind", context="notebook")
+LINES = ("-", "--", ":", "-.")
+THEME = sns.plotting_context("notebook") | sns.axes_style("whitegrid")
 
 
+def themed(draw: Callable) -> Callable:
+    """``draw`` under this module's theme; the caller's matplotlib settings stay as they are."""
+
+    @functools.wraps(draw)
+    def drawn(*args, **kwargs):
+        with plt.rc_context(THEME | {"axes.prop_cycle": plt.cycler(color=COLOURS)}):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+@themed
 def scheme_diagram(
     scheme: Scheme, num_layers: int, num_tokens: int, total_steps: int, current: int | None = None
 ) -> Figure:
     """Visual tokens per decoder layer in each stage (LLaVolta, figure 1), for the actual numbers.
 
-    A panel a stage, as wide as its share of the steps; the bar of a layer is as long as its visual tokens are many.
-    current: the stage (from 1) to mark.
+    A panel a stage, four a row; the bar of a layer is as long as its visual tokens are many. num_tokens: of an image;
+    0 where they vary, which draws an image of 576. current: the stage (from 1) to mark.
     """
-    ends = scheme.boundaries(total_steps)
-    steps = np.diff([0, *ends])
+    of = num_tokens or 576
+    steps = np.diff([0, *scheme.boundaries(total_steps)])
+    columns = min(len(steps), 4)
+    rows = -(-len(steps) // columns)
     figure, axes = plt.subplots(
-        1, len(ends), figsize=(10, 3.2), sharex=True, sharey=True, squeeze=False, layout="constrained"
+        rows, columns, figsize=(10, 3.2 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
-    for number, (ax, stage) in enumerate(zip(axes[0], scheme.stages, strict=True), start=1):
-        counts = stage.tokens_per_layer(num_layers, num_tokens)
+    for number, (ax, stage) in enumerate(zip(axes.flat, scheme.stages, strict=False), start=1):
+        counts = stage.tokens_per_layer(num_layers, of)
         colour = COLOURS[0] if current in (None, number) else "0.7"
         ax.barh(range(num_layers), counts, color=colour, height=0.8)
-        ratio = num_layers * num_tokens / sum(counts)
-        ax.set_title(f"Stage {number}: {stage}\n{steps[number - 1]} steps, CR {ratio:.2f}", fontsize=11)
-        ax.set_xlabel("visual tokens")
-        ax.set_xlim(0, num_tokens * 1.05)
+        ax.set_title(
+            f"Stage {number}: {stage}\n{steps[number - 1]} steps, CR {num_layers * of / sum(counts):.2f}", fontsize=11
+        )
+        ax.set_xlabel("visual tokens" if num_tokens else f"visual tokens of {of}")
+        ax.set_xlim(0, of * 1.05)
         ax.grid(axis="y", visible=False)
-    axes[0][0].set_ylabel("decoder layer")
+    for ax in axes.flat[len(steps) :]:
+        ax.set_visible(False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("decoder layer")
     axes[0][0].set_yticks(range(0, num_layers, max(1, num_layers // 8)))
     return figure
 
 
+@themed
 def example(conversation) -> Figure:
     """The first picture, or else the frames of the first clip, of a data.Example."""
     pictures = conversation.images[:1] or conversation.videos[0]
@@ -57,17 +78,22 @@ def example(conversation) -> Figure:
     return figure
 
 
+@themed
 def loss_curve(metrics: pd.DataFrame, title: str = "") -> Figure:
     """Training loss against the optimizer step; each stage in its colour and named in the legend."""
     figure, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
     for number, (stage, part) in enumerate(metrics.groupby("stage")):
         label = f"stage {stage} ({part.plan.iloc[0]})"
-        ax.plot(part.step, part.loss, color=COLOURS[number], label=label, marker=".", markersize=4)
+        style = LINES[number // len(COLOURS) % len(LINES)]
+        colour = COLOURS[number % len(COLOURS)]
+        ax.plot(part.step, part.loss, color=colour, linestyle=style, label=label, marker=".", markersize=4)
     ax.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
-    ax.legend()
+    few = len(ax.lines) <= 6
+    ax.legend(**{} if few else dict(loc="upper left", bbox_to_anchor=(1, 1), ncols=-(-len(ax.lines) // 13), fontsize=7))
     return figure
 
 
+@themed
 def training_logs(logs: dict[str, pd.DataFrame]) -> Figure:
     """For each named log: the loss and the accuracy column (its last) against the step."""
     figure, axes = plt.subplots(1, len(logs), figsize=(5 * len(logs), 3.2), squeeze=False, layout="constrained")
@@ -83,6 +109,7 @@ def training_logs(logs: dict[str, pd.DataFrame]) -> Figure:
     return figure
 
 
+@themed
 def scene_grid(pictures: np.ndarray) -> Figure:
     """Pictures (N, H, W, 3) in one row."""
     figure, axes = plt.subplots(1, len(pictures), figsize=(1.6 * len(pictures), 1.7), layout="constrained")
@@ -92,6 +119,7 @@ def scene_grid(pictures: np.ndarray) -> Figure:
     return figure
 
 
+@themed
 def accuracy_bars(table: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy per question type with its 95% interval, beside the best constant answer (see accuracy_table)."""
     figure, ax = plt.subplots(figsize=(8.5, 3.4), layout="constrained")
@@ -106,6 +134,7 @@ def accuracy_bars(table: pd.DataFrame, title: str = "") -> Figure:
     return figure
 
 
+@themed
 def step_time_bars(times: pd.DataFrame, labels: Sequence[str] | None = None) -> Figure:
     """Measured step time relative to no compression, beside what the FLOPs promise (see bench.step_times)."""
     figure, ax = plt.subplots(figsize=(8.5, 3.2), layout="constrained")
@@ -123,6 +152,7 @@ def step_time_bars(times: pd.DataFrame, labels: Sequence[str] | None = None) -> 
     return figure
 
 
+@themed
 def token_map(picture: np.ndarray, groups: np.ndarray, ax=None, title: str = "", shared: np.ndarray | None = None):
     """A picture, (H, W, 3) or PIL's, under its patch grid, tinted by the token that each patch ends in.
 
@@ -148,6 +178,7 @@ def token_map(picture: np.ndarray, groups: np.ndarray, ax=None, title: str = "",
     return ax
 
 
+@themed
 def stage_token_maps(picture: np.ndarray, maps: dict[str, np.ndarray]) -> Figure:
     """Token maps of several plans side by side on one picture, five a row; groups as in ``token_map``."""
     columns = min(len(maps), 5)
@@ -162,6 +193,7 @@ def stage_token_maps(picture: np.ndarray, maps: dict[str, np.ndarray]) -> Figure
     return figure
 
 
+@themed
 def clip_token_maps(frames: Sequence, maps: dict[str, np.ndarray]) -> Figure:
     """A row for each plan: the frames of a clip under its token map (frames, rows, columns), see ``token_map``.
 
@@ -181,6 +213,7 @@ def clip_token_maps(frames: Sequence, maps: dict[str, np.ndarray]) -> Figure:
 LAYER_MARKERS = "osD^vP*X"
 
 
+@themed
 def accuracy_curves(table: pd.DataFrame, constant: pd.Series | None = None) -> Figure:
     """Accuracy against the share of visual tokens kept, a curve per layer, a point per stride, a panel per type.
 
@@ -220,6 +253,7 @@ def accuracy_curves(table: pd.DataFrame, constant: pd.Series | None = None) -> F
     return figure
 
 
+@themed
 def attention_lines(table: pd.DataFrame) -> Figure:
     """The share of the answer position's attention per kind of token against the layer; see studies.attention_table.
 
@@ -227,7 +261,7 @@ def attention_lines(table: pd.DataFrame) -> Figure:
     """
     figure, ax = plt.subplots(figsize=(8, 3.8), layout="constrained")
     for number, (kind, part) in enumerate(table.groupby("kind", sort=False)):
-        colour, marker = COLOURS[number], LAYER_MARKERS[number]
+        colour, marker = COLOURS[number % len(COLOURS)], LAYER_MARKERS[number % len(LAYER_MARKERS)]
         ax.plot(part.layer, 100 * part.share, color=colour, marker=marker, label=kind)
         ax.fill_between(part.layer, 100 * part.low, 100 * part.high, color=colour, alpha=0.2)
         ax.axhline(100 * part.tokens_share.mean(), color=colour, linestyle=":", linewidth=1.2)
@@ -238,6 +272,7 @@ def attention_lines(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@themed
 def picture_with_tokens(picture, view) -> Figure:
     """What the first explorer shows: the token map of a studies.View over its picture, and the model's guesses."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.4), layout="constrained", width_ratios=(1, 1.1))
@@ -252,6 +287,7 @@ def picture_with_tokens(picture, view) -> Figure:
     return figure
 
 
+@themed
 def picture_with_layers(picture, view) -> Figure:
     """What the second explorer shows: the token map of a studies.View, and the tokens that each layer works on."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.4), layout="constrained", width_ratios=(1, 1.1))
@@ -275,11 +311,13 @@ def _left(groups: np.ndarray) -> int:
     return len(np.unique(groups[groups >= 0]))
 
 
+@themed
 def layer_maps(picture, view) -> Figure:
     """The token map of a studies.View behind each layer that compresses."""
     return stage_token_maps(picture, {f"from layer {layer} on": view.grid(layer) for layer in view.maps})
 
 
+@themed
 def design_grid(table: pd.DataFrame) -> Figure:
     """Compression ratio and training FLOPs by layer K and stride S as two heat maps; see studies.design_table."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
@@ -294,6 +332,7 @@ def design_grid(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@themed
 def accuracy_against_cost(table: pd.DataFrame, baseline: str) -> Figure:
     """Each scheme's accuracy, with its 95% interval, against its training time; table: see compare.table.
 
@@ -320,6 +359,7 @@ def accuracy_against_cost(table: pd.DataFrame, baseline: str) -> Figure:
     return figure
 
 
+@themed
 def differences(table: pd.DataFrame, baseline: str) -> Figure:
     """Each scheme's accuracy less the baseline's, with the 95% interval of the difference; see compare.table."""
     rest = table.drop(index=baseline)
@@ -334,6 +374,7 @@ def differences(table: pd.DataFrame, baseline: str) -> Figure:
     return figure
 
 
+@themed
 def loss_curves(curves: pd.DataFrame, columns: int = 4) -> Figure:
     """Training loss against the step, a panel per scheme, a line per seed; see compare.curves."""
     names = list(dict.fromkeys(curves.scheme))
@@ -366,12 +407,14 @@ def loss_curves(curves: pd.DataFrame, columns: int = 4) -> Figure:
     return figure
 
 
+@themed
 def _stacked(table: pd.DataFrame, labels: Sequence[str], xlabel: str, title: str = "") -> Figure:
     """A horizontal bar a row of ``table``, its columns stacked; values at the end."""
     figure, ax = plt.subplots(figsize=(8.5, 1.2 + 0.45 * len(table)), layout="constrained")
     left, hatches = np.zeros(len(table)), ("", "//", "..", "xx", "--", "\\\\")
     for number, column in enumerate(table):
-        ax.barh(labels, table[column], left=left, label=column, color=COLOURS[number], hatch=hatches[number % 6])
+        colour = COLOURS[number % len(COLOURS)]
+        ax.barh(labels, table[column], left=left, label=column, color=colour, hatch=hatches[number % 6])
         left += table[column].to_numpy()
     for place, total in enumerate(left):
         ax.annotate(f"{total:.3g}", (total, place), (3, 0), textcoords="offset points", va="center", fontsize=9)
@@ -382,6 +425,7 @@ def _stacked(table: pd.DataFrame, labels: Sequence[str], xlabel: str, title: str
     return figure
 
 
+@themed
 def step_cost_bars(costs: dict, title: str = "") -> Figure:
     """FLOPs of one example's training step by part, a bar a plan; costs: {plan: cost.StepCost}."""
     parts = {plan: {part: getattr(cost, part).total / 1e12 for part in PARTS} for plan, cost in costs.items()}
@@ -390,6 +434,7 @@ def step_cost_bars(costs: dict, title: str = "") -> Figure:
     return _stacked(table, list(costs), "operations per example and step (TFLOP)", title)
 
 
+@themed
 def memory_bars(table: pd.DataFrame, limit: float | None = None) -> Figure:
     """Memory of one GPU by part, a bar a plan; table: see planner.memory_table. limit: GB that the GPU has."""
     figure = _stacked(table[["weights", "gradients", "optimizer", "activations"]], list(table.index), "memory (GB)")
@@ -399,6 +444,7 @@ def memory_bars(table: pd.DataFrame, limit: float | None = None) -> Figure:
     return figure
 
 
+@themed
 def hours_bars(table: pd.DataFrame, budget: float | None = None) -> Figure:
     """Hours of training, a bar a scheme; table: see planner.scheme_table. budget: hours at hand, a dotted line."""
     figure, ax = plt.subplots(figsize=(8.5, 1.2 + 0.4 * len(table)), layout="constrained")
@@ -413,6 +459,7 @@ def hours_bars(table: pd.DataFrame, budget: float | None = None) -> Figure:
     return figure
 
 
+@themed
 def measured_and_predicted(table: pd.DataFrame) -> Figure:
     """Training time relative to no compression, measured and predicted; table: see bench.scheme_times."""
     figure, ax = plt.subplots(figsize=(8.5, 3.2), layout="constrained")
@@ -426,6 +473,7 @@ def measured_and_predicted(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@themed
 def budget_curves(table: pd.DataFrame, kinds: Sequence[str] = ("overall", "difficult")) -> Figure:
     """Accuracy against the budget, a line per method, a panel per kind of question; table: see budgets.accuracy."""
     figure, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 4.4), squeeze=False, layout="constrained")
@@ -456,6 +504,7 @@ def budget_curves(table: pd.DataFrame, kinds: Sequence[str] = ("overall", "diffi
     return figure
 
 
+@themed
 def benchmark_table(table: pd.DataFrame) -> Figure:
     """Percent per row and benchmark (see benchmarks.table.paper_table); hatched where nothing was run."""
     figure, ax = plt.subplots(figsize=(1.5 + 0.62 * table.shape[1], 1.6 + 0.42 * len(table)), layout="constrained")

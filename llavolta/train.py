@@ -100,7 +100,8 @@ def embedded_llava() -> Path:
         first_use = not (folder / checkpoints.RECORD).exists()
         if first_use:
             print("training the embedded LLaVA without compression, once; about 3 minutes on 2 cores", flush=True)
-        return train(TrainConfig(output=str(folder), scheme="single-stage"), progress=first_use)
+        config = TrainConfig.from_preset("embedded", output=str(folder), scheme="single-stage")  # as 03 trains it
+        return train(config, progress=first_use)
 
 
 class StageCallback(TrainerCallback):
@@ -147,6 +148,7 @@ class MetricsCallback(TrainerCallback):
     def __init__(self, file: Path, scheme: Scheme, num_layers: int, num_tokens: int):
         self.file, self.scheme = file, scheme
         self.tokens = [stage.tokens_per_layer(num_layers, num_tokens) for stage in scheme.stages]
+        self.visual_tokens = num_tokens
         self.seconds, self.steps, self.started = 0.0, 0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -173,6 +175,7 @@ class MetricsCallback(TrainerCallback):
             "loss": logs["loss"],
             "learning_rate": logs.get("learning_rate"),
             "grad_norm": logs.get("grad_norm"),
+            "visual_tokens": self.visual_tokens,
             "tokens_per_layer": self.tokens[stage],
             "seconds": self.seconds / max(self.steps, 1),
         }
@@ -388,7 +391,7 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
     with state.main_process_first():
         setup = prepare(config)
         if state.is_main_process:
-            _claim(output, config, setup.scheme)
+            _claim(output, config, setup)
     with checkpoints.lock(output) if state.is_main_process else nullcontext():
         return _train(config, setup, progress)
 
@@ -475,14 +478,20 @@ def _say(text: str, progress: bool) -> None:
         print(text, flush=True)
 
 
-def _claim(output: Path, config: TrainConfig, scheme: Scheme) -> None:
-    """Write config.yaml, or check that the folder's is the same run; refuse the folder of another one."""
-    values = {**asdict(config), "resolved_stages": scheme.written}
+def _claim(output: Path, config: TrainConfig, setup: Setup) -> None:
+    """Write config.yaml, or check that the folder's is the same run; refuse the folder of another one.
+
+    max_steps and epochs are two ways to say how many steps a run has, which is what must be the same.
+    """
+    values = {**asdict(config), "resolved_stages": setup.scheme.written}
     file = output / "config.yaml"
     if file.exists():
         defaults = {field.name: field.default for field in fields(config)}  # of parameters younger than the run
         held = defaults | (yaml.safe_load(file.read_text()) or {})
         differ = [name for name in values if name not in _FREE and name != "plan" and held.get(name) != values[name]]
+        if differ and {*differ} <= {"max_steps", "epochs"}:
+            same = prepare(TrainConfig.from_dict({name: held[name] for name in defaults})).total_steps
+            differ = differ if same != setup.total_steps else []
         if differ:
             changes = ", ".join(f"{name} {held.get(name)!r} -> {values[name]!r}" for name in differ)
             raise ConfigError(f"{output} holds another run ({changes}); name another output, or remove it")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from llavolta.benchmarks.table import AVERAGE, HOURS, RATIO, TableError, paper_table, published, runs_in
+from llavolta.benchmarks.table import AVERAGE, HOURS, RATIO, TableError, paper_table, published, runs_in, training
+from llavolta.schemes import Scheme
+from llavolta.train import MetricsCallback
 
 
 def write_results(folder, model: str, plan: str, scores: dict[str, dict[str, float]]):
@@ -80,3 +83,33 @@ def test_published_rows_are_those_of_the_papers_csv():
     assert held[AVERAGE]["published: four stages"] == 61.9
     assert held[HOURS].tolist() == [15.3, 12.8]
     assert math.isnan(held[AVERAGE]["published: no compression"])
+
+
+@pytest.mark.parametrize(
+    "plan, tokens, wanted",
+    [
+        ("0:avgpool:8", [18.0] * 4, 8.0),
+        ("vision:avgpool:4", [36.0] * 4, 4.0),
+        ("0:random:0.1", [2 / 3 * 18 + 1 / 3 * 144] * 4, 2.4),  # DualSpeed: every third step is whole
+        ("1:avgpool:8", [144, 18, 18, 18], 4 * 144 / 198),
+    ],
+)
+def test_ratio_of_a_model_that_is_compressed_everywhere(plan, tokens, wanted, tmp_path):
+    def ratio(**logged):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"resolved_stages": [{"plan": plan, "share": 1}]}))
+        row = {"step": 10, "seconds": 1.0, "plan": plan, "tokens_per_layer": tokens} | logged
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        return training(tmp_path)[RATIO]
+
+    assert math.isnan(ratio(visual_tokens=0, tokens_per_layer=[0] * 4))  # their number varies
+    assert ratio(visual_tokens=144) == pytest.approx(wanted)
+    old = ratio()  # logs of before: where no layer saw all tokens, their number is not known
+    assert old == pytest.approx(wanted) if plan[0] == "1" else math.isnan(old)
+
+
+def test_training_logs_the_visual_tokens_that_the_ratio_is_of(tmp_path):
+    log = MetricsCallback(tmp_path / "metrics.jsonl", Scheme.equal("everywhere", "0:avgpool:8"), 4, 144)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=1, max_steps=2)
+    log.on_log(None, state, None, logs={"loss": 1.0})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"resolved_stages": [{"plan": "0:avgpool:8", "share": 1}]}))
+    assert training(tmp_path)[RATIO] == pytest.approx(8)

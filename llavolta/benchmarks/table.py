@@ -93,8 +93,11 @@ def training(model: Path) -> dict[str, float]:
     if set(by_plan) != {stage["plan"] for stage in stages}:  # stages still to come, or by ranges that log_steps skips
         return {HOURS: hours, RATIO: math.nan}
     used = sum(stage["share"] * sum(by_plan[stage["plan"]]) for stage in stages)
-    whole = max(max(tokens) for tokens in by_plan.values()) * len(next(iter(by_plan.values())))
-    return {HOURS: hours, RATIO: whole / used}
+    whole = next((row["visual_tokens"] for row in rows if "visual_tokens" in row), math.nan)
+    for plan, tokens in by_plan.items():  # logs of before: known where a plan leaves the first layer all tokens
+        if math.isnan(whole) and not any(part.strip().startswith(("0:", "vision:")) for part in plan.split(";")):
+            whole = tokens[0]
+    return {HOURS: hours, RATIO: whole * len(rows[0]["tokens_per_layer"]) / used if used else math.nan}
 
 
 def published() -> pd.DataFrame:

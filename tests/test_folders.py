@@ -1,0 +1,91 @@
+"""What the notebooks train by default never collides: one folder, one run, whichever notebook comes first."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+from types import SimpleNamespace
+
+import IPython
+import pandas as pd
+import pytest
+
+from llavolta import compare, train
+from llavolta.config import ConfigError, TrainConfig
+from llavolta.schemes import NAMED
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+
+
+class Enough(Exception):
+    """The notebook has said all that it trains."""
+
+
+@pytest.fixture
+def opened(scenes, clip_data, tmp_path, monkeypatch):
+    """A function: the configurations that a notebook's own cells train with, under parameters; nothing is trained."""
+    asked: list[TrainConfig] = []
+    monkeypatch.setattr(train, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(train, "GENERATED", {"digits": lambda *_: scenes, "clips": lambda *_: clip_data})
+    monkeypatch.setattr(train, "digits_data", lambda *_: scenes)
+    monkeypatch.setattr(train, "train", lambda config, *_, **__: asked.append(config) or Path(config.output))
+    monkeypatch.setattr(train, "load_model", lambda *_: (_ for _ in ()).throw(Enough))
+    monkeypatch.setattr(compare, "_run", lambda config, *_: asked.append(config) or pd.DataFrame({"correct": [True]}))
+    monkeypatch.setattr(compare, "accuracies", lambda *_: (_ for _ in ()).throw(Enough))
+
+    def opened(name: str, **parameters) -> list[TrainConfig]:
+        cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())["cells"]
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        names = {"In": code[:1]}
+        monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(user_ns=names))
+        exec(code[0], names)
+        names |= parameters
+        asked.clear()
+        for cell in [code[1], *(cell for cell in code[2:] if "compare.compare(" in cell)]:
+            try:
+                exec(cell, names)
+            except Enough:
+                continue
+        return [*asked, *([names["settings"]] if "settings" in names else [])]
+
+    return opened
+
+
+def test_no_two_notebooks_hold_different_runs_in_one_folder(opened):
+    runs = {name: opened(name) for name in ("01_redundancy", "02_compressor_design")}
+    for preset in ("embedded", "small"):
+        for scheme in NAMED:
+            runs[f"03 {preset} {scheme}"] = opened("03_train_stage", preset=preset, scheme=scheme, stage=1)
+    runs["04"] = opened("04_compare_schemes", controls=True, workers=1, seeds=2)
+    runs["05"] = opened("05_compare_compressors", workers=1)
+    runs["06"] = opened("06_video", workers=1)
+    counts = {name: len(held) for name, held in runs.items()}
+    assert counts["01_redundancy"] == 1 and counts["04"] == 2 * 11 and counts["05"] > 10 and counts["06"] == 3
+    folders: dict[str, dict[str, TrainConfig]] = {}
+    for name, held in runs.items():
+        for config in held:
+            folders.setdefault(config.output, {})[name] = config
+    shared = [list(held.values()) for held in folders.values() if len(held) > 1]
+    assert any(len(held) == 4 for held in shared)  # single-stage: 01, 02, 03 and 05
+    for held in shared:
+        for first, second in permutations(held, 2):
+            train.claim(first)
+            train.claim(second)  # ConfigError if it is another run
+
+
+@pytest.mark.parametrize("first", [None, 3])
+def test_a_run_whose_steps_are_said_in_other_words_is_the_same(scenes, small_model, tmp_path, monkeypatch, first):
+    monkeypatch.setattr(train, "DIGITS_STEPS", 3)
+    monkeypatch.setattr(train, "GENERATED", {"digits": lambda *_: scenes})
+    shared = dict(output=str(tmp_path / "run"), model=str(small_model), scheme="single-stage", batch_size=8)
+    config = TrainConfig(**shared, align_steps=1, max_steps=first, log_steps=1)
+    weights = train.train(config, progress=False) / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    for other in (dict(max_steps=None if first else 3), dict(max_steps=None, epochs=3 * 8 / 48)):
+        assert train.train(replace(config, **other), progress=False) == tmp_path / "run"
+    assert weights.stat().st_mtime_ns == written
+    for other in (dict(max_steps=4), dict(max_steps=None, epochs=5.0), dict(max_steps=None, learning_rate=1e-3)):
+        with pytest.raises(ConfigError, match="holds another run"):
+            train.claim(replace(config, **other))

@@ -1,0 +1,92 @@
+"""Plots leave the user's matplotlib settings alone and draw what the defaults never are: many stages, ragged counts."""
+
+import os
+import subprocess
+import sys
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from llavolta import plots, widgets
+from llavolta.schemes import Scheme
+
+
+def test_importing_and_drawing_leave_matplotlib_s_settings_alone():
+    code = """
+import matplotlib, matplotlib.pyplot as plt
+plt.rcParams.update({"axes.grid": False, "font.size": 7.5, "axes.facecolor": "black", "figure.dpi": 61})
+before = dict(plt.rcParams)
+import numpy as np
+from llavolta import plots, widgets
+from llavolta.schemes import Scheme
+assert {name: value for name, value in plt.rcParams.items() if before[name] != value} == {}
+plots.scene_grid(np.zeros((2, 4, 4, 3)))
+plots.token_map(np.zeros((4, 4, 3)), np.zeros((2, 2), int))
+assert {name: value for name, value in plt.rcParams.items() if before[name] != value} == {}
+"""
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"MPLBACKEND": "agg"}, capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()
+
+
+def test_every_public_function_draws_under_the_theme():
+    public = [
+        item
+        for name, item in vars(plots).items()
+        if getattr(item, "__module__", "") == plots.__name__ and name[0] != "_"
+    ]
+    functions = [item for item in public if callable(item) and item is not plots.themed]
+    assert len(functions) > 20 and all(hasattr(item, "__wrapped__") for item in functions)
+    with matplotlib.rc_context(plots.THEME):
+        themed = widgets.png(plots.loss_curve(_metrics(2)))
+    odd = {
+        "axes.facecolor": "black",
+        "axes.grid": False,
+        "xtick.labelsize": 4,
+        "ytick.color": "red",
+        "grid.color": "red",
+    }
+    with matplotlib.rc_context(odd):
+        assert widgets.png(plots.loss_curve(_metrics(2))) == themed
+    plt.close("all")
+
+
+def test_plots_of_twenty_five_stages():
+    plans = [f"{layer}:avgpool:{stride}" for stride in (16, 8, 4, 3, 2) for layer in range(5)]
+    figure = plots.scheme_diagram(Scheme.equal("long", *plans), 8, 144, 100, current=25)
+    drawn = [ax for ax in figure.axes if ax.get_visible() and ax.patches]
+    assert [ax.get_title().split("\n")[0] for ax in drawn] == [f"Stage {k}: {plan}" for k, plan in enumerate(plans, 1)]
+    figure.draw_without_rendering()  # every panel has room, none covers its neighbour
+    boxes = [ax.get_tightbbox() for ax in drawn]
+    assert not any(one.overlaps(two) for k, one in enumerate(boxes) for two in boxes[k + 1 :])
+    ax = plots.loss_curve(_metrics(25)).axes[0]
+    assert len(ax.lines) == 25 and len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == 25
+    plots.stage_token_maps(np.zeros((8, 8, 3)), {plan: np.arange(4).reshape(2, 2) for plan in plans})
+    plt.close("all")
+
+
+def test_attention_of_many_kinds_and_tables_of_many_columns():
+    kinds = [f"kind {number}" for number in range(25)]
+    rows = [(kind, layer, 0.1, 0.0, 0.2, 0.3) for kind in kinds for layer in range(2)]
+    table = pd.DataFrame(rows, columns=["kind", "layer", "share", "low", "high", "tokens_share"])
+    assert len(plots.attention_lines(table).axes[0].get_legend_handles_labels()[1]) == 26
+    assert len(plots._stacked(pd.DataFrame(1.0, ["a", "b"], kinds), ["a", "b"], "x").axes[0].patches) == 50
+    plt.close("all")
+
+
+def test_scheme_of_a_model_whose_number_of_visual_tokens_varies():
+    figure = plots.scheme_diagram(Scheme.equal("mine", "1:avgpool:8", "none"), 4, 0, 100)
+    ax = figure.axes[0]
+    assert [bar.get_width() for bar in ax.patches] == [576, 72, 72, 72]
+    assert ax.get_xlabel() == "visual tokens of 576" and ax.get_title().endswith(f"CR {4 * 576 / 792:.2f}")
+    plt.close("all")
+
+
+def _metrics(stages: int):
+    rows = [
+        {"stage": stage, "step": step, "loss": 1.0 / step, "plan": f"{stage}:avgpool:2"}
+        for stage in range(1, stages + 1)
+        for step in (2 * stage, 2 * stage + 1)
+    ]
+    return pd.DataFrame(rows)
