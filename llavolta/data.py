@@ -389,9 +389,9 @@ def _bad_media(data: LlavaData, part: np.ndarray) -> dict[int, str]:
 class Collator:
     """Examples -> a batch of input_ids, attention_mask, labels (B, T) and pixel_values, pixel_values_videos.
 
-    Labels are the answers, as the processor's chat template writes them with what follows (the end token, which is
-    added where the template, as that of llava-1.5-7b-hf, writes none); all else is ignored. Rows are padded at the end and cut at ``max_length``. Raises DataError when that would cut into
-    a picture or leave no label.
+    Labels are the answers, as the processor's chat template writes them with what follows (the end token, added where
+    the template, as llava-1.5-7b-hf's, writes none); all else is ignored. Rows are padded at the end and cut at
+    ``max_length``. Raises DataError when that would cut into a picture or leave no label.
 
     always_picture: examples without any picture get one more row, of a black picture and no label, so that every
     part of the model is in the graph of every batch, as DistributedDataParallel, ZeRO and FSDP need on all processes.
