@@ -169,7 +169,7 @@ class TrainConfig:
         self._check_engine()
         parse_plan(self.align_plan)
         stages = len(self._written_stages())
-        if self.stage is not None and (isinstance(self.stage, bool) or self.stage not in range(stages + 1)):
+        if self.stage is not None and (type(self.stage) is not int or self.stage not in range(stages + 1)):
             raise ConfigError(f"stage must be 0 (projector alignment) .. {stages} for this scheme, not {self.stage!r}")
         if self.plan is not None and not self.stage:
             raise ConfigError("plan replaces the plan of one stage of the scheme; say which with stage (from 1)")

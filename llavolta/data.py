@@ -390,9 +390,9 @@ def _bad_media(data: LlavaData, part: np.ndarray) -> dict[int, str]:
 class Collator:
     """Examples -> a batch of input_ids, attention_mask, labels (B, T) and pixel_values, pixel_values_videos.
 
-    Labels are the answers, as the processor's chat template writes them with what follows (the end token); all
-    else is ignored. Rows are padded at the end and cut at ``max_length``. Raises DataError when that would cut into
-    a picture or leave no label.
+    Labels are the answers, as the processor's chat template writes them with what follows (the end token, added where
+    the template, as llava-1.5-7b-hf's, writes none); all else is ignored. Rows are padded at the end and cut at
+    ``max_length``. Raises DataError when that would cut into a picture or leave no label.
 
     always_picture: examples without any picture get one more row, of a black picture and no label, so that every
     part of the model is in the graph of every batch, as DistributedDataParallel, ZeRO and FSDP need on all processes.
@@ -477,7 +477,9 @@ class Collator:
         def render(messages, **options):
             return self.processor.apply_chat_template(messages, tokenize=False, **options)
 
-        spans = []
+        tokenizer, text, spans = self.processor.tokenizer, render(example.messages), []
+        eos, added = tokenizer.eos_token or "", 0
+        ends = (*tokenizer.get_added_vocab(), eos)
         for turn, message in enumerate(example.messages):
             if message["role"] != "assistant":
                 continue
@@ -485,8 +487,13 @@ class Collator:
             after = render(example.messages[: turn + 1])
             if not after.startswith(before):
                 raise DataError("the chat template rewrites earlier turns; give a template that only appends")
-            spans.append((len(before), len(after)))
-        return render(example.messages), spans
+            first, last = len(before) + added, len(after) + added
+            if eos and not after.rstrip().endswith(ends):  # a model tuned so would never learn to stop
+                place = len(after.rstrip()) + added
+                text = text[:place] + eos + text[place:]
+                last, added = place + len(eos), added + len(eos)
+            spans.append((first, last))
+        return text, spans
 
 
 class GroupedSampler(Sampler[int]):

@@ -77,7 +77,8 @@ def _cause(lines: list[str]) -> str:
     """What ended the child: its own error, the signal that killed a process, or its last lines."""
     text = "".join(lines)
     # An error may follow a progress bar on its line. Signal 15 is torchrun's, to the processes that a failure leaves.
-    for pattern in (r"(?:^|\s|\])error: (.*)", r"traceback : (Signal (?!15\b).*)", r"traceback : (Signal .*)"):
+    raised = r"(?m)^(?:\[rank\d+\]: *)?([\w.]+Error: \S.*)"  # a traceback's end
+    for pattern in (r"(?:^|\s|\])error: (.*)", r"traceback : (Signal (?!15\b).*)", raised, r"traceback : (Signal .*)"):
         if found := re.search(pattern, text):
             return found[1].strip()
     return "".join(lines[-15:]).strip()

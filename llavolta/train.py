@@ -725,7 +725,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.config in PRESETS:
             config = TrainConfig.from_preset(options.config, **changes)
         else:
-            values = parse_yaml(Path(options.config).read_text(encoding="utf-8"), options.config)
+            try:
+                text = Path(options.config).read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{options.config} is not UTF-8 text ({error})") from None
+            values = parse_yaml(text, options.config)
             if not isinstance(values, dict):
                 raise ConfigError(f"{options.config} must hold 'name: value' lines")
             config = TrainConfig.from_dict(values | changes)
@@ -741,7 +745,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Stopped as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 128 + signal.SIGTERM
-    except (UserError, OSError, ValueError, FloatingPointError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -150,3 +150,43 @@ def test_batches_hold_one_modality_and_like_lengths():
     assert order == list(GroupedSampler(lengths, has_image, batch=8, seed=3))
     sampler.set_epoch(1)
     assert list(sampler) != order
+
+
+# As llava-hf/llava-1.5-7b-hf has it: nothing ends an answer but a blank.
+_ENDLESS = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}<image>{% else %}{{ content['text'] }}"
+    "{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_every_answer_ends_in_the_end_token_whatever_the_template(scenes):
+    data = LlavaData(scenes / "train.json")
+    example = data[0]
+    answers = sum(message["role"] == "assistant" for message in example.messages)
+    for template, end in ((None, "eos"), (_ENDLESS, "eos"), (_CHATML, "<|im_end|>")):
+        processor = backbones.processor()
+        tokenizer = processor.tokenizer
+        if template:
+            processor.chat_template = template
+            tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<|im_start|>", "<|im_end|>"]})
+        batch = Collator(processor)([example])
+        labels, ids = batch["labels"][0], batch["input_ids"][0]
+        token = tokenizer.eos_token_id if end == "eos" else tokenizer.convert_tokens_to_ids(end)
+        assert int((labels == token).sum()) == int((ids == token).sum()) - (
+            len(example.messages) - answers if end != "eos" else 0
+        )
+        assert int((labels == token).sum()) == answers > 1
+        rendered = processor.apply_chat_template(example.messages)
+        plain = processor(text=[rendered], images=example.images, return_tensors="pt")["input_ids"][0]
+        if template is _ENDLESS:
+            assert ids[ids != token].tolist() == plain.tolist()
+        else:
+            assert ids.tolist() == plain.tolist()

@@ -148,6 +148,7 @@ def test_what_is_not_the_disks_fault_is_not_blamed_on_it(tmp_path):
     for lines in (torn, torn[::-1]):
         assert _cause(lines) == "Signal 9 (SIGKILL) received by PID 7"
     assert _cause(["\r 50%] error: no data file x\n", *torn]) == "no data file x"
+    assert _cause(["[rank0]: ValueError: boom\n", torn[0]]) == "ValueError: boom"  # of a programming error
 
 
 def test_two_trainings_cannot_share_a_folder(settings, tmp_path, monkeypatch):

@@ -293,3 +293,35 @@ def test_the_error_of_a_child_process_is_shown(settings, tmp_path):
     broken = {**settings, "align_steps": 0, "stage": 0}
     with pytest.raises(ConfigError, match="^training in 2 processes failed: stage 0 is projector"):
         launch(TrainConfig(output=str(tmp_path / "run"), **broken), num_processes=2)
+
+
+def test_the_command_line_shows_a_traceback_only_of_programming_errors(tmp_path, monkeypatch, capsys):
+    def raising(error):
+        def train(config):
+            raise error
+
+        return train
+
+    command = ["embedded", "--output", str(tmp_path / "run")]
+    for error in (ValueError("boom"), TypeError("boom"), KeyError("boom"), RuntimeError("boom")):
+        monkeypatch.setattr("llavolta.train.train", raising(error))
+        with pytest.raises(type(error), match="boom"):
+            main(command)
+    for error in (ConfigError("boom"), DataError("boom"), FloatingPointError("boom"), FileNotFoundError("boom")):
+        monkeypatch.setattr("llavolta.train.train", raising(error))
+        assert main(command) == 1 and capsys.readouterr().err == "error: boom\n"
+    file = tmp_path / "latin.yaml"
+    file.write_bytes("output: é".encode("latin-1"))
+    assert main([str(file)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {file} is not UTF-8") and said.count("\n") == 1
+    for change in ("stage=1.0", "scheme=nowhere", "plan=2:nothing", "deepspeed=none.json", "scheme=[2:avgpool:x]"):
+        assert main([*command, "--set", change]) == 1, change
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_a_stage_is_a_whole_number():
+    for stage in (1.0, "1", True):
+        with pytest.raises(ConfigError, match="stage must be 0 "):
+            TrainConfig(output="x", stage=stage)
