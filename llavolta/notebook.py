@@ -17,6 +17,7 @@ KINDS = {
     "float": "a number",
     "list": "a list such as [1, 2]",
     "dict": "a mapping such as {name: value}",
+    "plan": "a plan such as 1:avgpool:4, or none",  # which is a plan, too
     "str": "text (papermill's -r gives text that looks like a number)",
 }
 
@@ -55,7 +56,7 @@ def converted(cells: Sequence[str], values: dict) -> dict:
 def convert(name: str, value, kinds: str, default=None):
     """``value`` of the parameter ``name`` as one of ``kinds`` ("int", "list[int]|None", ...). Raises ParameterError."""
     wanted = kinds.split("|")
-    nothing = value is None or isinstance(value, str) and value.lower() in ("none", "null")
+    nothing = value is None or isinstance(value, str) and value.lower() in ("none", "null") and "plan" not in wanted
     if nothing and ("None" in wanted or default in ("", [], {})):
         return None if "None" in wanted else default
     for kind in sorted(set(wanted) - {"None"}, key=lambda kind: list(KINDS).index(kind.split("[")[0])):
@@ -80,7 +81,7 @@ def _read(value, kind: str, each: str | None = None, alone: bool = True):
             return [_read(element, each) for element in value] if each else value
     elif kind == "bool" and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
-    elif kind == "str" and isinstance(value, str):
+    elif kind in ("plan", "str") and isinstance(value, str):
         return value
     elif kind in ("int", "float") and isinstance(value, str | int | float) and not isinstance(value, bool):
         number = float(value)

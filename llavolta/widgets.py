@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 import typing
 from collections.abc import Callable
 from functools import lru_cache
@@ -97,7 +98,16 @@ class Explorer:
 
     @property
     def picture(self) -> Image.Image:
-        return self._own[-1] if self._use_own else self.data[self.entry.value].images[0]
+        """One's own picture, or the entry's first: of a clip its first frame."""
+        look = self._looks(self.entry.value, self._own_number)[0]
+        return look[0] if isinstance(look, list) else look
+
+    def _looks(self, entry: int, own: int | None) -> list:
+        """What is asked about: pictures, or clips as lists of frames."""
+        if own is not None:
+            return [self._own[-1]]
+        example = self.data[entry]
+        return [*example.images, *example.videos]
 
     def refresh(self, change=None) -> None:
         """Compute and draw what the controls say, or say in one line why that cannot be."""
@@ -118,8 +128,11 @@ class Explorer:
         return len(self._own) if self._use_own else None
 
     def _view(self, plan: str, question: str, entry: int, own: int | None) -> studies.View:
-        images = self.data[entry].images if own is None else [self._own[-1]]
-        return studies.view(self.model, self.processor, question, images, plan)
+        if found := re.search("<image>|<video>", question):
+            raise studies.StudyError(
+                f"the question holds the placeholder {found[0]}; leave it out, the picture is put in"
+            )
+        return studies.view(self.model, self.processor, question, self._looks(entry, own), plan)
 
     def _text(self, view: studies.View) -> str:
         truth = (
@@ -176,11 +189,13 @@ class Explorer:
         self.refresh()
 
     def _on_path(self, change) -> None:
-        file = Path(self.path.value.strip()).expanduser()
         try:
+            file = Path(self.path.value.strip()).expanduser()
             self._show_own(open_image(file.parent, file.name, "image path") if self.path.value.strip() else None)
         except UserError as error:
             self.message.value = f"<b style='color:#a00'>{escape(str(error))}</b>"
+        except (RuntimeError, ValueError, OSError) as error:  # no such user's home, or no path at all
+            self.message.value = f"<b style='color:#a00'>image path: {escape(str(error))}</b>"
 
     def _on_upload(self, change) -> None:
         if not self.upload.value:

@@ -144,3 +144,20 @@ def test_recorded_costs_are_those_of_the_schemes_as_they_are_now(folder):
         for name, scheme in schemes.items():
             expected = sum(stage.share * steps[ratio][str(stage)] for stage in scheme.stages)
             assert costs[column][name] == pytest.approx(expected, abs=2e-3), f"{name} changed after its {column}"
+
+
+def test_seeds_steps_and_the_ratio_s_verdict_are_those_of_the_figures(papers):
+    file = papers.parent / "compressors" / "trained.csv"
+    pd.read_csv(file).assign(seeds=3, steps=77).to_csv(file, index=False)
+    found = [*claims.prumerge(papers), *claims.llava_stf(papers)]
+    trained = [claim for claim in found if "training-free" not in claim.ours]
+    assert [claim.seeds for claim in trained] == [3] * 5
+    assert all("train_steps 77 -p seeds 3" in claim.command for claim in trained)
+    one = [claim for claim in found if claim not in trained] + claims.llavolta(papers)[:2]
+    assert [claim.seeds for claim in one] == [None] * 4  # over questions to one model
+    published = pd.read_csv(papers / "published.csv")
+    for percent, verdict in ((500, claims.YES), (600, claims.NO)):
+        published.loc[published.quantity == "compression ratio above", "value"] = percent
+        published.to_csv(papers / "published.csv", index=False)
+        claim = next(claim for claim in claims.llavolta(papers) if claim.text.startswith("Stage I"))
+        assert claim.verdict == verdict and claim.published == f"> {percent}%"

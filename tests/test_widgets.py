@@ -119,3 +119,26 @@ def test_cost_explorer_shows_what_the_planner_says():
     assert "the shares sum to 1.15, above 1" in explorer.message.value and bytes(explorer.image.value) == b""
     explorer.share.value = 0
     assert [stage.plan for stage in explorer.scheme.stages] == ["16:avgpool:16", "none"]
+
+
+def test_explorers_on_clips(video_model, clip_data):
+    loaded = *load_model(str(video_model)), LlavaData(clip_data / "heldout.json")
+    for make in (widgets.redundancy_explorer, widgets.design_explorer):
+        explorer = make(*loaded, layer=1, stride=8)
+        view = studies.view(*loaded[:2], explorer.question.value, loaded[2][explorer.entry.value].videos, explorer.plan)
+        first = loaded[2][explorer.entry.value].videos[0][0]
+        assert explorer.view is not None and explorer.image.value == widgets.png(explorer.draw(first, view))
+
+
+@pytest.mark.parametrize("words", ["<image>", "what is in <image>?", "<video>"])
+def test_a_placeholder_in_the_question_is_one_line(loaded, explorer, words):
+    explorer.question.value = words
+    assert explorer.view is None and explorer.image.value == b"" and "placeholder" in explorer.message.value
+    explorer.question.value = "Is there a 3?"
+    shown(explorer, loaded[2][0].images)
+
+
+@pytest.mark.parametrize("path", ["~nouser/x.png", "a\0b.png"])
+def test_a_path_that_cannot_be_is_one_line(explorer, path):
+    explorer.path.value = path
+    assert "image path" in explorer.message.value and "\n" not in explorer.message.value
