@@ -551,3 +551,15 @@ def test_a_name_that_another_class_holds_is_refused():
             name = "avgpool"
 
     assert COMPRESSORS["avgpool"] is built_in
+
+
+@pytest.mark.parametrize("name", sorted(COMPRESSORS))
+def test_a_malformed_plan_gets_one_line_with_the_options(name):
+    for options in ([], ["x"], ["no=1"], ["1"] * 9, ["true"], ["nan"], [""], ["-1"], ["0"]):
+        text = ":".join(["2", name, *options])
+        try:
+            parse_plan(text)
+        except PlanError as error:
+            assert "\n" not in str(error) and "__init__" not in str(error)
+            for field in fields(COMPRESSORS[name]):
+                assert field.name in str(error), (text, str(error))
