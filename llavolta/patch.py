@@ -200,6 +200,9 @@ class Compression:
     def __repr__(self) -> str:
         return f"compress({format_plan(self.plan)!r}{'' if self._hooks else ', not in force'})"
 
+    def __reduce__(self):
+        raise UnsupportedModel("a model under compress() cannot be copied or pickled; remove() the handle first")
+
     def __enter__(self) -> Compression:
         return self
 
@@ -246,6 +249,8 @@ class Compression:
 
     @_plain
     def _before_top(self, module, args, kwargs):
+        self._after_top()  # an interrupt (no Exception) skips the hooks that clean up
+        self._pass = None
         self._labels = labels = kwargs.get("labels")
         if labels is None or not self.labelled_only or not module.training or kwargs.get("shift_labels") is not None:
             return None
@@ -255,7 +260,7 @@ class Compression:
         short = torch.cat([labels.new_full((1,), IGNORED), labels[row, column + 1]])[None]
         return args, {**kwargs, "labels": short}
 
-    def _after_top(self, module, args, output):
+    def _after_top(self, *_):
         self._labels = self._labelled = None
 
     # --- around the base model: which tokens are visual ---

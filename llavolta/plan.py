@@ -8,7 +8,7 @@ tower's output, before the projector; layer 0 is the decoder's input, after it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 
 from llavolta.compressors import COMPRESSORS, Compressor
 from llavolta.errors import UserError
@@ -58,11 +58,15 @@ def _parse_entry(entry: str, plan: str) -> tuple[Layer, Compressor]:
     if name not in COMPRESSORS:
         raise PlanError(f"unknown compressor {name!r} in plan {plan!r}; known: {', '.join(sorted(COMPRESSORS))}")
     kind = COMPRESSORS[name]
+    names = [field.name for field in fields(kind)]
     try:
-        given = parse_options(name, options, [field.name for field in fields(kind)])
+        given = parse_options(name, options, names)
+        missing = [f.name for f in fields(kind) if f.name not in given and f.default is f.default_factory is MISSING]
+        if missing:
+            raise ValueError(f"{name} needs {', '.join(missing)}")
         return layer if layer == VISION else int(layer), kind(**given)
-    except (TypeError, ValueError) as error:
-        raise PlanError(f"plan {plan!r}: {error}") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PlanError(f"plan {plan!r}: {error}; options of {name}: {', '.join(names) or 'none'}") from None
 
 
 def parse_options(owner: str, options: list[str], names: list[str]) -> dict:

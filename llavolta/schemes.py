@@ -59,7 +59,7 @@ class Stage:
     def __post_init__(self):
         plan = parse_plan(self.plan)
         object.__setattr__(self, "plan", format_plan(plan))
-        if not (isinstance(self.share, (int, float)) and 0 < self.share <= 1):
+        if isinstance(self.share, bool) or not (isinstance(self.share, (int, float)) and 0 < self.share <= 1):
             raise SchemeError(f"a stage's share must be above 0 and at most 1, not {self.share!r}")
         every = self.slow_every
         if isinstance(every, bool) or not isinstance(every, int) or every < 0 or every == 1:
@@ -122,7 +122,7 @@ class Scheme:
     @classmethod
     def from_pivots(cls, name: str, plans: Sequence[str], pivots: Sequence[int], total_steps: int) -> Scheme:
         """A scheme whose stage i ends before optimizer step ``pivots[i]``; the last one ends at ``total_steps``."""
-        if not all(isinstance(pivot, int) for pivot in pivots):
+        if not all(isinstance(pivot, int) and not isinstance(pivot, bool) for pivot in pivots):
             raise SchemeError(f"pivots must be optimizer steps, not {list(pivots)}")
         edges = [0, *pivots, total_steps]
         if len(plans) != len(pivots) + 1 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):

@@ -280,3 +280,29 @@ class TestErrors:
 
         with compress(model, {1: Broken()}), pytest.raises(error, match=match):
             model(**ragged_batch(RAGGED))
+
+
+def test_an_interrupted_training_pass_leaves_no_labels_behind(model):
+    batch = ragged_batch(RAGGED)
+    asked = {name: value for name, value in batch.items() if name != "labels"}
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with compress(model, "1:avgpool:4"):
+        expected = model(**asked).logits
+        for module in (model.lm_head, model.model.language_model.layers[2], model.model.multi_modal_projector):
+            hook = module.register_forward_pre_hook(interrupt)
+            model.train()
+            with pytest.raises(KeyboardInterrupt):
+                model(**batch)
+            model.eval()
+            hook.remove()
+            torch.testing.assert_close(model(**asked).logits, expected)
+
+
+def test_a_model_under_compression_refuses_to_be_copied_in_one_line():
+    model = tiny_llava()
+    with compress(model, "1:avgpool:4"), pytest.raises(UnsupportedModel, match="remove"):
+        copy.deepcopy(model)
+    copy.deepcopy(model)

@@ -531,3 +531,35 @@ def test_results_of_the_wrong_kind(model):
     fails(lambda out: replace(out, anchor=out.anchor.flip(1)), ValueError, "do not rise")
     fails(lambda out: replace(out, mask=out.mask & (out.anchor > 99)), ValueError, "no token")
     fails(lambda out: replace(out, hidden=out.hidden / 0), FloatingPointError, "NaN")
+
+
+def test_only_a_class_with_a_name_of_its_own_is_registered():
+    built_in = COMPRESSORS["avgpool"]
+
+    class Mine(AveragePool):
+        pass
+
+    assert COMPRESSORS["avgpool"] is built_in
+    assert type(parse_plan("2:avgpool:8")[2]) is built_in
+
+
+def test_a_name_that_another_class_holds_is_refused():
+    built_in = COMPRESSORS["avgpool"]
+    with pytest.raises(ValueError, match="'avgpool'.*AveragePool"):
+
+        class Thief(AveragePool):
+            name = "avgpool"
+
+    assert COMPRESSORS["avgpool"] is built_in
+
+
+@pytest.mark.parametrize("name", sorted(COMPRESSORS))
+def test_a_malformed_plan_gets_one_line_with_the_options(name):
+    for options in ([], ["x"], ["no=1"], ["1"] * 9, ["true"], ["nan"], [""], ["-1"], ["0"]):
+        text = ":".join(["2", name, *options])
+        try:
+            parse_plan(text)
+        except PlanError as error:
+            assert "\n" not in str(error) and "__init__" not in str(error)
+            for field in fields(COMPRESSORS[name]):
+                assert field.name in str(error), (text, str(error))

@@ -129,3 +129,10 @@ def test_plan_text():
 def test_malformed_plans_say_what_is_wrong(text, match):
     with pytest.raises(PlanError, match=match):
         parse_plan(text)
+
+
+def test_truth_values_are_neither_pivots_nor_shares():
+    with pytest.raises(ValueError, match="pivots must be optimizer steps"):
+        Scheme.from_pivots("s", ["2:avgpool:8", "none"], [True], 4)
+    with pytest.raises(ValueError, match="share must be"):
+        Stage("none", True)

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from llavolta.errors import UserError
 from llavolta.probe import LayerProbe, TowerProbe
 
 COMPRESSORS: dict[str, type[Compressor]] = {}
@@ -105,9 +106,13 @@ class CompressedTokens:
     frames: Tensor | None = None
 
 
+class NameTaken(UserError, ValueError):
+    """A compressor's name that another class holds."""
+
+
 @dataclass(frozen=True)
 class Compressor(ABC):
-    """Base class. A subclass with a ``name`` is known to plans, sliders and the test matrix at once.
+    """Base class. A subclass with a ``name`` of its own is known to plans, sliders and the test matrix at once.
 
     Write a frozen dataclass whose fields are the options in the order of the plan text
     (``"2:avgpool:8"`` -> ``AveragePool(8)``), check them in ``__post_init__``, and write ``__call__``.
@@ -122,8 +127,15 @@ class Compressor(ABC):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if cls.name:
-            COMPRESSORS[cls.name] = cls
+        name = vars(cls).get("name")  # an inherited one stays its owner's
+        if name:
+            held = COMPRESSORS.get(name, cls)
+            if (held.__module__, held.__qualname__) != (cls.__module__, cls.__qualname__):  # the same: defined anew
+                raise NameTaken(
+                    f"compressor name {name!r} of {cls.__qualname__} is held by {held.__module__}.{held.__qualname__}; "
+                    "choose another"
+                )
+            COMPRESSORS[name] = cls
 
     @abstractmethod
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
