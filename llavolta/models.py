@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
@@ -17,6 +19,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    PretrainedConfig,
 )
 
 from llavolta import digits
@@ -65,6 +68,27 @@ def _embedded_video() -> Path:
     return digits.build_once(EMBEDDED_VIDEO, {"version": 1}, write)
 
 
+def read_config(name: str):
+    """The configuration of the vision-language model ``name``. Raises ConfigError if it is none, or unreadable."""
+    path = model_path(name)
+    try:
+        if "mm_vision_tower" in PretrainedConfig.get_config_dict(path)[0]:
+            raise ConfigError(
+                f"{name} is in LLaVA's original format; use a converted one, such as llava-hf/llava-1.5-7b-hf"
+            )
+        config = AutoConfig.from_pretrained(path)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {name!r} cannot be read: {str(error).splitlines()[0]}") from None
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        raise ConfigError(
+            f"{name} is a {config.model_type}, a model without pictures; give a vision-language model, or make one "
+            "with vision_tower and language_model"
+        )
+    return config
+
+
 def load_model(name: str, quantize: str | None = None, dtype: torch.dtype = torch.float32) -> tuple:
     """(model, processor) of a Hugging Face folder or hub name; "embedded" is the one in data/.
 
@@ -75,6 +99,7 @@ def load_model(name: str, quantize: str | None = None, dtype: torch.dtype = torc
     if (Path(path) / "adapter_config.json").exists():
         model, processor = load_model(PeftConfig.from_pretrained(path).base_model_name_or_path, dtype=dtype)
         return PeftModel.from_pretrained(model, path).merge_and_unload(), processor
+    read_config(name)
     options = {"quantization_config": _four_bits()} if quantize else {}
     model = _whole(AutoModelForImageTextToText, path, dtype=dtype, **options)
     return model, _processor(model, path)
@@ -93,7 +118,10 @@ def _processor(model: nn.Module, path: str):
 
 
 def _whole(kind: type, path: str, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
-    model, info = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+    try:
+        model, info = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+    except SafetensorError as error:
+        raise ConfigError(f"the weights in {path} cannot be read ({error}); the file is damaged") from None
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigError(
@@ -123,6 +151,9 @@ def join(vision_tower: str, language_model: str) -> tuple[LlavaForConditionalGen
     vision_tower: folder or hub name of a CLIP model, of which the penultimate layer is read and CLS dropped.
     language_model: of a causal language model with a tokenizer; <image> and a padding token are added to its words.
     """
+    kind = AutoConfig.from_pretrained(model_path(vision_tower)).model_type
+    if not kind.startswith("clip"):
+        raise ConfigError(f"vision_tower {vision_tower}: a {kind} has no class token as CLIP's has; give a CLIP model")
     tower = AutoModel.from_pretrained(model_path(vision_tower), dtype=torch.float32)
     tower = getattr(tower, "vision_model", tower)  # CLIP's checkpoint holds a text model, too
     language = _whole(AutoModelForCausalLM, model_path(language_model))

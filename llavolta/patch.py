@@ -389,6 +389,8 @@ class Compression:
         out, length = kept.pop()
         if output.shape[:2] != out.mask.shape:
             raise UnsupportedModel("'vision' needs a projector that maps token by token; use layer 0, behind it")
+        if output[out.mask].isnan().any():  # else taken for DROPPED
+            raise FloatingPointError("the projector gave NaN; check its weights and the learning rate")
         # Padding goes to a row to spare.
         index = out.anchor.masked_fill(~out.mask, length)[..., None].expand_as(output)
         rows = output.new_full((output.shape[0], length + 1, output.shape[2]), DROPPED)

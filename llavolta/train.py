@@ -54,6 +54,7 @@ from llavolta.models import (
     load_model,
     model_path,
     parameter_groups,
+    read_config,
     set_trainable,
     with_adapters,
 )
@@ -324,7 +325,7 @@ def _sizes(config: TrainConfig) -> tuple[int, int]:
             raise ConfigError(f"model {name!r} cannot be read: {str(error).splitlines()[0]}") from None
 
     if config.vision_tower is None:
-        whole = with_projector(read(config.model), config.projector)
+        whole = with_projector(read_config(config.model), config.projector)
         return whole.get_text_config().num_hidden_layers, _visual_tokens(whole)
     vision = read(config.vision_tower)
     vision = getattr(vision, "vision_config", vision)
@@ -379,6 +380,10 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
     DataError, SaveError, FloatingPointError, and Stopped at SIGTERM; whatever was finished before stays.
     """
     output = Path(config.output)
+    if (config.deepspeed or config.fsdp) and "RANK" not in os.environ:
+        raise ConfigError(
+            f"{config.deepspeed or config.fsdp} needs a launcher, also for one process: --num-processes 1, or launch()"
+        )
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns on import if it has to find out itself
     if config.deepspeed:  # it calls ninja, which pip puts beside this Python

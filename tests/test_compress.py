@@ -306,3 +306,10 @@ def test_a_model_under_compression_refuses_to_be_copied_in_one_line():
     with compress(model, "1:avgpool:4"), pytest.raises(UnsupportedModel, match="remove"):
         copy.deepcopy(model)
     copy.deepcopy(model)
+
+
+def test_nan_from_the_projector_is_not_taken_for_a_dropped_token():
+    model, batch = tiny_llava(), ragged_batch([[3, 4]])
+    model.model.multi_modal_projector.linear_2.bias.data[0] = torch.nan
+    with compress(model, "vision:avgpool:4"), pytest.raises(FloatingPointError, match="projector"):
+        model(**batch)

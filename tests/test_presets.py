@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -336,3 +338,31 @@ def test_the_commands_of_the_reproduction_page_name_what_exists(monkeypatch):
     assert tuned.batches("instruct", 8) == (16, 1) and align.batches("align", 8) == (32, 1)
     assert Path(tuned.model) == Path(align.output)
     assert video.model.endswith("Video-LLaVA-7B-hf") and not video.aligns and video.batches("instruct", 8) == (16, 1)
+
+
+def test_what_is_no_vision_language_model_is_named_in_one_line(parts, small_model, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_llama", "mm_vision_tower": "clip"}))
+    cut = tmp_path / "cut"
+    shutil.copytree(small_model, cut)
+    os.truncate(cut / "model.safetensors", 5000)
+    wrong = {tmp_path: "LLaVA's original format.*llava-hf/", parts / "language": "without pictures", cut: "is damaged"}
+    for folder, match in wrong.items():
+        with pytest.raises(ConfigError, match=match) as caught:
+            load_model(str(folder))
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+        if folder != cut:
+            with pytest.raises(ConfigError, match=match):
+                prepare(TrainConfig(output="x", model=str(folder)))
+
+
+def test_a_tower_without_a_class_token_is_refused_before_any_weight(parts, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip_vision_model"}))
+    with pytest.raises(ConfigError, match="siglip_vision_model has no class token"):
+        join(str(tmp_path), str(parts / "language"))
+
+
+def test_engines_need_a_launcher(tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    for engine in ({"deepspeed": "zero3"}, {"fsdp": "fsdp2"}):
+        with pytest.raises(ConfigError, match="needs a launcher"):
+            train(TrainConfig(output=str(tmp_path / "run"), **engine), progress=False)
