@@ -23,7 +23,7 @@ from reprlib import repr as short
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
@@ -300,6 +300,35 @@ def find_file(folder: Path, path: str, name: str, medium: str = "image") -> Path
     return full
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened picture upright (by its EXIF orientation) and in RGB, 8 bits a channel, as a viewer shows it.
+
+    ============================== =================================================================
+    1, L, P, RGB, CMYK, YCbCr, HSV converted; of several frames, the first
+    with transparency              composed on white (RGBA, RGBa, LA, La, PA; a transparent colour)
+    I;16 and its byte orders, I    of 16 bits: 65535 is white
+    F                              from 0 to 1 where 1 is white, or from 0 to 255
+    others; I and F beyond these   ValueError
+    ============================== =================================================================
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float64)
+        low, high = values.min(), values.max()
+        white = 65535 if image.mode != "F" else 1 if high <= 1 else 255
+        if not 0 <= low <= high <= white:  # NaN, too
+            raise ValueError(
+                f"its {image.mode} values from {low:g} to {high:g} have no known white; save it with 8 bits"
+            )
+        return Image.fromarray((values * (255 / white)).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBa", "La"):  # premultiplied
+        image = image.convert(image.mode.upper())
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
 def open_image(
     folder: Path, path: str, name: str, pad: tuple[int, int, int] | None = None, eighth: bool = False
 ) -> Image.Image:
@@ -315,7 +344,7 @@ def open_image(
                 raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels are too many")
             if eighth:
                 opened.draft("RGB", (1, 1))
-            image = opened.convert("RGB")
+            image = to_rgb(opened)
     except Exception as error:  # Pillow raises whatever a broken file makes of its readers
         raise DataError(f"{name}: image {path!r} cannot be read ({error}); fetch it again or drop the entry") from None
     return pad_to_square(image, pad)

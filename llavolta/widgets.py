@@ -23,7 +23,7 @@ from PIL import Image
 from llavolta import plots, studies
 from llavolta.compressors import COMPRESSORS
 from llavolta.cost import CostModel
-from llavolta.data import LlavaData, open_image
+from llavolta.data import LlavaData, open_image, to_rgb
 from llavolta.errors import UserError
 from llavolta.families import find_parts
 from llavolta.plan import VISION, Layer
@@ -201,7 +201,7 @@ class Explorer:
         if not self.upload.value:
             return
         try:
-            self._show_own(Image.open(io.BytesIO(self.upload.value[0]["content"])).convert("RGB"))
+            self._show_own(to_rgb(Image.open(io.BytesIO(self.upload.value[0]["content"]))))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             self.message.value = f"<b style='color:#a00'>the upload is no picture: {escape(str(error))}</b>"
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llavolta import backbones
-from llavolta.data import IGNORED, Collator, DataError, GroupedSampler, LlavaData, check_entry
+from llavolta.data import IGNORED, Collator, DataError, GroupedSampler, LlavaData, check_entry, open_image, to_rgb
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +190,46 @@ def test_every_answer_ends_in_the_end_token_whatever_the_template(scenes):
             assert ids[ids != token].tolist() == plain.tolist()
         else:
             assert ids.tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr", "HSV", "I;16", "I;16B", "I", "F"]
+)
+def test_every_mode_shows_its_greys(mode):
+    """Black, grey and white stay what they are, also in more than 8 bits, which Pillow itself clips to white."""
+    grey = np.array([[0, 128, 255]], dtype=np.uint8)
+    if mode.startswith("I;16"):
+        image = Image.frombytes(
+            mode, (3, 1), (grey * np.array(257)).astype(">u2" if mode[-1] == "B" else "<u2").tobytes()
+        )
+    elif mode == "I":
+        image = Image.fromarray(grey.astype(np.int32) * 257)
+    elif mode == "F":
+        image = Image.fromarray(grey.astype(np.float32) / 255)
+    else:
+        image = Image.fromarray(grey).convert("RGB" if mode in ("CMYK", "YCbCr", "HSV", "P") else "L")
+        image = image.quantize() if mode == "P" else image.convert(mode)
+    assert image.mode == mode
+    shown = np.asarray(to_rgb(image)).astype(int)
+    assert shown.shape == (1, 3, 3) and shown[0, 0].max() <= 1 and shown[0, 2].min() >= 254
+    assert mode == "1" or np.abs(shown[0, 1] - 128).max() <= 1
+
+
+def test_transparent_pictures_stand_on_white_and_photographs_upright(tmp_path):
+    clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    assert np.asarray(to_rgb(clear)).min() == 255
+    clear.quantize().save(tmp_path / "p.png")
+    assert np.asarray(open_image(tmp_path, "p.png", "entry")).min() == 255
+    lying, orientation = Image.new("RGB", (16, 8)), Image.Exif()
+    orientation[0x0112] = 6  # turn right
+    lying.save(tmp_path / "photo.jpg", exif=orientation)
+    assert open_image(tmp_path, "photo.jpg", "entry").size == (8, 16)
+    assert open_image(tmp_path, "photo.jpg", "entry", eighth=True).size == (1, 2)
+
+
+@pytest.mark.parametrize("values", [np.array([[-1, 5]]), np.array([[0, 70000]])])
+def test_depths_without_a_known_white_are_refused(tmp_path, values):
+    for kind in (np.int32, np.float32):
+        Image.fromarray(values.astype(kind)).save(tmp_path / "deep.tif")
+        with pytest.raises(DataError, match="have no known white"):
+            open_image(tmp_path, "deep.tif", "entry")

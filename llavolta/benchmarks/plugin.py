@@ -17,7 +17,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from PIL import Image
 from tqdm.auto import tqdm
 
-from llavolta.data import Collator, Example, pad_to_square, padding_colour
+from llavolta.data import Collator, Example, pad_to_square, padding_colour, to_rgb
 from llavolta.errors import UserError
 from llavolta.evaluate import greedy, prompts
 from llavolta.models import load_model
@@ -159,7 +159,7 @@ class Llavolta(lmms):
         looks = []
         for visual in visuals or []:
             if isinstance(visual, Image.Image):
-                looks.append(pad_to_square(visual.convert("RGB"), self.pad))
+                looks.append(pad_to_square(to_rgb(visual), self.pad))
             elif isinstance(visual, str):
                 clip = [pad_to_square(frame, self.pad) for frame in read_frames(visual, self.frames)]
                 looks += [clip] if getattr(self.processor, "video_processor", None) else clip
