@@ -17,16 +17,24 @@ from llavolta.schemes import Scheme
 
 COLOURS = sns.color_palette("colorblind")
 LINES = ("-", "--", ":", "-.")
-THEME = sns.plotting_context("notebook") | sns.axes_style("whitegrid")
+THEME = sns.plotting_context("notebook") | sns.axes_style("whitegrid") | {"axes.prop_cycle": plt.cycler(color=COLOURS)}
 
 
 def themed(draw: Callable) -> Callable:
-    """``draw`` under this module's theme; the caller's matplotlib settings stay as they are."""
+    """``draw`` under this module's theme; the caller's matplotlib settings stay as they are.
+
+    Not by plt.rc_context: that would also take back what a notebook's backend sets when the first figure loads it, and
+    no figure would be shown.
+    """
 
     @functools.wraps(draw)
     def drawn(*args, **kwargs):
-        with plt.rc_context(THEME | {"axes.prop_cycle": plt.cycler(color=COLOURS)}):
+        held = {name: plt.rcParams[name] for name in THEME}
+        plt.rcParams.update(THEME)
+        try:
             return draw(*args, **kwargs)
+        finally:
+            plt.rcParams.update(held)
 
     return drawn
 

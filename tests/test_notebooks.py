@@ -86,6 +86,14 @@ def test_01_redundancy_shows_both_studies_and_keeps_its_results(study, tmp_path)
     assert [file.stat().st_mtime_ns for file in files] == written
 
 
+def test_01_redundancy_takes_what_the_command_line_gives_and_a_single_layer(study, tmp_path):
+    given = dict(layers=2, strides="[1, 4]", limit="8", bf16="false", pad_to_square="False")
+    notebook = run("01_redundancy", tmp_path, **{**study, **given, "output": str(tmp_path / "sweep")})
+    assert pictures(notebook) == 4 and "at layer 2: from" in outputs(notebook)
+    files = list((tmp_path / "sweep").rglob("*.json"))
+    assert {file.stem for file in files} == {"none", "2-avgpool-4"}
+
+
 def test_02_compressor_design_shows_every_compressor(study, tmp_path):
     notebook = run("02_compressor_design", tmp_path, strides=[1, 8], example=5, layer=1, **study)
     assert pictures(notebook) == 8
@@ -98,6 +106,8 @@ def test_02_compressor_design_shows_every_compressor(study, tmp_path):
         ("01_redundancy", {"layer": 2}, "ParameterError: unknown parameter 'layer'; known: model, questions"),
         ("01_redundancy", {"layers": [7]}, "PlanError: plan '7:avgpool:1' names layer 7, but this model's 4 decoder"),
         ("01_redundancy", {"strides": []}, "StudyError: a sweep needs at least one layer"),
+        ("01_redundancy", {"strides": 8}, "ParameterError: strides must reach from 1 to at least 4"),
+        ("01_redundancy", {"bf16": "no"}, "ParameterError: bf16 must be true or false, not 'no'"),
         ("01_redundancy", {"questions": "nowhere.json"}, "DataError: no data file nowhere.json"),
         ("01_redundancy", {"model": "./nowhere"}, "ConfigError: no model folder ./nowhere"),
         ("02_compressor_design", {"example": 999}, "StudyError: heldout.json has questions 0..47, not 999"),

@@ -30,6 +30,15 @@ assert {name: value for name, value in plt.rcParams.items() if before[name] != v
     assert run.returncode == 0, run.stderr.decode()
 
 
+def test_what_the_backend_sets_with_the_first_figure_stays():
+    before = matplotlib.is_interactive()
+    try:
+        plots.themed(lambda: matplotlib.interactive(not before))()  # as the backend of notebooks does
+        assert matplotlib.is_interactive() is not before
+    finally:
+        matplotlib.interactive(before)
+
+
 def test_every_public_function_draws_under_the_theme():
     public = [
         item
