@@ -576,7 +576,7 @@ def view(
         tokens=tokens,
         ratio=len(tokens) * visual / sum(tokens),
         flops=_relative_flops(families.unwrap(model).config, plan, text_tokens, sum(frames)),
-        answer=processor.decode(said, skip_special_tokens=True).strip() + ("" if ended else " …"),
+        answer=f"{processor.decode(said, skip_special_tokens=True).strip()}{'' if ended else ' …'}".strip(),
         guesses={processor.tokenizer.decode([token]).strip() or "(blank)": chance for token, chance in pairs},
         shape=record.shape or _square(visual // max(len(images), 1)),
         visual=visual,
