@@ -19,6 +19,11 @@ from llavolta.schemes import NAMED
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
 
+def claim(config: TrainConfig) -> None:
+    """As ``train`` does before it trains."""
+    train._claim(Path(config.output), config, train.prepare(config))
+
+
 class Enough(Exception):
     """The notebook has said all that it trains."""
 
@@ -71,8 +76,8 @@ def test_no_two_notebooks_hold_different_runs_in_one_folder(opened):
     assert any(len(held) == 4 for held in shared)  # single-stage: 01, 02, 03 and 05
     for held in shared:
         for first, second in permutations(held, 2):
-            train.claim(first)
-            train.claim(second)  # ConfigError if it is another run
+            claim(first)
+            claim(second)  # ConfigError if it is another run
 
 
 @pytest.mark.parametrize("first", [None, 3])
@@ -88,4 +93,4 @@ def test_a_run_whose_steps_are_said_in_other_words_is_the_same(scenes, small_mod
     assert weights.stat().st_mtime_ns == written
     for other in (dict(max_steps=4), dict(max_steps=None, epochs=5.0), dict(max_steps=None, learning_rate=1e-3)):
         with pytest.raises(ConfigError, match="holds another run"):
-            train.claim(replace(config, **other))
+            claim(replace(config, **other))
