@@ -38,8 +38,9 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: {% if message['content'] is string %}"
     "{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] != 'text' %}<{{ part['type'] }}>\n{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<{{ part['type'] }}>\n{% endif %}{% endfor %}"
+    "{% endif %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )

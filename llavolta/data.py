@@ -129,11 +129,14 @@ def _cached(file: Path, suffix: str, *more: object) -> Path:
 
 
 def _keep(kept: Path, content: bytes) -> None:
-    """Write ``content`` at once, whatever other processes do."""
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    """Write ``content`` at once, whatever other processes do; where that cannot be, say so and go on without."""
     part = kept.with_name(f"{kept.name}.part{os.getpid()}")
-    part.write_bytes(content)
-    part.replace(kept)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        part.replace(kept)
+    except OSError as error:
+        print(f"note: {kept} cannot be kept ({error}); it will be made again next time", file=sys.stderr)
 
 
 def _reasons(text: str) -> dict[int, str]:
@@ -147,7 +150,8 @@ class LlavaData(Dataset):
     file: the JSON list. images: the folder that the image paths are relative to (default: the JSON's own folder).
     pad: pad images to squares with this RGB colour, as LLaVA-1.5 does; None leaves them, and clips always are, as
     they are. frames: of each clip; see video.read_frames.
-    skip: entries of the file to leave out (see ``find_bad``), besides those of a wrong structure; None: none are.
+    skip: entries of the file to leave out, besides those of a wrong structure (see ``find_bad``, whose reasons are told
+    if no entry is left); None: none are.
 
     The structure of every entry is checked on opening, each picture when it is read. Entries, pictures and frames are
     read from their files when asked for; none stay in memory. medium, has_image, lengths: arrays (n,); medium: 0 for
@@ -178,7 +182,9 @@ class LlavaData(Dataset):
         self.skipped = sorted({*bad, *(skip or ())})
         self.rows = np.setdiff1d(np.arange(len(self.index.start)), self.skipped)  # entries of the file
         if not len(self.rows):
-            raise DataError(f"{self.file}: all of its {len(self.index.start)} entries are bad")
+            reasons = {**(skip if isinstance(skip, dict) else {}), **bad}
+            first = f"; the first: {next(iter(reasons.values()))}" if reasons else ""
+            raise DataError(f"{self.file}: all of its {len(self.index.start)} entries are bad{first}")
         self.medium, self.lengths = self.index.medium[self.rows], self.index.lengths[self.rows]
         self.has_image = self.medium > 0
 
@@ -220,7 +226,7 @@ class LlavaData(Dataset):
             texts = [turn["value"] for turn in entry["conversations"] if turn["from"] != "system"]
             types = entry.get("types") or ["all"] * (len(texts) // 2)
             for asked, answered, kind in zip(texts[::2], texts[1::2], types, strict=True):
-                question = _PLACEHOLDER.sub("", asked).strip()
+                question = _PLACEHOLDER.sub("", _as_text(entry, asked)).strip()
                 yield {"index": index, "type": kind, "question": question, "answer": answered}
 
     def check_media(self, index: int) -> None:
@@ -257,6 +263,7 @@ def check_entry(entry: object, name: str) -> str:
     if not asked or speakers != ["human", "gpt"] * asked:
         raise DataError(f"{name}: the turns must alternate human, gpt, human, gpt, ..., not {speakers[:6]}")
     text = "\n".join([turn["value"] for turn in turns])
+    asking = "\n".join([turn["value"] for turn in turns if turn["from"] == "human"])
     if not _is_text(text):
         raise DataError(f"{name}: the text holds half a character (a lone surrogate) and is damaged")
     for medium, placeholder in MEDIA.items():
@@ -266,6 +273,10 @@ def check_entry(entry: object, name: str) -> str:
         paths, placeholders = _paths(entry, medium), text.count(placeholder)
         if not all(map(_is_text, paths)):
             raise DataError(f"{name}: '{medium}' must list paths, not {short(paths)}")
+        if not paths:
+            continue  # the words are text, such as HTML's <video>
+        if asking.count(placeholder) != placeholders:
+            raise DataError(f"{name} has {placeholder} in an answer or a system message; {medium}s belong to questions")
         if placeholders != len(paths):
             raise DataError(
                 f"{name} has {placeholders} {placeholder} placeholders for {len(paths)} {medium}s; they must be equal"
@@ -276,12 +287,29 @@ def check_entry(entry: object, name: str) -> str:
     return text
 
 
+def _as_text(entry: dict, text: str) -> str:
+    """``text`` with the words <image> and <video> broken up where ``entry`` has none of it: else tokenizers
+    take them for media."""
+    for medium, placeholder in MEDIA.items():
+        if not _paths(entry, medium):
+            text = text.replace(placeholder, f"< {medium}>")
+    return text
+
+
 def _messages(entry: dict) -> list[dict]:
+    """transformers' chat format. Media stand where the text has them; one at an end goes first, as in LLaVA."""
     messages = []
     for turn in entry["conversations"]:
-        text = turn["value"]
-        parts = [{"type": medium} for medium in _PLACEHOLDER.findall(text)]  # go before the text, as in LLaVA
-        parts.append({"type": "text", "text": _PLACEHOLDER.sub("", text).strip()})
+        first, *rest = _PLACEHOLDER.split(_as_text(entry, turn["value"]).strip())
+        media, texts = rest[::2], [first, *rest[1::2]]
+        if len(media) == 1 and not all(text.strip() for text in texts):
+            texts = ["", "".join(texts)]
+        parts = [{"type": "text", "text": texts[0].strip() if not media else texts[0].lstrip()}]
+        for medium, text in zip(media, texts[1:], strict=True):
+            parts += [{"type": medium}, {"type": "text", "text": text.strip()}]
+        parts = [part for part in parts if part.get("text") != ""]
+        if len(parts) == len(media):  # templates look for a text
+            parts.append({"type": "text", "text": ""})
         messages.append({"role": ROLES[turn["from"]], "content": parts})
     return messages
 
@@ -386,9 +414,12 @@ def find_bad(
     index = read_index(file)
     kept = _cached(file, "json", folder.resolve())
     if kept.exists() and not fresh:
-        held = json.loads(kept.read_text())
-        if held["version"] == index.version:
-            return _reasons(held["bad"])
+        try:
+            held = json.loads(kept.read_text())
+            if held["version"] == index.version:
+                return _reasons(held["bad"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged; it is made again
+            pass
     bad = dict(index.bad)
     if len(bad) < len(index.start):
         data = LlavaData(file, folder, skip=())
@@ -460,7 +491,11 @@ class Collator:
             self._check_length(example, placeholder[row], labels[row])
         keep = min(ids.shape[1], self.max_length)
         batch = {"input_ids": ids[:, :keep], "attention_mask": encoded["attention_mask"][:, :keep]}
-        others = {key: value for key, value in encoded.items() if key not in batch}
+        others = {
+            key: value[:, :keep] if getattr(value, "shape", None) == ids.shape else value  # such as token_type_ids
+            for key, value in encoded.items()
+            if key not in batch
+        }
         batch |= {"labels": labels[:, :keep], **others}
         return self.with_black(batch, "image") if self.always_picture and not images and not videos else batch
 

@@ -33,15 +33,14 @@ EMBEDDED_VIDEO = DATA / "cache" / "tiny-video-llava"
 PROJECTOR, TOWER = "multi_modal_projector", "_tower"
 TOWERS = tuple(kind + TOWER for kind in ("vision", "image", "video"))  # Video-LLaVA has one each of the last two
 
-# The conversation of Vicuna v1.5 and LLaVA-1.5: a system message, theirs unless there is one, then the turns, pictures
-# before text.
+# The conversation of Vicuna v1.5 and LLaVA-1.5: a system message, theirs unless there is one, then the turns.
 VICUNA_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. {% endif %}"
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'][0]['text'] }} {% else %}"
     "{{ message['role'].upper() }}: "
-    "{% for part in message['content'] if part['type'] != 'text' %}<{{ part['type'] }}>\n{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<{{ part['type'] }}>\n{% endif %}{% endfor %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )

@@ -10,9 +10,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from llavolta import backbones
-from llavolta.data import IGNORED, Collator, DataError, GroupedSampler, LlavaData, check_entry, open_image, to_rgb
+from llavolta import backbones, data
+from llavolta.data import (
+    IGNORED,
+    Collator,
+    DataError,
+    GroupedSampler,
+    LlavaData,
+    check_entry,
+    find_bad,
+    open_image,
+    to_rgb,
+)
+from llavolta.models import VICUNA_TEMPLATE
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +94,6 @@ def test_padding_to_squares_with_the_given_colour(tmp_path):
         ({"conversations": [{"from": "robot", "value": "x"}]}, "'from'"),
         ({"conversations": entry()["conversations"][:3]}, "alternate"),
         ({"conversations": entry()["conversations"][::-1]}, "alternate"),
-        ({"image": None}, "1 <image> placeholders for 0 images"),
         ({"image": ["a.png", "a.png"]}, "1 <image> placeholders for 2 images"),
         ({"image": 7}, "'image' must be a path"),
         ({"image": [7]}, "'image' must list paths"),
@@ -233,3 +244,89 @@ def test_depths_without_a_known_white_are_refused(tmp_path, values):
         Image.fromarray(values.astype(kind)).save(tmp_path / "deep.tif")
         with pytest.raises(DataError, match="have no known white"):
             open_image(tmp_path, "deep.tif", "entry")
+
+
+def turns(*texts: str) -> list[dict]:
+    return [{"from": who, "value": text} for who, text in zip(["human", "gpt"] * len(texts), texts, strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "parts"),
+    [
+        ("<image>\nIs there a 3?", ["image", "Is there a 3?"]),
+        ("Is there a 3?\n<image>", ["image", "Is there a 3?"]),  # goes first, as in LLaVA
+        ("A: <image> B: <image> Which?", ["A: ", "image", "B:", "image", "Which?"]),
+        ("See <image> here", ["See ", "image", "here"]),
+        ("<image>\n<image>\nWhich?", ["image", "image", "Which?"]),
+        ("<image>", ["image", ""]),
+    ],
+)
+def test_pictures_keep_their_places_in_the_text(tmp_path, processor, asked, parts):
+    number = asked.count("<image>")
+    Image.new("RGB", (96, 96)).save(tmp_path / "a.png")
+    write = [{"id": "a", "image": ["a.png"] * number, "conversations": turns(asked, "yes")}]
+    (tmp_path / "d.json").write_text(json.dumps(write))
+    example = LlavaData(tmp_path / "d.json")[0]
+    content = example.messages[0]["content"]
+    assert [part.get("text", part["type"]) for part in content] == parts
+    for template in (processor.chat_template, VICUNA_TEMPLATE):
+        text = processor.apply_chat_template(example.messages, chat_template=template)
+        assert "".join(f"<{part}>\n" if part == "image" else part for part in parts) in text
+    assert (Collator(processor)([example])["input_ids"] == processor.image_token_id).sum() == 144 * number
+
+
+@pytest.mark.parametrize("word", ["<image>", "<video>"])
+def test_words_that_look_like_media_are_text_where_there_are_none(tmp_path, processor, word):
+    """As mix665k's entries about HTML and SVG have them."""
+    write = [{"id": "a", "conversations": turns(f"what is {word} in html?", f"{word} is a tag")}]
+    (tmp_path / "d.json").write_text(json.dumps(write))
+    data = LlavaData(tmp_path / "d.json")
+    batch = Collator(processor)([data[0]])
+    text = processor.tokenizer.decode(batch["input_ids"][0])
+    assert not (batch["input_ids"] == processor.image_token_id).any() and word not in text
+    assert word[1:] in data[0].messages[1]["content"][0]["text"] and next(data.questions())["question"].startswith(
+        "what"
+    )
+
+
+def test_a_placeholder_outside_a_question_is_an_error():
+    with pytest.raises(DataError, match="<image> in an answer or a system message"):
+        check_entry(entry(conversations=turns("Draw a 3", "here: <image>")), "x")
+
+
+def test_every_tensor_of_a_batch_is_cut_at_max_length(tmp_path):
+    class Typed(type(backbones.processor())):
+        def __call__(self, *args, **options):
+            out = super().__call__(*args, **options)
+            out["token_type_ids"] = torch.zeros_like(out["input_ids"])
+            return out
+
+    typed = backbones.processor()
+    typed.__class__ = Typed
+    write = [{"id": "a", "conversations": turns("is there a 3?", "yes", "is there a 4?", "no")}]
+    (tmp_path / "d.json").write_text(json.dumps(write))
+    batch = Collator(typed, max_length=10)([LlavaData(tmp_path / "d.json")[0]])
+    assert {name: value.shape for name, value in batch.items()} == dict.fromkeys(batch, torch.Size([1, 10]))
+
+
+def test_what_was_found_is_found_again_where_its_file_is_damaged_or_cannot_be_kept(tmp_path, monkeypatch, capsys):
+    (tmp_path / "d.json").write_text(json.dumps([entry()]))
+    found = find_bad(tmp_path / "d.json", progress=False)
+    assert list(found) == [0]
+    (kept,) = data.CACHE.glob("d-*.json")
+    for damage in ("", "{", "[1]", "{}"):
+        kept.write_text(damage)
+        assert find_bad(tmp_path / "d.json", progress=False) == found
+    monkeypatch.setattr(data, "CACHE", tmp_path / "d.json")  # no folder can be made there
+    assert find_bad(tmp_path / "d.json", fresh=True, progress=False) == found
+    assert "cannot be kept" in capsys.readouterr().err
+    with pytest.raises(DataError, match="all of its 1 entries are bad; the first: .*no image 'a.png'"):
+        LlavaData(tmp_path / "d.json", skip=found)
+
+
+def test_a_data_loading_process_says_its_error_in_one_line(tmp_path):
+    (tmp_path / "d.json").write_text(json.dumps([entry()]))
+    loader = DataLoader(LlavaData(tmp_path / "d.json"), num_workers=1, multiprocessing_context="fork")
+    with pytest.raises(DataError) as raised:
+        next(iter(loader))
+    assert str(raised.value).startswith("d.json entry 0") and "\n" not in str(raised.value)

@@ -182,8 +182,8 @@ def test_videos_are_counted_and_read_when_asked_for(folder):
     assert opened.has_image.tolist() == [True, False]
     with pytest.raises(DataError, match="entry 0 .*: no video 'clip.mp4' in"):
         opened[0]
-    with pytest.raises(DataError, match="1 <video> placeholders for 0 videos"):
-        LlavaData(write(folder, {"conversations": SEEN}), folder)
+    with pytest.raises(DataError, match="1 <video> placeholders for 2 videos"):
+        LlavaData(write(folder, {"conversations": SEEN, "video": ["a.mp4", "b.mp4"]}), folder)
 
 
 def test_questions_of_a_conversation_with_a_system_message(folder):
