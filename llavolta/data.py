@@ -14,7 +14,8 @@ import os
 import re
 import sys
 from array import array
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +31,7 @@ from tqdm.auto import tqdm
 
 from llavolta.errors import DataError, UserError
 from llavolta.jsonlist import scan
-from llavolta.models import DATA
+from llavolta.models import DATA, model_path
 from llavolta.video import FRAMES, read_frames
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -39,6 +40,9 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")  # no reader that
 IGNORED = -100
 CACHE = DATA / "cache" / "llava"
 KEPT_FROM = 1 << 25  # bytes of a data file whose index is kept: a smaller one is indexed in a second
+
+RARE = "\ua66e \U00013000"  # letters that no vocabulary of words holds
+MAY_BE_UNKNOWN = 0.01  # of a file's words
 
 _PLACEHOLDER = re.compile("<(image|video)>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -229,6 +233,12 @@ class LlavaData(Dataset):
                 question = _PLACEHOLDER.sub("", _as_text(entry, asked)).strip()
                 yield {"index": index, "type": kind, "question": question, "answer": answered}
 
+    def texts(self) -> Iterator[str]:
+        """Every turn's text, without placeholders."""
+        for index in range(len(self)):
+            for turn in self.entry(index)["conversations"]:
+                yield _PLACEHOLDER.sub(" ", turn["value"])
+
     def check_media(self, index: int) -> None:
         """Raise DataError unless each picture and clip of an entry can be decoded."""
         entry = self.entry(index)
@@ -396,6 +406,30 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int] | None) -> Im
 def padding_colour(processor) -> tuple[int, int, int]:
     """The colour (RGB) that ``processor`` normalises to 0, which LLaVA-1.5 pads with."""
     return tuple(round(255 * mean) for mean in processor.image_processor.image_mean)
+
+
+def check_words(texts: Iterable[str], tokenizer, name: object) -> None:
+    """Raise DataError, naming ``name``, if the tokenizer knows less than 99% of the words of ``texts``.
+
+    Fewer that it does not know are told on stderr. A tokenizer that can write any text, by bytes, is asked nothing.
+    """
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown not in tokenizer(RARE, add_special_tokens=False)["input_ids"]:
+        return
+    counts = Counter(word for text in texts for word in text.split())
+    if not counts:
+        return
+    written = tokenizer(list(counts), add_special_tokens=False)["input_ids"]
+    strange = [word for word, ids in zip(counts, written, strict=True) if unknown in ids]
+    share = sum(counts[word] for word in strange) / counts.total()
+    if not strange:
+        return
+    told = f"{share:.1%} of the words of {name} are unknown to the tokenizer: {', '.join(map(short, strange[:10]))}"
+    if share > MAY_BE_UNKNOWN:
+        raise DataError(
+            f"{told}; each would be {tokenizer.unk_token}. Use a model with a larger vocabulary (model: PATH)"
+        )
+    print(f"note: {told}", file=sys.stderr)
 
 
 def find_bad(
@@ -599,19 +633,38 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("file", help="LLaVA JSON")
     check.add_argument("folder", nargs="?", help="of the pictures; default: that of FILE")
     check.add_argument("--workers", type=int, help="threads that decode pictures; default: one a core")
+    check.add_argument("--model", help="folder or hub name of the model, whose tokenizer must know the words")
     check.add_argument("--json", action="store_true", help='print one object, {"entries": n, "bad": {index: reason}}')
     options = parser.parse_args(arguments)
     try:
         bad = find_bad(options.file, options.folder, options.workers, fresh=True)
         entries = len(read_index(Path(options.file)).start)
+        strange = _strange_words(options, bad) if options.model and len(bad) < entries else None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.json:
-        print(json.dumps({"entries": entries, "bad": bad}, indent=1))
+        print(json.dumps({"entries": entries, "bad": bad} | ({"words": strange} if options.model else {}), indent=1))
     else:
-        print("\n".join([*bad.values(), f"{len(bad)} of {entries} entries are bad"]))
-    return int(bool(bad))
+        print("\n".join([*bad.values(), *([strange] if strange else []), f"{len(bad)} of {entries} entries are bad"]))
+        if not options.model:
+            print("words were not checked against a tokenizer; --model NAME does", file=sys.stderr)
+    return int(bool(bad or strange))
+
+
+def _strange_words(options: argparse.Namespace, bad: dict[int, str]) -> str | None:
+    """What is wrong with the words of a data set for a model, or None."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path(options.model))
+    except (OSError, ValueError) as error:
+        raise DataError(f"no tokenizer of {options.model!r} ({str(error).splitlines()[0]})") from None
+    try:
+        check_words(LlavaData(options.file, options.folder, skip=bad).texts(), tokenizer, Path(options.file).name)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 if __name__ == "__main__":

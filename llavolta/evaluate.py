@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from llavolta.data import LlavaData
+from llavolta.data import LlavaData, check_words
 from llavolta.patch import compress
 
 LEAST_NEW_TOKENS = 4  # so that a model's own wrong answers can be read
@@ -57,6 +57,12 @@ def answering(model):
     finally:
         for module, training in modes:
             module.training = training
+
+
+def check_questions(processor, questions: list[dict], data: LlavaData) -> None:
+    """Refuse ``questions`` whose words, or whose answers', the tokenizer does not know. Raises DataError."""
+    texts = (question[part] for question in questions for part in ("question", "answer"))
+    check_words(texts, processor.tokenizer, data.file.name)
 
 
 def answer_limit(processor, answers: Iterable[str], max_new_tokens: int | None = None) -> int:
@@ -139,6 +145,7 @@ def evaluate(
     on stderr where a limit was given, since such an answer is longer than any true one otherwise.
     """
     questions = list(islice(data.questions(), limit))
+    check_questions(processor, questions, data)
     length = answer_limit(processor, (question["answer"] for question in questions), max_new_tokens)
     predictions, truncated = [], []
     with answering(model), compress(model, plan):

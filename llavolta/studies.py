@@ -77,6 +77,7 @@ def redundancy_sweep(
         check_layers(parse_plan(f"{layer}:avgpool:{stride}"), depth)
     questions = list(islice(data.questions(), limit))
     plans = sorted(set(points.values()), key=lambda plan: (min(parse_plan(plan), default=depth), plan))
+    evaluate.check_questions(processor, questions, data)
     length = evaluate.answer_limit(processor, (question["answer"] for question in questions), max_new_tokens)
     folder = Path(cache) / _fingerprint(model, processor, data, questions, length) if cache else None
     answers = {plan: _read_point(folder, plan) for plan in plans}
@@ -336,6 +337,7 @@ def answer_attention(
     the kind the prompt holds). See ``attention_shares``.
     """
     questions = list(islice(data.questions(), limit))
+    evaluate.check_questions(processor, questions, data)
     ids = set(families.find_parts(model).visual_ids.values())
     frames, starts = [], range(0, len(questions), batch_size)
     with evaluate.answering(model):

@@ -42,7 +42,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from llavolta import checkpoints, digits
 from llavolta import clips as clips_vqa
 from llavolta.config import ENGINES, PRESETS, ConfigError, TrainConfig, parse_yaml
-from llavolta.data import Collator, DataError, GroupedSampler, LlavaData, find_bad, padding_colour
+from llavolta.data import Collator, DataError, GroupedSampler, LlavaData, check_words, find_bad, padding_colour
 from llavolta.dualspeed import ISOLATOR, add_isolator, fast_mode, load_isolator, save_isolator, slow_mode
 from llavolta.errors import Stopped, UserError
 from llavolta.families import PIXELS, find_parts, unwrap
@@ -567,6 +567,7 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
     dataset = open_data(config, phase.data, phase.images, pad)
     if config.bad_entries == "skip":
         _record_skipped(output, dataset, progress)
+    check_words(dataset.texts(), processor.tokenizer, dataset.file.name)
     asked = threading.Event()
     stages = StageCallback(scheme, phase.last, lambda: _on_any_process(trainer, asked))
     tuned = {PROJECTOR: config.projector_learning_rate, TOWER: config.tower_learning_rate}

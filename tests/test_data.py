@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from llavolta import backbones, data
+from llavolta import backbones, data, evaluate, studies, train
+from llavolta.config import TrainConfig
 from llavolta.data import (
     IGNORED,
     Collator,
@@ -20,11 +21,12 @@ from llavolta.data import (
     GroupedSampler,
     LlavaData,
     check_entry,
+    check_words,
     find_bad,
     open_image,
     to_rgb,
 )
-from llavolta.models import VICUNA_TEMPLATE
+from llavolta.models import VICUNA_TEMPLATE, load_model
 
 
 @pytest.fixture(scope="module")
@@ -330,3 +332,36 @@ def test_a_data_loading_process_says_its_error_in_one_line(tmp_path):
     with pytest.raises(DataError) as raised:
         next(iter(loader))
     assert str(raised.value).startswith("d.json entry 0") and "\n" not in str(raised.value)
+
+
+def test_words_that_the_tokenizer_does_not_know_are_refused(tmp_path, processor, small_model, capsys):
+    """In training, asking and the check: they would all be <unk>, and nothing would be learnt of them."""
+    known = turns("is there a 3?", "yes")
+    shapes = [
+        {"id": str(i), "conversations": turns(f"is a red blob{i} above the green cube?", "no")} for i in range(12)
+    ]
+    (tmp_path / "shapes.json").write_text(json.dumps(shapes))
+    few = [{"id": "x", "conversations": turns("is there a zebra?", "no")}]
+    (tmp_path / "few.json").write_text(json.dumps([{"id": "a", "conversations": known}] * 200 + few))
+    refused = "of the words of shapes.json are unknown to the tokenizer: 'red', 'blob0', 'above'.* larger vocabulary"
+    with pytest.raises(DataError, match=refused):
+        check_words(LlavaData(tmp_path / "shapes.json").texts(), processor.tokenizer, "shapes.json")
+    check_words(LlavaData(tmp_path / "few.json").texts(), processor.tokenizer, "few.json")
+    assert "0.1% of the words of few.json" in capsys.readouterr().err
+    model, words = load_model(str(small_model))
+    asked = LlavaData(tmp_path / "shapes.json")
+    for ask in (
+        lambda: evaluate.evaluate(model, words, asked, progress=False),
+        lambda: studies.redundancy_sweep(model, words, asked, [1], [2], progress=False),
+        lambda: studies.answer_attention(model, words, asked, progress=False),
+    ):
+        with pytest.raises(DataError, match=refused):
+            ask()
+    options = dict(model=str(small_model), data=str(tmp_path / "shapes.json"), align_steps=0, max_steps=3, batch_size=4)
+    with pytest.raises(DataError, match=refused):
+        train.train(TrainConfig(output=str(tmp_path / "run"), **options), progress=False)
+    capsys.readouterr()
+    assert data.main(["check", str(tmp_path / "shapes.json"), "--model", str(small_model)]) == 1
+    assert "are unknown to the tokenizer" in capsys.readouterr().out
+    assert data.main(["check", str(tmp_path / "shapes.json")]) == 0
+    assert "--model NAME" in capsys.readouterr().err
