@@ -171,7 +171,7 @@ def join(vision_tower: str, language_model: str) -> tuple[LlavaForConditionalGen
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=False,
+        tie_word_embeddings=language.config.tie_word_embeddings,
     )
     model = LlavaForConditionalGeneration(config)
     _copy(tower, model.model.vision_tower, vision_tower)
@@ -183,9 +183,40 @@ def join(vision_tower: str, language_model: str) -> tuple[LlavaForConditionalGen
         patch_size=vision.patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=tokenizer.chat_template or VICUNA_TEMPLATE,
+        chat_template=_multimodal_template(tokenizer, language_model),
     )
     return model, processor
+
+
+# Before a template that takes a message's content for text: the text that its parts come to.
+_PARTS_TO_TEXT = (
+    "{% set told = namespace(messages=[]) %}{% for message in messages %}{% set text %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<{{ part['type'] }}>\n{% endif %}{% endfor %}"
+    "{% endif %}{% endset %}{% set told.messages = told.messages + [dict(message, content=text)] %}{% endfor %}"
+    "{% set messages = told.messages %}"
+)
+
+
+def _multimodal_template(tokenizer, name: str) -> str:
+    """The tokenizer's own chat template, made to take pictures where it takes text alone; Vicuna's if it has none.
+
+    Raises ConfigError if neither way a picture and the words beside it are written in their order.
+    """
+    own = tokenizer.chat_template
+    if not own:
+        return VICUNA_TEMPLATE
+    looked, said = [{"type": "image"}, {"type": "text", "text": "what"}], [{"type": "text", "text": "this"}]
+    messages = [{"role": "user", "content": looked}, {"role": "assistant", "content": said}]
+    for template in (own, _PARTS_TO_TEXT + own):
+        try:
+            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        except Exception:  # Jinja raises whatever a template makes of a list
+            continue
+        places = [text.find(part) for part in ("<image>", "what", "this")]
+        if -1 < places[0] < places[1] < places[2] and "'type'" not in text:  # which a printed list would hold
+            return template
+    raise ConfigError(f"the chat template of {name} writes no pictures; give its tokenizer one that does")
 
 
 def _copy(source: nn.Module, target: nn.Module, name: str) -> None:

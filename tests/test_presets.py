@@ -17,10 +17,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, CLIPImageProcessor, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    LlavaForConditionalGeneration,
+)
 
 from llavolta import backbones
 from llavolta.config import PRESETS, ConfigError, TrainConfig, parse_yaml, preset
+from llavolta.data import Collator, LlavaData
 from llavolta.errors import UserError
 from llavolta.models import join, load_model, parameter_groups, set_trainable, with_adapters
 from llavolta.train import StageTrainer, main, prepare, read_metrics, train
@@ -244,6 +251,63 @@ def test_a_model_of_two_parts_has_their_weights(parts, small_model):
     assert text.startswith("A chat between a curious user")
     assert text.endswith(" USER: <image>\nWhat? ASSISTANT: This.</s>")
     assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id
+
+
+# As instruct models have them, which take a message's content for text: ChatML (SmolLM2, Qwen2) and Llama 3's.
+_CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_LLAMA3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+    "message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("template", "end"), [(_CHATML, "<|im_end|>"), (_LLAMA3, "<|eot_id|>")])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_language_model_with_a_template_for_text_reads_pictures(parts, scenes, tmp_path, template, end, tied):
+    """Its turns stay its own, its answers end as it ends them, and embeddings that are tied stay so."""
+    language = AutoModelForCausalLM.from_pretrained(parts / "language")
+    language.config.tie_word_embeddings = tied
+    language.save_pretrained(tmp_path / "language")
+    words = AutoTokenizer.from_pretrained(parts / "language")
+    words.chat_template = template
+    words.add_special_tokens({"eos_token": end})
+    words.save_pretrained(tmp_path / "language")
+    model, processor = join(str(parts / "tower"), str(tmp_path / "language"))
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    example = LlavaData(scenes / "train.json")[0]
+    batch = Collator(processor)([example])
+    answers = [message["content"][0]["text"] for message in example.messages if message["role"] == "assistant"]
+    told = processor.tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100])
+    assert told.replace(" ", "").replace("\n", "") == "".join(f"{text}{end}" for text in answers).replace(" ", "")
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 144
+    model(**batch).loss.backward()
+    text = processor.apply_chat_template(example.messages)
+    assert text == words.apply_chat_template(
+        [
+            {"role": m["role"], "content": "".join(p.get("text", "<image>\n") for p in m["content"])}
+            for m in example.messages
+        ],
+        tokenize=False,
+    )
+    model.save_pretrained(tmp_path / "joined")
+    processor.save_pretrained(tmp_path / "joined")
+    again, _ = load_model(str(tmp_path / "joined"))
+    assert (again.lm_head.weight is again.get_input_embeddings().weight) == tied
+    assert same(dict(model.state_dict()), again.state_dict())
+
+
+def test_a_template_that_writes_no_picture_is_refused(parts, tmp_path):
+    shutil.copytree(parts / "language", tmp_path / "language")
+    words = AutoTokenizer.from_pretrained(parts / "language")
+    words.chat_template = "{% for message in messages %}{{ message['role'] }}{% endfor %}"
+    words.save_pretrained(tmp_path / "language")
+    with pytest.raises(ConfigError, match="writes no pictures"):
+        join(str(parts / "tower"), str(tmp_path / "language"))
 
 
 def _part(model, name: str):
