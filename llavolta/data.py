@@ -30,11 +30,12 @@ from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
 from llavolta.errors import DataError, UserError
-from llavolta.jsonlist import scan
+from llavolta.jsonlist import WrongFormat, scan
 from llavolta.models import DATA, model_path
 from llavolta.video import FRAMES, read_frames
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+SPEAKERS = {role: speaker for speaker, role in ROLES.items()}
 MEDIA = {"image": "<image>", "video": "<video>"}  # an entry's key, and what stands for it in the text
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")  # no reader that starts other programs
 IGNORED = -100
@@ -102,6 +103,7 @@ def _scan_index(file: Path, version: list[int]) -> Index:
     try:
         for start, stop, entry in scan(file):
             try:
+                entry = as_llava(entry)
                 text = check_entry(entry, f"{file.name} entry {len(starts)}")
                 words.append(text.count(" ") + text.count("\n") + 1)
                 media.append(2 if _paths(entry, "video") else 1 if _paths(entry) else 0)
@@ -111,6 +113,8 @@ def _scan_index(file: Path, version: list[int]) -> Index:
                 media.append(0)
             starts.append(start)
             stops.append(stop)
+    except WrongFormat as error:
+        raise DataError(f"{file} {error}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON that holds a list ({error}); the download may be cut off") from None
     except OSError as error:
@@ -203,7 +207,7 @@ class LlavaData(Dataset):
         return Example(_messages(entry), images, name, videos)
 
     def entry(self, index: int) -> dict:
-        """The entry as it is in the file."""
+        """The entry, in LLaVA's format."""
         row = self.rows[index]
         start, stop = int(self.index.start[row]), int(self.index.stop[row])
         try:
@@ -211,7 +215,7 @@ class LlavaData(Dataset):
                 if _version(source.fileno()) != self.index.version:
                     raise DataError(f"{self.file} has changed since it was opened; start again")
                 source.seek(start)
-                return json.loads(source.read(stop - start))
+                return as_llava(json.loads(source.read(stop - start)))
         except OSError as error:
             raise DataError(f"{self.file} can no longer be read ({error})") from None
 
@@ -256,6 +260,28 @@ def _paths(entry: dict, medium: str = "image") -> list[str]:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and (value.isascii() or not _SURROGATE.search(value))
+
+
+def as_llava(entry: object) -> object:
+    """``entry`` with ``conversations`` of ``from`` and ``value``, where it has ``messages`` of ``role`` and ``content``.
+
+    A content may be a list of parts, as in transformers' chat format; what is of neither form stays as it is.
+    """
+    turns = entry.get("conversations", entry.get("messages")) if isinstance(entry, dict) else None
+    if not isinstance(turns, list) or not any(isinstance(turn, dict) and "role" in turn for turn in turns):
+        return entry
+    others = {key: value for key, value in entry.items() if key != "messages"}
+    return {**others, "conversations": [_turn(turn) for turn in turns]}
+
+
+def _turn(turn: object) -> object:
+    if not isinstance(turn, dict) or "role" not in turn:
+        return turn
+    content = turn.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        parts = [part.get("text") if part.get("type") == "text" else MEDIA.get(part.get("type")) for part in content]
+        content = "".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else content
+    return {"from": SPEAKERS.get(turn["role"], turn["role"]), "value": content}
 
 
 def check_entry(entry: object, name: str) -> str:

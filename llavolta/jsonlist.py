@@ -1,4 +1,4 @@
-"""Large JSON lists, an element at a time: what each one is, and where it stands in the file."""
+"""Large JSON lists and JSON Lines, an element at a time: what each one is, and where it stands in the file."""
 
 from __future__ import annotations
 
@@ -8,22 +8,31 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LONGEST = 1 << 23  # characters of an element; a longer one means a broken file
-_OPENING = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*(\]?)")
+_OPENING = re.compile(r"\ufeff?[ \t\n\r]*(?:\[[ \t\n\r]*(\]?)|(?=\{))")  # maybe behind a byte-order mark
 _AFTER = re.compile(r"[ \t\n\r]*([,\]])[ \t\n\r]*")
+_AFTER_LINE = re.compile(r"[ \t\r]*(?:\n[ \t\n\r]*|\Z)")
+
+
+class WrongFormat(ValueError):
+    """A whole file of another format; the message goes on from the file's name."""
 
 
 def scan(file: Path) -> Iterator[tuple[int, int, object]]:
-    """First byte, end and value of each element of the list in ``file``, which is read once and in blocks.
+    """First byte, end and value of each element of the list in ``file``, or of its lines; read once and in blocks.
 
-    Raises ValueError for what is not a JSON list in UTF-8, RecursionError for one nested too deeply, and OSError.
+    Raises ValueError for what is neither a JSON list nor JSON Lines in UTF-8, WrongFormat where that is by intent,
+    RecursionError for one nested too deeply, and OSError.
     """
     decode = json.JSONDecoder().raw_decode
+    with file.open("rb") as source:
+        if source.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise WrongFormat("is UTF-16; save it as UTF-8")
     with file.open(encoding="utf-8", newline="\n") as source:  # newlines as they are: bytes are counted
         text = source.read(2 * LONGEST)
         opening = _OPENING.match(text)
         if not opening:
             raise ValueError("it does not begin as a list")
-        at = byte = opening.end()
+        at, byte, lines = opening.end(), _bytes(text, 0, opening.end()), opening[1] is None
         closed = bool(opening[1])
         while not closed:
             if len(text) - at < LONGEST and (more := source.read(2 * LONGEST)):
@@ -33,11 +42,14 @@ def scan(file: Path) -> Iterator[tuple[int, int, object]]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{error.msg} at byte {byte + _bytes(text, at, error.pos)}") from None
             start, byte = byte, byte + _bytes(text, at, stop)
+            after = (_AFTER_LINE if lines else _AFTER).match(text, stop)
+            if lines and start == opening.end() and (not after or after.end() == len(text)):
+                raise WrongFormat("holds one object; write a list of conversations, or one a line")
             yield start, byte, element
-            after = _AFTER.match(text, stop)
             if not after:
-                raise ValueError(f"no comma or end of the list at byte {byte}")
-            at, byte, closed = after.end(), byte + after.end() - stop, after[1] == "]"
+                raise ValueError(f"no {'end of the line' if lines else 'comma or end of the list'} at byte {byte}")
+            at, byte = after.end(), byte + after.end() - stop
+            closed = at == len(text) if lines else after[1] == "]"
         if text[at:].strip() or source.read(1).strip():
             raise ValueError(f"there is more behind the end of the list at byte {byte}")
 

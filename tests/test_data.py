@@ -123,7 +123,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match="no data file"):
         LlavaData(tmp_path / "none.json")
     file = tmp_path / "data.json"
-    for content, match in ((b"[{", "is not JSON"), (b"\xff\xfe\x00", "is not JSON"), (b"{}", "list"), (b"[]", "list")):
+    for content, match in ((b"[{", "is not JSON"), (b"\xff\xfe\x00", "is UTF-16"), (b"{}", "list"), (b"[]", "list")):
         file.write_bytes(content)
         with pytest.raises(DataError, match=match):
             LlavaData(file)
@@ -365,3 +365,43 @@ def test_words_that_the_tokenizer_does_not_know_are_refused(tmp_path, processor,
     assert "are unknown to the tokenizer" in capsys.readouterr().out
     assert data.main(["check", str(tmp_path / "shapes.json")]) == 0
     assert "--model NAME" in capsys.readouterr().err
+
+
+def test_common_forms_of_a_data_file_are_read(tmp_path):
+    plain = [{"id": str(i), "conversations": turns(f"wären es {i}?", "yes")} for i in range(3)]
+    roles = {"human": "user", "gpt": "assistant"}
+
+    def message(turn: dict) -> dict:
+        text = turn["value"]
+        parts = [{"type": "text", "text": text}] if turn["from"] == "human" else text
+        return {"role": roles[turn["from"]], "content": parts}
+
+    chat = [{"id": row["id"], "messages": [message(turn) for turn in row["conversations"]]} for row in plain]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in plain)
+    for text in (
+        json.dumps(plain, ensure_ascii=False),
+        "\ufeff" + json.dumps(plain, ensure_ascii=False),
+        lines,
+        "\ufeff" + lines.replace("\n", "\r\n") + "\n\n",
+        json.dumps(chat, ensure_ascii=False),
+        json.dumps([{**row, "conversations": row["messages"]} for row in chat]),
+    ):
+        (tmp_path / "d.json").write_text(text, encoding="utf-8", newline="")
+        opened = LlavaData(tmp_path / "d.json")
+        assert [opened.entry(i)["conversations"] for i in range(3)] == [row["conversations"] for row in plain]
+        (tmp_path / "d.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (json.dumps([entry()]).encode("utf-16"), "d.json is UTF-16; save it as UTF-8"),
+        (json.dumps(entry()).encode(), "d.json holds one object; write a list"),
+        (json.dumps({"data": [entry()]}).encode() + b"\n", "d.json holds one object; write a list"),
+        (json.dumps(entry()).encode() + b"\n" + json.dumps(entry()).encode()[:-9], "d.json is not JSON .* cut off"),
+    ],
+)
+def test_other_forms_of_a_data_file_are_named(tmp_path, content, said):
+    (tmp_path / "d.json").write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        LlavaData(tmp_path / "d.json")
