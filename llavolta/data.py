@@ -263,7 +263,7 @@ def _is_text(value: object) -> bool:
 
 
 def as_llava(entry: object) -> object:
-    """``entry`` with ``conversations`` of ``from`` and ``value``, where it has ``messages`` of ``role`` and ``content``.
+    """``entry`` with ``conversations`` of ``from`` and ``value`` where it has ``messages`` of ``role`` and ``content``.
 
     A content may be a list of parts, as in transformers' chat format; what is of neither form stays as it is.
     """
