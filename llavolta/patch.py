@@ -78,6 +78,9 @@ def compress(
     torch.compile: pass the compiled model, not the one inside it; it is compiled anew when compression starts and
     when it ends, and the graph breaks where a compressor works.
 
+    With ``output_hidden_states`` the last entry has the rows that ``logits`` have; the others have those that their
+    layer worked on, and ``attentions`` likewise.
+
     A plan with "vision" leaves NaN in ``image_hidden_states``, at tokens that do not exist any more.
 
     prefix: gives, for I pictures, embeddings (I, P, C) to stand before each of them in the decoder, in place of tokens
@@ -417,7 +420,7 @@ class Compression:
         if state is not None and state.cache is not None and state.cached:
             self._caches.setdefault(state.cache, {}).update(state.cached)
         rows = state.rows if state is not None else None
-        hidden = output[0]
+        hidden = last = output[0]
         if rows is None and self._labelled is None:
             return None
         back = None if rows is None else _rows_of_inputs(rows, state.real.shape)
@@ -427,9 +430,15 @@ class Compression:
             hidden = torch.cat([picked, picked.new_zeros(1, picked.shape[-1])])[None]
         else:
             hidden = hidden.gather(1, back[..., None].expand(-1, -1, hidden.shape[-1]))
+
+        def ends(states) -> bool:  # the hidden states of all layers, whose last entry is the one given back
+            return isinstance(states, tuple) and len(states) > 0 and states[-1] is last
+
         if isinstance(output, tuple):
-            return (hidden, *output[1:])
+            return (hidden, *((*part[:-1], hidden) if ends(part) else part for part in output[1:]))
         output.last_hidden_state = hidden
+        if ends(output.get("hidden_states")):
+            output.hidden_states = (*output.hidden_states[:-1], hidden)
         return output
 
     # --- at a decoder layer ---

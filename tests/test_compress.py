@@ -313,3 +313,20 @@ def test_nan_from_the_projector_is_not_taken_for_a_dropped_token():
     model.model.multi_modal_projector.linear_2.bias.data[0] = torch.nan
     with compress(model, "vision:avgpool:4"), pytest.raises(FloatingPointError, match="projector"):
         model(**batch)
+
+
+@pytest.mark.parametrize("plan", ["0:avgpool:3", "2:avgpool:3", "vision:prumerge:0.5;3:avgpool:2"])
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_the_last_hidden_states_have_a_row_for_every_token(plan, return_dict):
+    model, batch = tiny_llava(), ragged_batch([[3, 4], [2, 0, 5], [6]], side="right")
+    labels = batch.pop("labels")
+    with compress(model, plan):
+        out = model(**batch, output_hidden_states=True, return_dict=return_dict)
+        logits, states = out[0], 1 + model.config.text_config.num_hidden_layers
+        parts = out.to_tuple() if return_dict else out
+        (hidden,) = [part for part in parts if isinstance(part, tuple) and len(part) == states]
+        assert hidden[-1].shape[:2] == batch["input_ids"].shape
+        torch.testing.assert_close(model.lm_head(hidden[-1]), logits)
+        model.train()
+        trained = model(**batch, labels=labels, output_hidden_states=True)
+        assert trained.hidden_states[-1].shape[:2] == trained.logits.shape[:2]
