@@ -19,6 +19,7 @@ A compressor that needs "tower" is handed what the projections of queries and ke
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -134,6 +135,18 @@ class _Pass:
         return any(bool(where.any()) for where in self.by_kind.values())
 
 
+class _Now(threading.local):
+    """Where this thread is in a pass; other threads may be in passes of their own on the same model."""
+
+    state: _Pass | None = None
+    labels: Tensor | None = None
+    labelled: tuple[Tensor, Tensor] | None = None  # rows and columns that predict a label
+    kept: tuple[CompressedTokens, int] | None = None  # what the projector works on, and how many tokens it was
+
+    def __init__(self):
+        self.tower: dict[str, Tensor] = {}  # what the last tower gave, until the projector takes it
+
+
 @dataclass
 class _CachedRows:
     """What the rows (B, n) of a key-value cache stand for: see _Rows. original: the column without compression."""
@@ -187,12 +200,9 @@ class Compression:
                 raise PlanError(f"plan {format_plan(self.plan)!r} makes no room for a prefix at 'vision' or layer 0")
             self._steps[0][-1] = Prefixed(self._steps[0][-1], prefix)
         self._towers = tower_attentions(self.parts) if self._vision and "tower" in self._vision.needs else []
-        self._tower: dict[str, Tensor] = {}  # what the last tower gave, until the projector takes it
         self._captured = {layer - 1 for layer, c in working.items() if "previous_layer" in c.needs}
         self.labelled_only = labelled_only if labelled_only is not None else bool(self._steps)
-        self._pass: _Pass | None = None
-        self._labels: Tensor | None = None
-        self._labelled: tuple[Tensor, Tensor] | None = None
+        self._now = _Now()
         self._caches: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._hooks: list = []
         if self.parts.decoder in _active:
@@ -244,27 +254,26 @@ class Compression:
             for attention in self._towers:
                 add(attention.q_proj.register_forward_hook(partial(self._after_tower, "query")))
                 add(attention.k_proj.register_forward_hook(partial(self._after_tower, "key")))
-            kept: list[tuple[CompressedTokens, int]] = []
-            add(parts.projector.register_forward_pre_hook(partial(self._before_projector, kept)))
-            add(parts.projector.register_forward_hook(partial(self._after_projector, kept)))
+            add(parts.projector.register_forward_pre_hook(self._before_projector))
+            add(parts.projector.register_forward_hook(self._after_projector))
 
     # --- around the whole model: labels ---
 
     @_plain
     def _before_top(self, module, args, kwargs):
         self._after_top()  # an interrupt (no Exception) skips the hooks that clean up
-        self._pass = None
-        self._labels = labels = kwargs.get("labels")
+        self._now.state = None
+        self._now.labels = labels = kwargs.get("labels")
         if labels is None or not self.labelled_only or not module.training or kwargs.get("shift_labels") is not None:
             return None
         row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)  # column: of the token that predicts
-        self._labelled = (row, column)
+        self._now.labelled = (row, column)
         # The head gets one row to spare, because the stock loss shifts labels by one.
         short = torch.cat([labels.new_full((1,), IGNORED), labels[row, column + 1]])[None]
         return args, {**kwargs, "labels": short}
 
     def _after_top(self, *_):
-        self._labels = self._labelled = None
+        self._now.labels = self._now.labelled = None
 
     # --- around the base model: which tokens are visual ---
 
@@ -278,14 +287,14 @@ class Compression:
         real = torch.ones_like(ids, dtype=torch.bool)
         if isinstance(mask, Tensor) and mask.dim() == 2:
             real = mask[:, -ids.shape[1] :].bool()
-        self._pass = state = _Pass(by_kind, inputs.get("mm_encoder_outputs") or {}, real)
+        self._now.state = state = _Pass(by_kind, inputs.get("mm_encoder_outputs") or {}, real)
         state.cache = inputs.get("past_key_values")
         if state.cache is not None:
             inputs = self._continue(state, inputs)
         return (), inputs
 
     def _after_base(self, module, args, output):
-        self._pass = None
+        self._now.state = None
 
     def _continue(self, state: _Pass, inputs: dict) -> dict:
         """``inputs`` for a cache whose first layer is a compressed one: stock code takes lengths from that layer."""
@@ -358,12 +367,12 @@ class Compression:
     # --- around the projector ---
 
     def _after_tower(self, name: str, module, args, output):
-        self._tower[name] = (output[:, 0].clone() if name == "query" else output).detach()
+        self._now.tower[name] = (output[:, 0].clone() if name == "query" else output).detach()
 
     def _tower_probe(self, images: int, length: int) -> TowerProbe | None:
         if not self._towers:
             return None
-        probe, self._tower = TowerProbe(**self._tower, length=length), {}
+        probe, self._now.tower = TowerProbe(**self._now.tower, length=length), {}
         given = probe.key.shape[:2]
         if given not in ((images, length), (images, length + 1)):
             raise UnsupportedModel(
@@ -373,7 +382,7 @@ class Compression:
             )
         return probe
 
-    def _before_projector(self, kept: list, module, args):
+    def _before_projector(self, module, args):
         hidden = args[0]
         if hidden.dim() != 3:
             raise UnsupportedModel(f"'vision' needs the projector to get (pictures, tokens, width), not {hidden.shape}")
@@ -385,11 +394,11 @@ class Compression:
         probe = self._tower_probe(images, length)
         tokens = VisualTokens(hidden, mask, positions, grid.expand(images, -1), module.training, probe)
         out = _check(self._vision(tokens), tokens, f"compressor {self._vision} at 'vision'")
-        kept.append((out, length))
+        self._now.kept = out, length
         return (out.hidden, *args[1:])
 
-    def _after_projector(self, kept: list, module, args, output):
-        out, length = kept.pop()
+    def _after_projector(self, module, args, output):
+        (out, length), self._now.kept = self._now.kept, None
         if output.shape[:2] != out.mask.shape:
             raise UnsupportedModel("'vision' needs a projector that maps token by token; use layer 0, behind it")
         if output[out.mask].isnan().any():  # else taken for DROPPED
@@ -402,7 +411,7 @@ class Compression:
     # --- around the decoder ---
 
     def _before_decoder(self, module, args, kwargs):
-        state, first = self._pass, min(self._steps)
+        state, first = self._now.state, min(self._steps)
         deepstack = kwargs.get("deepstack_visual_embeds")
         if state is None or deepstack is None or len(deepstack) <= first:
             return None
@@ -411,21 +420,21 @@ class Compression:
         return args, {**kwargs, "deepstack_visual_embeds": deepstack[:first]}
 
     def _after_rotary(self, module, args, kwargs, output):
-        if self._pass is not None:
-            self._pass.rotary.append((args, kwargs, output))
+        if self._now.state is not None:
+            self._now.state.rotary.append((args, kwargs, output))
 
     @_plain
     def _after_decoder(self, module, args, output):
-        state = self._pass
+        state = self._now.state
         if state is not None and state.cache is not None and state.cached:
             self._caches.setdefault(state.cache, {}).update(state.cached)
         rows = state.rows if state is not None else None
         hidden = last = output[0]
-        if rows is None and self._labelled is None:
+        if rows is None and self._now.labelled is None:
             return None
         back = None if rows is None else _rows_of_inputs(rows, state.real.shape)
-        if self._labelled is not None:
-            row, column = self._labelled
+        if self._now.labelled is not None:
+            row, column = self._now.labelled
             picked = hidden[row, column if back is None else back[row, column]]
             hidden = torch.cat([picked, picked.new_zeros(1, picked.shape[-1])])[None]
         else:
@@ -446,7 +455,7 @@ class Compression:
     @_plain
     def _before_layer(self, number: int, segment: int | None, module, args, kwargs):
         """The pre-forward hook of layer ``number``, whose rows the compressors at layer ``segment`` made."""
-        state = self._pass
+        state = self._now.state
         if state is None:
             return None
         kwargs = dict(kwargs)
@@ -549,8 +558,8 @@ class Compression:
 
     def _probe(self, at: LayerInput, rows: _Rows, state: _Pass) -> LayerProbe:
         answers = labelled = None
-        if self._labels is not None:
-            labelled = torch.nn.functional.pad(self._labels != IGNORED, (0, 1), value=False)
+        if self._now.labels is not None:
+            labelled = torch.nn.functional.pad(self._now.labels != IGNORED, (0, 1), value=False)
             answers = (labelled[:, 1:] & ~labelled[:, :-1]).gather(1, rows.index)
             labelled = labelled[:, :-1].gather(1, rows.index)
         pictures = rows.pictures

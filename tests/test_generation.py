@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -176,3 +177,20 @@ class TestCachesThatCannotBeContinued:
             first = cache_bytes(cache)
             cache.reset()
             assert cache_bytes(model(**batch, past_key_values=cache).past_key_values) == first
+
+
+@pytest.mark.parametrize("plan", ["2:avgpool:3", "vision:prumerge:0.5;1:fastv:0.5"])
+def test_threads_generate_on_one_compressed_model(model, plan):
+    """Each with a prompt of another length, many times over: state of one pass must not reach another's."""
+    prompts = [
+        prompt([[3, 4]]),
+        prompt([[2, 0, 5], [7]], seed=1),
+        prompt([[6, 2, 2]], seed=2),
+        prompt([[9, 1]], seed=3),
+    ]
+    with compress(model, plan):
+        alone = [model.generate(**batch, **GREEDY) for batch in prompts]
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(5):
+                together = list(pool.map(lambda batch: model.generate(**batch, **GREEDY), prompts))
+                assert all(map(torch.equal, together, alone))

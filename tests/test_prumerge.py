@@ -216,7 +216,7 @@ def positions_at_layer_0(model, batch, plan) -> torch.Tensor:
     seen = []
     with compress(model, plan) as handle:
         layer = model.model.language_model.layers[0]
-        hook = layer.register_forward_pre_hook(lambda *_: seen.append(handle._pass.rows.positions[..., 0]))
+        hook = layer.register_forward_pre_hook(lambda *_: seen.append(handle._now.state.rows.positions[..., 0]))
         model(**batch)
         hook.remove()
     return seen[0]
