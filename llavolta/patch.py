@@ -228,6 +228,8 @@ class Compression:
             hook.remove()
         if self._hooks and self._compiled:
             torch.compiler.reset()
+        if self._hooks and self.parts.top is not None:
+            vars(self.parts.top).pop("_prefill", None)
         self._hooks.clear()
         _active.discard(self.parts.decoder)
 
@@ -242,6 +244,8 @@ class Compression:
         add(parts.decoder.register_forward_hook(self._after_decoder))
         if not self._steps:
             return
+        if hasattr(parts.top, "_prefill"):
+            parts.top._prefill = partial(_whole_prefill, parts.top._prefill)
         add(parts.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
         add(parts.base.register_forward_hook(self._after_base, always_call=True))
         add(parts.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
@@ -626,6 +630,13 @@ class Compression:
             args, kwargs = _with_position_ids(args, kwargs, positions if like.dim() == 3 else positions[0])
             rows.rotary[id(stock)] = self.parts.rotary.forward(*args, **kwargs)
         return rows.rotary[id(stock)]
+
+
+def _whole_prefill(stock, input_ids, generation_config, *args, **kwargs):
+    """``generate``'s first pass, refused in chunks: a compressor must see a picture, and its question, whole."""
+    if generation_config.prefill_chunk_size is not None:
+        raise UnsupportedModel("a prompt under compress() cannot be split into chunks; leave prefill_chunk_size out")
+    return stock(input_ids, generation_config, *args, **kwargs)
 
 
 def _columns(count: int, state: _Pass) -> Tensor:

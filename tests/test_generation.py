@@ -194,3 +194,16 @@ def test_threads_generate_on_one_compressed_model(model, plan):
             for _ in range(5):
                 together = list(pool.map(lambda batch: model.generate(**batch, **GREEDY), prompts))
                 assert all(map(torch.equal, together, alone))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_prompt_in_chunks_is_refused(model, plan):
+    """It gave other answers: a picture would be compressed in pieces, and ranked before its question is known."""
+    stock = model.generate(**prompt(), **GREEDY, prefill_chunk_size=4)
+    with compress(model, plan):
+        expected = model.generate(**prompt(), **GREEDY)
+        with pytest.raises(UnsupportedModel, match="leave prefill_chunk_size out"):
+            model.generate(**prompt(), **GREEDY, prefill_chunk_size=4)
+        assert torch.equal(model.generate(**prompt(), **GREEDY), expected)
+    assert "_prefill" not in vars(model)
+    assert torch.equal(model.generate(**prompt(), **GREEDY, prefill_chunk_size=4), stock)
