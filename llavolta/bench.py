@@ -33,10 +33,12 @@ from llavolta.compressors import VisualTokens
 from llavolta.cost import cost_model
 from llavolta.data import Collator, LlavaData
 from llavolta.dualspeed import add_isolator, fast_mode, slow_mode
+from llavolta.errors import UserError
 from llavolta.families import find_parts
 from llavolta.masks import cache_bytes
 from llavolta.models import load_model, set_trainable
 from llavolta.patch import IGNORED, compress
+from llavolta.paths import PAPERS
 from llavolta.plan import parse_plan
 from llavolta.planner import fit_speed
 from llavolta.probe import TowerProbe
@@ -478,8 +480,21 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("--plans", nargs="+", default=["1:avgpool:8", "4:avgpool:8"])
     train.add_argument("--batch", type=int, default=32)
     train.add_argument("--rounds", type=int, default=5)
+    gpu = commands.add_parser("gpu", help="everything on one GPU at the shapes of LLaVA-1.5-7B, in minutes")
+    gpu.add_argument("--folder", type=Path, default=PAPERS / "benchmarks", help="of gpu-<card>.md and .csv")
+    gpu.add_argument("--parts", nargs="+", default=[], help="some of them (default: all)")
+    gpu.add_argument("--minutes", type=float, default=8, help="no part begins after so many")
+    gpu.add_argument("--tiny", action="store_true", help="small shapes, also on a CPU: whether it all works")
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
+    if command == "gpu":
+        from llavolta.gpu import gpu_report  # which stands on this module
+
+        try:
+            return min(1, gpu_report(**options))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     if command == "train":
         from llavolta import throughput  # which stands on this module
 

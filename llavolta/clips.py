@@ -11,7 +11,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from PIL import Image
@@ -148,6 +147,8 @@ def sample_stills(count: int, split: str, rng: np.random.Generator) -> tuple[np.
 
 def write_clip(file: str | Path, frames: np.ndarray, rate: int = RATE) -> None:
     """Write ``frames`` (T, h, w, 3), bytes, as an H.264 file."""
+    import av
+
     with av.open(str(file), "w") as container:
         stream = container.add_stream("libx264", rate=rate, options=CODEC)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"

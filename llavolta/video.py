@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 import transformers
@@ -75,6 +74,8 @@ def _decode(path: str | Path, places: list[int]) -> tuple[dict[int, Image.Image]
 
 
 def _open(path: str | Path):
+    import av  # for clips alone: models of pictures do without it
+
     container = av.open(str(path), options=OPENING)
     try:
         if not container.streams.video:
