@@ -42,7 +42,8 @@ class Pictures:
 
     rows (I, L): indices into the flat (B * T) sequence, and mask (I, L), False at padding. grid (I, 2): height and
     width without a class token, (1, n) where n tokens are no known rectangle. clip (I,): rising, the same for the
-    frames of a clip that no text parts. frames (I,): in each row.
+    frames of a clip that no text parts. frames (I,): in each row. has_clips: whether some pictures are frames of one
+    clip; known to the host, which need not wait for the device.
     """
 
     rows: Tensor
@@ -50,11 +51,7 @@ class Pictures:
     grid: Tensor
     clip: Tensor
     frames: Tensor
-
-    @property
-    def has_clips(self) -> bool:
-        """Whether some pictures are frames of one clip."""
-        return int(self.clip[-1]) + 1 < len(self.clip)
+    has_clips: bool
 
     def by_clip(self) -> Pictures:
         """The same with clips, each in one row, in place of frames."""
@@ -68,7 +65,7 @@ class Pictures:
         row = torch.stack([torch.ones_like(count), count], dim=1)
         grid, frames = torch.where(alike[:, None], self.grid[first], row), torch.where(alike, frames, 1)
         rows, clip = self.merge(self.rows[..., None])[..., 0], torch.arange(len(count), device=count.device)
-        return Pictures(rows, mask, grid, clip, frames)
+        return Pictures(rows, mask, grid, clip, frames, has_clips=False)
 
     def merge(self, values: Tensor) -> Tensor:
         """values (I, L, D) of these pictures as those of ``by_clip``, 0 at padding."""
@@ -190,7 +187,8 @@ def visual_tokens(parts: Parts, inputs: dict) -> dict[str, Tensor]:
 def find_pictures(base: nn.Module, visual: dict[str, Tensor], encoded: dict, positions: Tensor) -> Pictures:
     """The pictures of a batch, in the order of their tokens.
 
-    visual: (B, T) bool by modality. encoded: the encoder's output by modality. positions: (B, T, A).
+    visual: (B, T) bool by modality, on the CPU, where all of this is computed: it is hundreds of small steps, and many
+    need their results. encoded: the encoder's output by modality. positions: (B, T, A), on the device of the result.
 
     A newline token at the end of each row of a high-resolution grid counts as the grid's last column. One that stands
     alone behind a picture is no part of it and stays, as text does.
@@ -200,7 +198,9 @@ def find_pictures(base: nn.Module, visual: dict[str, Tensor], encoded: dict, pos
     flat, start, lines, first = flat[order], start[order], lines[order], first[order]
     first |= torch.nn.functional.pad(flat[1:] != flat[:-1] + 1, (1, 0), value=True)  # text stands between
     start |= first
-    positions = positions.reshape(-1, positions.shape[-1])[flat]
+    device = positions.device
+    positions = positions.reshape(-1, positions.shape[-1])
+    positions = positions.cpu()[flat] if positions.shape[1] > 1 else positions[:0]
     if positions.shape[1] > 1:  # (time, height, width): a new frame starts where the height falls back
         start[1:] |= positions[1:, 1] < positions[:-1, 1]
 
@@ -223,7 +223,9 @@ def find_pictures(base: nn.Module, visual: dict[str, Tensor], encoded: dict, pos
     height = torch.where(height > 0, height, torch.where(side * side == count, side, 1))
     height = torch.where((count % height == 0) & (height < count), height, 1)
     grid = torch.stack([height, count // height], dim=1)
-    return Pictures(rows, mask, grid, first.cumsum(0)[start] - 1, torch.ones_like(count))
+    clip = first.cumsum(0)[start] - 1
+    found = (part.to(device, non_blocking=True) for part in (rows, mask, grid, clip, torch.ones_like(count)))
+    return Pictures(*found, has_clips=bool(clip[-1] + 1 < len(clip)))
 
 
 def _marks(base: nn.Module, visual: dict[str, Tensor], encoded: dict):
@@ -246,7 +248,7 @@ def _marks(base: nn.Module, visual: dict[str, Tensor], encoded: dict):
             starts += range(first, first + length, frame or length)
             clips += [first] if kind == "video" and (not _gives_frames(base) or first % clip == 0) else []
             if newline is not None:
-                ends = (feature == newline.to(feature)).all(-1).nonzero().squeeze(1).tolist()
+                ends = (feature == newline.to(feature)).all(-1).cpu().nonzero().squeeze(1).tolist()
                 if len(ends) == 1:
                     kept[first + ends[0]] = False
                 elif ends:  # a base tile, then the grid of the others, each of its rows with a newline

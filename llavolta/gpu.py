@@ -55,7 +55,8 @@ class Load:
 
     config: of the model. text: text tokens an example, a third of them labelled. batch: examples of a training step;
     prefill: of a prompt. long: pictures of an example with many, of ``long_batch`` a step. side: of the matrices whose
-    product is the card's peak. steps: of a real training run.
+    product is the card's peak. accumulated: batches of an optimizer step (8 of 16: the published batch of 128). steps:
+    of a real training run.
     """
 
     config: object
@@ -64,7 +65,8 @@ class Load:
     prefill: tuple[int, ...] = (1, 16)
     long: int = 5
     long_batch: int = 4
-    new_tokens: int = 16
+    accumulated: int = 8
+    new_tokens: int = 8
     rounds: int = 5
     side: int = 8192
     steps: int = 60
@@ -177,34 +179,51 @@ def core(load: Load) -> pd.DataFrame:
 
 
 class HostReads(TorchDispatchMode):
-    """Counts where the host waits for a number of the device: ``places``, by line of the source, in ``count``."""
+    """Counts where the host waits for a number of the device: ``places``, by line of the source; ``count``, of all.
+
+    On a CPU, whatever would be waited for on another device.
+    """
 
     _ALWAYS = frozenset(
         getattr(torch.ops.aten, name)
         for name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "bincount", "_unique2")
     )
-    _INDEXED = frozenset(getattr(torch.ops.aten, name) for name in ("index", "index_put", "index_put_"))
+    _BY_MASK = frozenset(getattr(torch.ops.aten, name) for name in ("index", "index_put", "index_put_"))
 
     def __init__(self):
         super().__init__()
         self.places: Counter[str] = Counter()
+        self._cuda = torch.cuda.is_available()
 
     @property
     def count(self) -> int:
         return sum(self.places.values())
 
+    def _waits(self, op, args: tuple, kwargs: dict) -> bool:
+        if self._cuda and not any(isinstance(x, torch.Tensor) and x.is_cuda for x in args):
+            return False
+        if op is torch.ops.aten._to_copy:
+            return str(kwargs.get("device")) == "cpu" and self._cuda
+        return op in self._ALWAYS or (
+            op in self._BY_MASK and any(i is not None and i.dtype == torch.bool for i in args[1])
+        )
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        op = func._overloadpacket
-        by_mask = op in self._INDEXED and any(i is not None and i.dtype == torch.bool for i in args[1])
-        if op in self._ALWAYS or by_mask:
+        if self._waits(func._overloadpacket, args, kwargs or {}):
             frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename][:-1]
-            file = re.sub(r".*(site-packages/|(?=llavolta/[\w/]+\.py$))", "", frames[-1].filename)
-            self.places[f"{file}:{frames[-1].lineno} {frames[-1].line}"] += 1
+            place = "backward pass"  # which CUDA does in a thread of its own
+            if frames:
+                file = re.sub(r".*(site-packages/|(?=llavolta/[\w/]+\.py$))", "", frames[-1].filename)
+                place = f"{file}:{frames[-1].lineno} {frames[-1].line}"
+            self.places[place] += 1
         return func(*args, **(kwargs or {}))
 
 
 def host_reads(load: Load) -> pd.DataFrame:
-    """How often the host waits for the device in a training step and in one decoding step, by plan."""
+    """How often the host waits for the device in a training step and in one decoding step, by plan.
+
+    in_llavolta: of those in the training step, the ones that compression adds.
+    """
     small = replace(load, config=tiny_load().config, batch=2, dtype="float32")
     model, batch, rows = small.model, small.inputs(2), []
     for plan in ("none", *STAGES[1:2], *METHODS):
@@ -218,16 +237,19 @@ def host_reads(load: Load) -> pd.DataFrame:
             mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
             with HostReads() as token:
                 model(input_ids=batch["input_ids"][:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
-        rows.append(dict(plan=plan, training_step=step.count, decoding_step=token.count))
+        ours = sum(count for place, count in step.places.items() if place.startswith("llavolta/"))
+        rows.append(dict(plan=plan, training_step=step.count, in_llavolta=ours, decoding_step=token.count))
     return pd.DataFrame(rows)
 
 
 def training(load: Load, images: int = 1, batch: int | None = None, plans: Sequence[str] = STAGES) -> pd.DataFrame:
-    """A training step (forward, backward, AdamW) with gradient checkpointing and a frozen tower.
+    """A training step with gradient checkpointing and a frozen tower: forward, backward, and its share of AdamW.
 
     All of the decoder is tuned where weights, gradients and AdamW's moments fit with the activations, all of ``dtype``;
-    else its first half is frozen (column ``tuned``). speedup: over "none" of the same rounds; implied: what the FLOPs
-    promise; kept: the one over the other. ``labelled rows``: logits at labelled rows alone, as in training.
+    else its first half is frozen (column ``tuned``). seconds: of forward and backward of one batch; optimizer: of a
+    step of AdamW, which follows ``accumulated`` batches. tokens_per_s, TFLOP_s, speedup and kept are with that share of
+    it. speedup: over "none" of the same rounds; implied: what the FLOPs promise; kept: the one over the other;
+    kept_alone: were AdamW to follow each batch. ``labelled rows``: logits at labelled rows alone, as in training.
     """
     batch = batch or load.batch
     model, device = load.model.train(), torch.device(load.device)
@@ -253,16 +275,15 @@ def training(load: Load, images: int = 1, batch: int | None = None, plans: Seque
             torch.cuda.reset_peak_memory_stats()
         with compress(model, plan, labelled_only=labelled):
             loss = model(**inputs).loss
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)  # gradients stay where they are, as in accumulation
+            loss.backward()  # gradients add up, as in accumulation
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss of plan {plan} became {loss.item()}")
         peak[plan, labelled] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else np.nan
 
     try:
-        tasks = {variant: partial(step, *variant) for variant in variants}
-        taken = pd.DataFrame(interleaved(tasks, load.rounds, device), columns=pd.MultiIndex.from_tuples(variants))
+        step(*variants[0])  # AdamW needs gradients
+        tasks = {variant: partial(step, *variant) for variant in variants} | {("AdamW", True): optimizer.step}
+        taken = pd.DataFrame(interleaved(tasks, load.rounds, device), columns=pd.MultiIndex.from_tuples(tasks))
     finally:
         model.activation_checkpointing_disable()
         optimizer.zero_grad(set_to_none=True)
@@ -274,13 +295,65 @@ def training(load: Load, images: int = 1, batch: int | None = None, plans: Seque
             load.flops(p, batch, images, checkpointing=True, **({} if labelled else {"labelled": tokens / batch}))
             for p in (plan, "none")
         )
-        seconds = taken[plan, labelled].median()
-        speedup = (taken["none", labelled] / taken[plan, labelled]).median()
-        rows.append(
-            dict(plan=plan, logits="labelled rows" if labelled else "all rows", batch=batch, seconds=seconds)
-            | dict(tokens_per_s=tokens / seconds, TFLOP_s=1e-12 * flops / seconds, speedup=speedup)
-            | dict(implied=whole / flops, kept=speedup * flops / whole, peak_GB=peak[plan, labelled], tuned=tuned)
+        adam, full, taken_here = taken["AdamW", True], taken["none", labelled], taken[plan, labelled]
+        seconds = (taken_here + adam / load.accumulated).median()
+        speedup, alone = (
+            ((full + share * adam) / (taken_here + share * adam)).median() for share in (1 / load.accumulated, 1)
         )
+        rows.append(
+            dict(plan=plan, logits="labelled rows" if labelled else "all rows", batch=batch)
+            | dict(seconds=taken_here.median(), optimizer=adam.median(), tokens_per_s=tokens / seconds)
+            | dict(TFLOP_s=1e-12 * flops / seconds, speedup=speedup, implied=whole / flops)
+            | dict(kept=speedup * flops / whole, kept_alone=alone * flops / whole, peak_GB=peak[plan, labelled])
+            | dict(tuned=tuned)
+        )
+    return pd.DataFrame(rows)
+
+
+_KERNELS = {  # of the profile, by what their names hold; the first that fits
+    "matrix products": "gemm|nvjet|cutlass|aten::(add|b)?mm|conv",
+    "attention": "flash|fmha|sdp",
+    "to the host": "Memcpy DtoH",
+}
+
+
+def profile(load: Load) -> pd.DataFrame:
+    """Where the time of a forward and backward pass goes, in seconds of the device, by torch.profiler.
+
+    others: norms, activations, rotations, sums of gradients, the compressor. idle: the device had nothing to do.
+    host_reads: copies from the device to the host.
+    """
+    from torch.profiler import ProfilerActivity
+
+    model, device = load.model.train(), torch.device(load.device)
+    set_trainable(model, "instruct")
+    model.activation_checkpointing_enable()
+    inputs, rows = load.inputs(load.batch), []
+    cuda = device.type == "cuda"
+    try:
+        for plan in STAGES[:2]:
+            with compress(model, plan, labelled_only=True):
+                model(**inputs).loss.backward()
+                start = now(device)
+                model(**inputs).loss.backward()
+                seconds = now(device) - start
+                kind = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+                with torch.profiler.profile(activities=[kind]) as profiler:
+                    model(**inputs).loss.backward()
+                    now(device)
+            model.zero_grad()
+            busy = dict.fromkeys([*_KERNELS, "others"], 0.0)
+            reads = 0
+            for event in profiler.key_averages():
+                name = next((part for part, held in _KERNELS.items() if re.search(held, event.key)), "others")
+                busy[name] += 1e-6 * (event.self_device_time_total if cuda else event.self_cpu_time_total)
+                reads += event.count if name == "to the host" else 0
+            rows.append(
+                dict(plan=plan, seconds=seconds) | busy | dict(idle=seconds - sum(busy.values()), host_reads=reads)
+            )
+    finally:
+        model.activation_checkpointing_disable()
+        model.zero_grad()
     return pd.DataFrame(rows)
 
 
@@ -300,7 +373,7 @@ def inference(load: Load, batches: Sequence[int] | None = None, images: int = 1)
 
     own: what the method costs beside its layers, as a share of an uncompressed prefill: its time less that of stock
     layers fed with sequences of the same lengths (one stock pass for each length); for plans whose number of tokens is
-    fixed. decode_ms: one token from the cache, the median over ``new_tokens``.
+    fixed. decode_ms: one token from the cache, the median.
     """
     model, device = load.model.eval(), torch.device(load.device)
     decoder = find_parts(model).decoder
@@ -309,6 +382,8 @@ def inference(load: Load, batches: Sequence[int] | None = None, images: int = 1)
         inputs = {name: value for name, value in load.inputs(batch, images).items() if name != "labels"}
         plans = ["none", *STAGES[1:], *(METHODS if images == 1 else ())]
         held: dict[str, DynamicCache] = {}
+        # Random: products of zeros are faster.
+        some = torch.randn(inputs["input_ids"].shape + (decoder.config.hidden_size,), device=device, dtype=model.dtype)
 
         def new_cache() -> DynamicCache:
             return DynamicCache(config=model.config.get_text_config())
@@ -318,15 +393,14 @@ def inference(load: Load, batches: Sequence[int] | None = None, images: int = 1)
             with compress(model, plan):
                 model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-        def direct(groups: list[tuple[int, int]], inputs=inputs, batch=batch) -> None:
+        def direct(groups: list[tuple[int, int]], inputs=inputs, some=some) -> None:
             (count, _), *others = groups
             with _layers(decoder, 0, count):
                 model(**inputs, past_key_values=new_cache(), use_cache=True, logits_to_keep=1)
             done = count
             for count, length in others:
-                some = torch.zeros(batch, length, decoder.config.hidden_size, device=device, dtype=model.dtype)
                 with _layers(decoder, done, done + count):
-                    decoder(inputs_embeds=some, past_key_values=new_cache(), use_cache=True)
+                    decoder(inputs_embeds=some[:, :length], past_key_values=new_cache(), use_cache=True)
                 done += count
 
         tasks: dict[str, Callable[[], None]] = {plan: partial(prefill, plan) for plan in plans}
@@ -337,6 +411,9 @@ def inference(load: Load, batches: Sequence[int] | None = None, images: int = 1)
             groups = [(len(list(same)), int(length)) for length, same in groupby(lengths)]
             tasks[f"stock layers of {plan}"] = partial(direct, groups)
         taken = pd.DataFrame(interleaved(tasks, load.rounds, device), columns=list(tasks))
+        tokens: dict[str, list[float]] = {plan: [] for plan in plans}
+        decoding = {plan: partial(_decode, load, plan, inputs, tokens[plan]) for plan in plans}
+        interleaved(decoding, load.rounds, device)
         whole = taken["none"]
         for plan in plans:
             flops, all_flops = (load.flops(p, batch, images, labelled=1, phase="forward") for p in (plan, "none"))
@@ -346,16 +423,17 @@ def inference(load: Load, batches: Sequence[int] | None = None, images: int = 1)
             rows.append(
                 dict(plan=plan, batch=batch, prefill_ms=1e3 * taken[plan].median(), speedup=speedup)
                 | dict(implied=all_flops / flops, own=own, cache_GB=cache_bytes(held[plan]) / 1e9)
-                | dict(decode_ms=1e3 * _decode(load, plan, inputs))
+                | dict(decode_ms=1e3 * np.median(tokens[plan]))
             )
         held.clear()
     return pd.DataFrame(rows)
 
 
-def _decode(load: Load, plan: str, inputs: dict) -> float:
-    """Seconds of a token, greedy from the cache, the median."""
-    model, device = load.model, torch.device(load.device)
-    cache, taken = DynamicCache(config=model.config.get_text_config()), []
+@torch.no_grad()
+def _decode(load: Load, plan: str, inputs: dict, seconds: list[float]) -> None:
+    """Answers greedily from a cache; adds the seconds of each token to ``seconds``."""
+    model, device, taken = load.model, torch.device(load.device), []
+    cache = DynamicCache(config=model.config.get_text_config())
     mask, given = inputs["attention_mask"], inputs
     with compress(model, plan):
         for _ in range(load.new_tokens + 2):
@@ -364,7 +442,7 @@ def _decode(load: Load, plan: str, inputs: dict) -> float:
             taken.append(now(device) - start)
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             given = dict(input_ids=out.logits.argmax(-1), attention_mask=mask)
-    return float(np.median(taken[2:]))  # the prompt and the first token, which warms up
+    seconds += taken[2:]  # without the prompt and the first token, which warms up
 
 
 def long(load: Load) -> pd.DataFrame:
@@ -410,6 +488,7 @@ PARTS: dict[str, Callable[[Load], pd.DataFrame]] = {
     "peaks": peaks,
     "core": core,
     "training": training,
+    "profile": profile,
     "inference": inference,
     "host_reads": host_reads,
     "long": long,

@@ -116,7 +116,7 @@ class _Rows:
 class _Pass:
     """The state of one forward pass."""
 
-    by_kind: dict[str, Tensor]  # (B, T) bool, where the pictures of each modality go
+    by_kind: dict[str, Tensor]  # (B, T) bool on the CPU, where the pictures of each modality go
     encoded: dict  # their features
     real: Tensor  # (B, T) bool, False at padding
     cache: object | None = None
@@ -284,7 +284,7 @@ class Compression:
     @_plain
     def _before_base(self, module, args, kwargs):
         inputs = encode_pictures(self.parts.base, args, kwargs)
-        by_kind = visual_tokens(self.parts, inputs)
+        by_kind = {kind: where.cpu() for kind, where in visual_tokens(self.parts, inputs).items()}
         if self._vision is not None and "video" in by_kind and pools_frames(self.parts.base):
             raise UnsupportedModel(BLENDED)
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
@@ -397,7 +397,7 @@ class Compression:
         grid = torch.tensor((side, side) if side * side == length else (1, length), device=hidden.device)
         probe = self._tower_probe(images, length)
         tokens = VisualTokens(hidden, mask, positions, grid.expand(images, -1), module.training, probe)
-        out = _check(self._vision(tokens), tokens, f"compressor {self._vision} at 'vision'")
+        out, _ = _check(self._vision(tokens), tokens, f"compressor {self._vision} at 'vision'")
         self._now.kept = out, length
         return (out.hidden, *args[1:])
 
@@ -405,7 +405,7 @@ class Compression:
         (out, length), self._now.kept = self._now.kept, None
         if output.shape[:2] != out.mask.shape:
             raise UnsupportedModel("'vision' needs a projector that maps token by token; use layer 0, behind it")
-        if output[out.mask].isnan().any():  # else taken for DROPPED
+        if (output.isnan() & out.mask[..., None]).any():  # else taken for DROPPED
             raise FloatingPointError("the projector gave NaN; check its weights and the learning rate")
         # Padding goes to a row to spare.
         index = out.anchor.masked_fill(~out.mask, length)[..., None].expand_as(output)
@@ -502,15 +502,14 @@ class Compression:
             self._probe(at, rows, state),
             pictures.frames,
         )
-        out = _check(compressor(tokens), tokens, f"compressor {compressor} at layer {number}")
+        out, whole = _check(compressor(tokens), tokens, f"compressor {compressor} at layer {number}")
 
-        # The token that an anchor stands for is the only visual token that stays.
+        # The token that an anchor stands for is the only visual token that stays. Padding goes to a row to spare.
         anchor_rows = pictures.rows.gather(1, out.anchor)  # (I, M) flat
-        visual = torch.zeros_like(rows.valid).view(-1)
-        visual[pictures.rows[pictures.mask]] = True
-        keep = rows.valid.reshape(-1) & ~visual
-        keep[anchor_rows[out.mask]] = True
-        keep = keep.view(batch, length)
+        keep = torch.nn.functional.pad(rows.valid.reshape(-1), (0, 1))
+        keep = keep.index_fill(0, pictures.rows.where(pictures.mask, batch * length).view(-1), False)
+        keep = keep.index_fill(0, anchor_rows.where(out.mask, batch * length).view(-1), True)
+        keep = keep[:-1].view(batch, length)
 
         count = keep.sum(1)
         new_length = int(count.max())
@@ -522,8 +521,12 @@ class Compression:
         target = (keep.cumsum(1) - 1 + start * new_length).view(-1)[anchor_rows]  # (I, M) flat, new rows
 
         out_positions = out.positions if out.positions is not None else positions[anchor_rows]
-        new = flat.index_select(0, source).index_copy(0, target[out.mask], out.hidden[out.mask])
-        new_positions = positions.index_select(0, source).index_copy(0, target[out.mask], out_positions[out.mask])
+
+        def real(values: Tensor) -> Tensor:  # without padding; where there is none, without asking the device
+            return values.flatten(0, 1) if whole else values[out.mask]
+
+        new = flat.index_select(0, source).index_copy(0, real(target), real(out.hidden))
+        new_positions = positions.index_select(0, source).index_copy(0, real(target), real(out_positions))
         if compressor.contiguous:
             gone = (rows.valid & ~keep).cumsum(1)
             state.moved = state.moved + gone[:, -1:]
@@ -539,7 +542,12 @@ class Compression:
             valid,
             new_positions.view(batch, new_length, -1),
             Pictures(
-                target, out.mask, grid, pictures.clip, torch.ones_like(left) if out.frames is None else out.frames
+                target,
+                out.mask,
+                grid,
+                pictures.clip,
+                torch.ones_like(left) if out.frames is None else out.frames,
+                pictures.has_clips,
             ),
             {layer: _merge_like(out, features, pictures.mask) for layer, features in rows.deepstack.items()},
         )
@@ -654,8 +662,8 @@ def _with_position_ids(args: tuple, kwargs: dict, positions: Tensor) -> tuple[tu
     return (args[0], positions, *args[2:]), kwargs
 
 
-def _check(out: CompressedTokens, tokens: VisualTokens, where: str) -> CompressedTokens:
-    """A compressor's output that has been found sound, its anchors clamped at padding."""
+def _check(out: CompressedTokens, tokens: VisualTokens, where: str) -> tuple[CompressedTokens, bool]:
+    """A compressor's output that has been found sound, its anchors clamped at padding; and whether none is padding."""
     pictures, length, width = tokens.hidden.shape
     kept = tuple(out.mask.shape)
     fits = out.hidden.shape == (*kept, width) and kept[0] == pictures
@@ -664,14 +672,21 @@ def _check(out: CompressedTokens, tokens: VisualTokens, where: str) -> Compresse
             f"{where} returned hidden {tuple(out.hidden.shape)}, mask {kept}, anchor {tuple(out.anchor.shape)} for "
             f"{pictures} pictures of width {width}; expected ({pictures}, M, {width}), ({pictures}, M), ({pictures}, M)"
         )
-    if not out.mask.any(1).all():
-        raise ValueError(f"{where} left an image with no token; every image must keep at least one")
     anchor = out.anchor.expand(kept).clamp(0, length - 1)
-    if not ((anchor.diff(dim=1) > 0) | ~out.mask[:, 1:]).all() or not tokens.mask.gather(1, anchor)[out.mask].all():
+    found = (
+        out.mask.any(1).all(),
+        ((anchor.diff(dim=1) > 0) | ~out.mask[:, 1:]).all() & (tokens.mask.gather(1, anchor) | ~out.mask).all(),
+        (torch.isfinite(out.hidden) | ~out.mask[..., None]).all(),
+        out.mask.all(),
+    )
+    some_left, sound, finite, whole = torch.stack(found).tolist()  # the host waits for the device once
+    if not some_left:
+        raise ValueError(f"{where} left an image with no token; every image must keep at least one")
+    if not sound:
         raise ValueError(f"{where} returned anchors that do not rise, or that stand at padding")
-    if not torch.isfinite(out.hidden[out.mask]).all():
+    if not finite:
         raise FloatingPointError(f"{where} returned NaN or infinite values; check the compressor and the learning rate")
-    return replace(out, anchor=anchor)
+    return replace(out, anchor=anchor), whole
 
 
 def _merge_like(out: CompressedTokens, features: Tensor, mask: Tensor) -> Tensor:
