@@ -24,7 +24,7 @@ from transformers import (
 
 from llavolta import digits
 from llavolta.config import ConfigError, TrainConfig
-from llavolta.families import find_parts, unwrap
+from llavolta.families import find_parts, towers, unwrap
 from llavolta.video import FrameProcessor, VideoLlavaProcessor
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -280,3 +280,13 @@ def parameter_groups(model, weight_decay: float, decayed: set[str], rates: dict[
             if rate is not None:
                 group["lr"] = rate
     return list(groups.values())
+
+
+def spare_frozen_towers(model) -> None:
+    """No checkpointing in towers that do not train: no backward pass comes there, and on a GPU its bookkeeping takes
+    longer than the tower's layers do (twice the time of a CLIP ViT-L/14-336 on an H100)."""
+    for tower in towers(find_parts(model)).values():
+        if not any(parameter.requires_grad for parameter in tower.parameters()):
+            for module in tower.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing = False

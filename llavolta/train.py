@@ -56,6 +56,7 @@ from llavolta.models import (
     parameter_groups,
     read_config,
     set_trainable,
+    spare_frozen_towers,
     with_adapters,
 )
 from llavolta.patch import Compression
@@ -116,6 +117,9 @@ class StageCallback(TrainerCallback):
         self.scheme, self.stop_after, self.stopping = scheme, stop_after, stopping
         self.handle: Compression | None = None
         self.stage: int | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        spare_frozen_towers(model)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         stage = self.scheme.stage_at(state.global_step, state.max_steps)

@@ -7,8 +7,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import ragged_batch, tiny_llava
 from transformers import Trainer, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llavolta import compress
+from llavolta.families import find_parts, towers
+from llavolta.models import set_trainable, spare_frozen_towers
 
 RAGGED = [[3, 4], [2, 0, 5], [6], [1, 3, 2]]
 
@@ -141,3 +144,17 @@ def test_torch_compile(in_place, plan):
             torch.testing.assert_close(compiled(**batch).logits, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(compiled(**batch).loss, stock)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("train_tower", [False, True])
+def test_checkpointing_spares_a_frozen_tower_and_changes_no_gradient(train_tower):
+    model, batch = tiny_llava().train(), ragged_batch(RAGGED)
+    set_trainable(model, "instruct", train_tower)
+    plain = gradients(model, batch)
+    model.activation_checkpointing_enable()
+    spare_frozen_towers(model)
+    assert_same(gradients(model, batch), plain)
+    parts = find_parts(model)
+    layers = [m for m in towers(parts)["vision_tower"].modules() if isinstance(m, GradientCheckpointingLayer)]
+    assert layers and all(layer.gradient_checkpointing == train_tower for layer in layers)
+    assert all(layer.gradient_checkpointing for layer in parts.layers)
