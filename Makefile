@@ -1,4 +1,4 @@
-# make demo | test | lab | notebooks | evidence | stress: each sets up .venv first. PYTHON names the interpreter (3.11 or newer).
+# make demo | test | lab | notebooks | evidence | gpu | stress: each sets up .venv first. PYTHON names the interpreter (3.11 or newer).
 # make eval | test-eval: the same in .venv-eval, which has lmms-eval, too.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -62,6 +62,10 @@ evidence: notebooks
 	$(BIN)/python -m llavolta.claims
 	$(BIN)/python -m llavolta.scaling
 
+# Everything that a GPU is for, at the shapes of LLaVA-1.5-7B with random weights: at most 8 minutes on one of 80 GB.
+gpu: install
+	$(BIN)/python -m llavolta.bench gpu
+
 # Kills trainings at random moments and compares the weights of the resumed runs bit for bit; about a minute.
 stress: install
 	$(BIN)/python tests/stress.py --kills 20
@@ -74,4 +78,4 @@ test-eval: install-eval
 	$(EVAL_BIN)/python -m pytest tests/test_benchmarks.py
 
 .NOTPARALLEL:  # notebooks time their steps; two at once would slow each other
-.PHONY: install install-eval demo test lab notebooks $(NOTEBOOKS) evidence stress eval test-eval
+.PHONY: install install-eval demo test lab notebooks $(NOTEBOOKS) evidence gpu stress eval test-eval

@@ -508,7 +508,7 @@ def gpu_report(folder: Path, tiny: bool = False, parts: Sequence[str] = (), minu
     tiny: small shapes, on the CPU where there is no GPU. A part that fails is reported and the next one begins; none
     begins after ``minutes``. Returns the number of parts that failed, that found something wrong, or were left out.
     """
-    if not tiny and not torch.cuda.is_available():
+    if not tiny and not torch.cuda.is_available():  # before anything is written
         raise NoGpu("there is no CUDA device to measure on; --tiny runs the same on small shapes on the CPU")
     load = full_load() if not tiny else tiny_load("cuda" if torch.cuda.is_available() else "cpu")
     unknown = set(parts) - set(PARTS)
