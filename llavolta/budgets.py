@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -197,7 +198,7 @@ def tokens_left(folder: str | Path, data: LlavaData, plan: str, full: int, pictu
     """Visual tokens per layer under ``plan`` as a share of ``full``, counted on the first pictures of ``data``."""
     model, processor = load_model(str(folder))
     model.to(device())
-    questions = [q for q in data.questions() if q["question"]][:pictures]
+    questions = list(islice((q for q in data.questions() if q["question"]), pictures))
     batch = prompts(model, processor, pictured(data, questions))
     depth, tokens = depth_and_tokens(model)
     counts = np.full(depth, float(tokens))

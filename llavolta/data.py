@@ -19,6 +19,7 @@ from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from reprlib import repr as short
 
@@ -229,13 +230,22 @@ class LlavaData(Dataset):
 
     def questions(self) -> Iterator[dict]:
         """Every turn as a question of its own: index (of the entry), type, question, answer."""
-        for index in range(len(self)):
-            entry = self.entry(index)
-            texts = [turn["value"] for turn in entry["conversations"] if turn["from"] != "system"]
-            types = entry.get("types") or ["all"] * (len(texts) // 2)
-            for asked, answered, kind in zip(texts[::2], texts[1::2], types, strict=True):
-                question = _PLACEHOLDER.sub("", _as_text(entry, asked)).strip()
-                yield {"index": index, "type": kind, "question": question, "answer": answered}
+        return chain.from_iterable(map(self.questions_of, range(len(self))))
+
+    def questions_of(self, index: int) -> list[dict]:
+        """The ``questions`` of one entry; no other is opened."""
+        entry = self.entry(index)
+        texts = [turn["value"] for turn in entry["conversations"] if turn["from"] != "system"]
+        types = entry.get("types") or ["all"] * (len(texts) // 2)
+        return [
+            {
+                "index": index,
+                "type": kind,
+                "question": _PLACEHOLDER.sub("", _as_text(entry, asked)).strip(),
+                "answer": answered,
+            }
+            for asked, answered, kind in zip(texts[::2], texts[1::2], types, strict=True)
+        ]
 
     def texts(self) -> Iterator[str]:
         """Every turn's text, without placeholders."""

@@ -541,14 +541,14 @@ class View:
 def choose(data: LlavaData, number: int) -> tuple[dict, list]:
     """Question ``number`` of ``data`` (see LlavaData.questions) and its opened pictures; of a clip the first
     frame alone. Raises StudyError."""
-    questions = list(data.questions())
-    if number not in range(len(questions)):
-        raise StudyError(f"{data.file.name} has questions 0..{len(questions) - 1}, not {number!r}")
-    example = data[questions[number]["index"]]
+    question = next((one for count, one in enumerate(data.questions()) if count == number), None)  # opens none behind
+    if question is None:
+        raise StudyError(f"{data.file.name} has questions 0..{sum(1 for _ in data.questions()) - 1}, not {number!r}")
+    example = data[question["index"]]
     images = example.images or [frames[0] for frames in example.videos]
     if not images:
         raise StudyError(f"question {number} of {data.file.name} has no picture; choose another")
-    return questions[number], images
+    return question, images
 
 
 def view(

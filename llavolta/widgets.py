@@ -17,6 +17,7 @@ from pathlib import Path
 
 import ipywidgets as ui
 import matplotlib.pyplot as plt
+import numpy as np
 from IPython.display import display
 from PIL import Image
 
@@ -47,9 +48,6 @@ class Explorer:
         self._own: list[Image.Image] = []  # pictures that are not of ``data``; the last is in use while ``_use_own``
         self._use_own = False
         self._quiet = False
-        self._asked = {}
-        for question in data.questions():
-            self._asked.setdefault(question["index"], []).append(question)
         self._compute = lru_cache(256)(self._view)
 
         parts = find_parts(model)
@@ -148,11 +146,11 @@ class Explorer:
         return "<br>".join(f"{name}: {value}" for name, value in rows.items())
 
     def _here(self) -> list[dict]:
-        return self._asked.get(self.entry.value, [])
+        return self.data.questions_of(self.entry.value)
 
     def _entries(self, most: int = 200) -> list[tuple[str, int]]:
         """The first entries with a picture, by id."""
-        pictured = [index for index in self._asked if self.data.has_image[index]][:most]
+        pictured = np.flatnonzero(self.data.has_image)[:most].tolist()
         if not pictured:
             raise studies.StudyError(f"{self.data.file.name} has no entry with a picture to explore")
         return [(str(self.data.entry(index).get("id", index)), index) for index in pictured]

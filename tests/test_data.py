@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from llavolta import backbones, data, evaluate, studies, train
+from llavolta import backbones, data, evaluate, studies, train, widgets
 from llavolta.config import TrainConfig
 from llavolta.data import (
     IGNORED,
@@ -405,3 +406,27 @@ def test_other_forms_of_a_data_file_are_named(tmp_path, content, said):
     (tmp_path / "d.json").write_bytes(content)
     with pytest.raises(DataError, match=said):
         LlavaData(tmp_path / "d.json")
+
+
+def test_what_is_asked_of_one_entry_opens_no_other(scenes, small_model, monkeypatch):
+    """A large file must not be read from end to end for its first question."""
+    model, processor = load_model(str(small_model))
+    data, opened = LlavaData(scenes / "train.json"), []
+    of_one = {index: [q for q in data.questions() if q["index"] == index] for index in (0, 7)}
+    real = LlavaData.entry
+    monkeypatch.setattr(LlavaData, "entry", lambda self, index: opened.append(int(index)) or real(self, index))
+    assert list(data.questions_of(7)) == of_one[7] and set(opened) == {7}
+    opened.clear()
+    assert studies.choose(data, 0)[0] == of_one[0][0] and set(opened) == {0}
+    opened.clear()
+    explorer = widgets.redundancy_explorer(model, processor, data, layer=1, stride=8)
+    assert explorer.question.value == of_one[0][0]["question"]
+    explorer.entry.value = 7
+    assert explorer.question.options == tuple(q["question"] for q in of_one[7])
+    assert Counter(opened).most_common(1)[0][1] <= 10 and len(opened) < 60  # the list of pictures, once; then these
+    with pytest.raises(studies.StudyError, match=r"questions 0\.\.\d+, not -1"):
+        studies.choose(data, -1)
+    with pytest.raises(studies.StudyError, match=r"not 100000"):
+        studies.choose(data, 100000)
+    with pytest.raises(studies.StudyError, match=r"not 1\.5"):
+        studies.choose(data, 1.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -62,7 +63,7 @@ def write_digits(folder: Path, data: LlavaData, limit: int | None = None, max_ne
 
     Every question belongs to one task. The order is that of the tasks, then of the questions in each.
     """
-    questions = list(data.questions())[:limit]
+    questions = list(islice(data.questions(), limit))
     options = {"generation_kwargs": {"max_new_tokens": max_new_tokens, "do_sample": False}}
     order = []
     for task, kinds in DIGITS.items():
