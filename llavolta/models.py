@@ -24,6 +24,7 @@ from transformers import (
 
 from llavolta import digits
 from llavolta.config import ConfigError, TrainConfig
+from llavolta.errors import UserError
 from llavolta.families import find_parts, towers, unwrap
 from llavolta.video import FrameProcessor, VideoLlavaProcessor
 
@@ -96,12 +97,29 @@ def load_model(name: str, quantize: str | None = None, dtype: torch.dtype = torc
     """
     path = model_path(name)
     if (Path(path) / "adapter_config.json").exists():
-        model, processor = load_model(PeftConfig.from_pretrained(path).base_model_name_or_path, dtype=dtype)
-        return PeftModel.from_pretrained(model, path).merge_and_unload(), processor
+        return _with_its_adapters(path, dtype)
     read_config(name)
     options = {"quantization_config": _four_bits()} if quantize else {}
     model = _whole(AutoModelForImageTextToText, path, dtype=dtype, **options)
     return model, _processor(model, path)
+
+
+def _with_its_adapters(path: str, dtype: torch.dtype) -> tuple:
+    """The model that the adapters in the folder ``path`` were trained on, with them merged in, and its processor."""
+    try:
+        base = PeftConfig.from_pretrained(path).base_model_name_or_path
+        beside = Path(path).parent / Path(base).name  # where the run's own base is after the run was moved
+        if Path(base).is_absolute() and not Path(base).exists():
+            if not beside.exists():
+                raise ConfigError(f"{path} holds adapters of {base}, which is gone; put it there or at {beside}")
+            base = str(beside)
+        model, processor = load_model(base, dtype=dtype)
+        return PeftModel.from_pretrained(model, path).merge_and_unload(), processor
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(f"the adapters in {path} cannot be read ({why}); the folder is damaged") from None
 
 
 def _processor(model: nn.Module, path: str):

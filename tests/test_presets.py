@@ -206,6 +206,29 @@ def test_lora_resumes_bit_for_bit(lora, settings, tmp_path):
     assert same(weights(lora), weights(tmp_path / "run"))
 
 
+def test_a_lora_run_that_was_moved_goes_on(lora, settings, tmp_path):
+    config = dict(lora_rank=4, **settings)
+    train(TrainConfig(output=str(tmp_path / "run"), stage=1, **config), progress=False)
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    train(TrainConfig(output=str(tmp_path / "moved"), **config), progress=False)
+    assert same(weights(lora), weights(tmp_path / "moved"))
+    shutil.move(tmp_path / "moved", tmp_path / "again")  # also to show an earlier stage
+    load_model(str(tmp_path / "again" / "checkpoint-2"))
+    shutil.rmtree(tmp_path / "again" / "align")
+    with pytest.raises(ConfigError, match=r"checkpoint-2 holds adapters of .*run/align, which is gone; put it"):
+        load_model(str(tmp_path / "again" / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_damaged_adapters_are_named(lora, tmp_path, file):
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(lora / "checkpoint-2", folder)
+    damaged = (folder / file).read_bytes()
+    (folder / file).write_bytes(damaged[: len(damaged) // 2])
+    with pytest.raises(ConfigError, match=r"adapters in .*checkpoint-2 cannot be read"):
+        load_model(str(folder))
+
+
 def test_qlora_ends_in_a_plain_model_of_full_precision(settings, tmp_path):
     pytest.importorskip("bitsandbytes", reason="pip install 'llavolta[qlora]' to test 4 bits")
     config = TrainConfig(output=str(tmp_path / "run"), lora_rank=4, quantize="nf4", **{**settings, "max_steps": 3})
