@@ -207,8 +207,8 @@ def costs(
     """
     setup = train.prepare(_any(config))
     trained, processor = train.load_model(str(model))
-    pad = padding_colour(processor) if config.pad_to_square else None
-    data, collate = train.open_data(config, setup.data, setup.images, pad), Collator(processor, config.max_length)
+    collate = Collator(processor, config.max_length)
+    data = train.open_data(config, setup.data, setup.images, collate, progress)
     order, size = list(GroupedSampler(data.lengths, data.medium, config.batch_size, config.seed)), config.batch_size
     parts = [[order[i % len(order)] for i in range(k * size, (k + 1) * size)] for k in range(batches)]
     seen = [collate([data[i] for i in part]) for part in parts]

@@ -15,17 +15,17 @@ import re
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from reprlib import repr as short
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
@@ -73,6 +73,7 @@ class Index:
     start: np.ndarray  # first byte
     stop: np.ndarray
     medium: np.ndarray  # 0 text alone, 1 with images, 2 with a video
+    media: np.ndarray  # how many of them
     lengths: np.ndarray  # words, about: blanks are counted
     bad: dict[int, str]
     version: list[int]  # of the file: bytes and time
@@ -100,18 +101,20 @@ def read_index(file: Path) -> Index:
 
 
 def _scan_index(file: Path, version: list[int]) -> Index:
-    starts, stops, words, media, bad = array("q"), array("q"), array("q"), array("b"), {}
+    starts, stops, words, medium, media, bad = array("q"), array("q"), array("q"), array("b"), array("q"), {}
     try:
         for start, stop, entry in scan(file):
             try:
                 entry = as_llava(entry)
                 text = check_entry(entry, f"{file.name} entry {len(starts)}")
                 words.append(text.count(" ") + text.count("\n") + 1)
-                media.append(2 if _paths(entry, "video") else 1 if _paths(entry) else 0)
+                images, videos = len(_paths(entry)), len(_paths(entry, "video"))
+                medium.append(2 if videos else 1 if images else 0)
+                media.append(images + videos)
             except DataError as error:
                 bad[len(starts)] = str(error)
-                words.append(0)
-                media.append(0)
+                for values in (words, medium, media):
+                    values.append(0)
             starts.append(start)
             stops.append(stop)
     except WrongFormat as error:
@@ -122,7 +125,7 @@ def _scan_index(file: Path, version: list[int]) -> Index:
         raise DataError(f"{file} cannot be read ({error})") from None
     if not starts:
         raise DataError(f"{file} must hold a JSON list with at least one conversation")
-    return Index(*map(np.array, (starts, stops)), np.array(media), np.array(words), bad, version)
+    return Index(*map(np.array, (starts, stops, medium, media, words)), bad, version)
 
 
 def _version(file: str | Path | int) -> list[int]:
@@ -206,6 +209,10 @@ class LlavaData(Dataset):
         images = [open_image(self.folder, path, name, self.pad) for path in _paths(entry)]
         videos = [open_video(self.folder, path, name, self.frames) for path in _paths(entry, "video")]
         return Example(_messages(entry), images, name, videos)
+
+    def without(self, reasons: dict[int, str]) -> LlavaData:
+        """This data set without the entries of the file that ``reasons`` names. Raises DataError if none is left."""
+        return LlavaData(self.file, self.folder, self.pad, {**reasons, **dict.fromkeys(self.skipped)}, self.frames)
 
     def entry(self, index: int) -> dict:
         """The entry, in LLaVA's format."""
@@ -534,7 +541,7 @@ class Collator:
 
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.tokenizer
-        texts, spans = zip(*(self._render(example) for example in examples), strict=True)
+        texts, spans = zip(*(self._render(example.messages) for example in examples), strict=True)
         images = [image for example in examples for image in example.images]
         videos = [frames for example in examples for frames in example.videos]
         if videos and not hasattr(self.processor, "video_processor"):
@@ -558,7 +565,7 @@ class Collator:
                 raise DataError(f"{example.name}: the processor rewrote the text; its answers cannot be found")
             values = torch.where(answers, written, IGNORED)[said]
             labels[row, text.nonzero().squeeze(1)] = values
-            self._check_length(example, placeholder[row], labels[row])
+            self._check_length(example.name, placeholder[row], labels[row] != IGNORED)
         keep = min(ids.shape[1], self.max_length)
         batch = {"input_ids": ids[:, :keep], "attention_mask": encoded["attention_mask"][:, :keep]}
         others = {
@@ -599,26 +606,67 @@ class Collator:
         ids = (getattr(self.processor, f"{medium}_token_id", None) for medium in MEDIA)
         return torch.tensor([token for token in ids if token is not None])
 
-    def _check_length(self, example: Example, placeholder: torch.Tensor, labels: torch.Tensor) -> None:
+    def _check_length(self, name: str, placeholder: torch.Tensor, answers: torch.Tensor) -> None:
+        """placeholder, answers: (T,) whether a token is visual, and whether it is labelled."""
         if placeholder[self.max_length :].any():
-            raise DataError(f"{example.name}: max_length {self.max_length} cuts off visual tokens; raise it")
-        if not (labels[1 : self.max_length] != IGNORED).any():
-            raise DataError(f"{example.name}: no answer is left within max_length {self.max_length}; raise it")
+            raise DataError(f"{name}: max_length {self.max_length} cuts off visual tokens; raise it")
+        if not answers[1 : self.max_length].any():
+            raise DataError(f"{name}: no answer is left within max_length {self.max_length}; raise it")
 
-    def _render(self, example: Example) -> tuple[str, list[tuple[int, int]]]:
+    def check_room(self, messages: list[dict], name: str, counts: Sequence[int]) -> None:
+        """Raise DataError, naming the entry ``name``, if ``max_length`` cuts off one of its pictures, which become
+        ``counts`` tokens each, or all of its answers."""
+        text, spans = self._render(messages)
+        written = self.processor.tokenizer(text, return_offsets_mapping=True)
+        placeholder = torch.isin(torch.tensor(written["input_ids"]), self._placeholders)
+        starts, ends = torch.tensor(written["offset_mapping"]).unbind(1)
+        answers = torch.zeros_like(placeholder)
+        for first, last in spans:
+            answers |= (starts >= first) & (ends <= last) & (ends > starts)
+        times = torch.ones_like(starts)
+        times[placeholder] = torch.tensor(list(counts), dtype=times.dtype)
+        self._check_length(name, placeholder.repeat_interleave(times), answers.repeat_interleave(times))
+
+    @cached_property
+    def template_tokens(self) -> int:
+        """Tokens that the chat template adds to a conversation of one turn."""
+        said = [{"type": "text", "text": ""}]
+        text, _ = self._render([{"role": "user", "content": said}, {"role": "assistant", "content": said}])
+        return len(self.processor.tokenizer(text)["input_ids"])
+
+    @cached_property
+    def fixed_picture_tokens(self) -> int | None:
+        """Visual tokens of every picture; None if they depend on its size."""
+        counts = {self.picture_tokens(size) for size in ((64, 64), (640, 480), (300, 900))}
+        return counts.pop() if len(counts) == 1 else None
+
+    def picture_tokens(self, size: tuple[int, int]) -> int:
+        """Visual tokens of a picture of ``size`` (width, height)."""
+        if size not in self._counts:
+            row = self.processor(
+                text=[self.processor.image_token], images=[Image.new("RGB", size)], return_tensors="pt"
+            )
+            self._counts[size] = int(torch.isin(row["input_ids"], self._placeholders).sum())
+        return self._counts[size]
+
+    @cached_property
+    def _counts(self) -> dict[tuple[int, int], int]:
+        return {}
+
+    def _render(self, conversation: list[dict]) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as text, and from where to where in it each answer goes."""
 
         def render(messages, **options):
             return self.processor.apply_chat_template(messages, tokenize=False, **options)
 
-        tokenizer, text, spans = self.processor.tokenizer, render(example.messages), []
+        tokenizer, text, spans = self.processor.tokenizer, render(conversation), []
         eos, added = tokenizer.eos_token or "", 0
         ends = (*tokenizer.get_added_vocab(), eos)
-        for turn, message in enumerate(example.messages):
+        for turn, message in enumerate(conversation):
             if message["role"] != "assistant":
                 continue
-            before = render(example.messages[:turn], add_generation_prompt=True)
-            after = render(example.messages[: turn + 1])
+            before = render(conversation[:turn], add_generation_prompt=True)
+            after = render(conversation[: turn + 1])
             if not after.startswith(before):
                 raise DataError("the chat template rewrites earlier turns; give a template that only appends")
             first, last = len(before) + added, len(after) + added
@@ -628,6 +676,53 @@ class Collator:
                 last, added = place + len(eos), added + len(eos)
             spans.append((first, last))
         return text, spans
+
+
+def find_too_long(data: LlavaData, collate: Collator, progress: bool = True) -> dict[int, str]:
+    """The entries of ``data``'s file of which ``collate`` would refuse what ``max_length`` leaves, and why.
+
+    Without decoding a picture: how many tokens one becomes depends on its size. A text has at most a token a byte, so
+    of most entries not even the text is tokenized.
+    """
+    fixed, bytes_ = collate.fixed_picture_tokens, (data.index.stop - data.index.start)[data.rows]
+    pictures, some = data.index.media[data.rows], collate.template_tokens
+    at_most = bytes_ + some + pictures * (fixed or 0)
+    unsure = (pictures > 0) & (fixed is None) | (data.medium == 2)
+    found = {}
+    for index in tqdm(
+        np.flatnonzero(unsure | (at_most > collate.max_length)),
+        desc=f"lengths of {data.file.name}",
+        unit="entry",
+        disable=not progress,
+        leave=False,
+    ):
+        entry = data.entry(index)
+        name = data._name(index, entry)
+        try:
+            if data.medium[index] == 2:
+                collate([data[index]])
+            else:
+                counts = [fixed] * int(pictures[index])
+                if fixed is None:
+                    sizes = [image_size(data.folder, path, name, data.pad) for path in _paths(entry)]
+                    counts = [collate.picture_tokens(size) for size in sizes]
+                collate.check_room(_messages(entry), name, counts)
+        except DataError as error:
+            found[int(data.rows[index])] = str(error)
+    return found
+
+
+def image_size(folder: Path, path: str, name: str, pad: tuple[int, int, int] | None = None) -> tuple[int, int]:
+    """(width, height) of a picture as ``open_image`` gives it, from the head of its file. Raises DataError."""
+    try:
+        with Image.open(find_file(folder, path, name), formats=FORMATS) as opened:
+            size, turned = opened.size, opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except DataError:
+        raise
+    except Exception as error:  # as in open_image
+        raise DataError(f"{name}: image {path!r} cannot be read ({error}); fetch it again or drop the entry") from None
+    width, height = size[::-1] if turned else size
+    return (width, height) if pad is None else (max(size), max(size))
 
 
 class GroupedSampler(Sampler[int]):

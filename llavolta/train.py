@@ -42,7 +42,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from llavolta import checkpoints, digits
 from llavolta import clips as clips_vqa
 from llavolta.config import ENGINES, PRESETS, ConfigError, TrainConfig, parse_yaml
-from llavolta.data import Collator, DataError, GroupedSampler, LlavaData, check_words, find_bad, padding_colour
+from llavolta.data import (
+    Collator,
+    DataError,
+    GroupedSampler,
+    LlavaData,
+    check_words,
+    find_bad,
+    find_too_long,
+    padding_colour,
+)
 from llavolta.dualspeed import ISOLATOR, add_isolator, fast_mode, load_isolator, save_isolator, slow_mode
 from llavolta.errors import Stopped, UserError
 from llavolta.families import PIXELS, find_parts, unwrap
@@ -350,13 +359,26 @@ def _steps(config: TrainConfig, phase: str, data: Path, images: str | Path | Non
 
 
 def open_data(
-    config: TrainConfig, data: str | Path, images: str | Path | None, pad: tuple[int, int, int] | None = None
+    config: TrainConfig, data: str | Path, images: str | Path | None, collate: Collator | None = None, progress=False
 ) -> LlavaData:
-    """The data set at ``data``, without its bad entries if ``config`` skips them. Raises DataError."""
+    """The data set at ``data``, without its bad entries if ``config`` skips them. Raises DataError.
+
+    collate: what makes batches of it. Then pictures are padded as ``config`` says, and entries of which ``max_length``
+    leaves too little are bad, too; their number is not known to ``epochs``, which counts steps before.
+    """
+    pad = padding_colour(collate.processor) if collate and config.pad_to_square else None
     if config.bad_entries == "fail":
-        return LlavaData(data, images, pad)
-    with PartialState().local_main_process_first():  # a machine looks for them once
-        return LlavaData(data, images, pad, skip=find_bad(data, images))
+        opened = LlavaData(data, images, pad)
+    else:
+        with PartialState().local_main_process_first():  # a machine looks for them once
+            opened = LlavaData(data, images, pad, skip=find_bad(data, images))
+    too_long = find_too_long(opened, collate, progress) if collate else {}
+    if too_long and config.bad_entries == "fail":
+        raise DataError(
+            f"{next(iter(too_long.values()))}. Entries that are too long: {len(too_long)} of {len(opened)}; "
+            "'bad_entries: skip' trains without them"
+        )
+    return opened.without(too_long) if too_long else opened
 
 
 def _record_skipped(output: Path, dataset: LlavaData, progress: bool) -> None:
@@ -417,6 +439,7 @@ class Phase:
     scheme: Scheme
     total_steps: int
     last: int
+    then: tuple[Path, Path | None] | None = None  # data and images that are trained on later, to be checked now
 
     @property
     def end(self) -> int:
@@ -432,7 +455,8 @@ def _train(config: TrainConfig, setup: Setup, progress: bool) -> Path:
             data, images = _align_data(config)
         steps = _steps(config, "align", data, images)
         scheme = Scheme.equal(ALIGN, config.align_plan)
-        _bring(config, Phase("align", align, model, data, images, scheme, steps, 1), progress)
+        then = (setup.data, setup.images) if config.stage != 0 else None
+        _bring(config, Phase("align", align, model, data, images, scheme, steps, 1, then), progress)
         if config.stage == 0:
             if state.is_main_process and checkpoints.finished(output, ALIGN, scheme.written, steps) < steps:
                 checkpoints.export(align, output)
@@ -536,7 +560,6 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
     slow = any(stage.slow_every for stage in scheme.stages)
     if slow:
         add_isolator(model)
-    pad = padding_colour(processor) if config.pad_to_square else None
     size, accumulated = config.batches(phase.name, int(os.environ.get("WORLD_SIZE", 1)))
     arguments = TrainingArguments(
         output_dir=str(output),
@@ -568,7 +591,10 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
     if config.fsdp and arguments.device.type == "cpu":
         # accelerate would leave FSDP out on a CPU, and say nothing; over gloo it works like on GPUs
         PartialState().distributed_type = DistributedType.MULTI_GPU
-    dataset = open_data(config, phase.data, phase.images, pad)
+    collate = Collator(processor, config.max_length, always_picture=True)
+    dataset = open_data(config, phase.data, phase.images, collate, progress)
+    if phase.then and config.bad_entries == "fail":
+        open_data(config, *phase.then, collate, progress)  # an error is told before hours of alignment
     if config.bad_entries == "skip":
         _record_skipped(output, dataset, progress)
     check_words(dataset.texts(), processor.tokenizer, dataset.file.name)
@@ -579,7 +605,7 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=Collator(processor, config.max_length, always_picture=True),
+        data_collator=collate,
         processing_class=processor,
         callbacks=[stages, MetricsCallback(output / "metrics.jsonl", scheme, num_layers, num_tokens)],
         scheme=scheme,

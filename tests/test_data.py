@@ -24,6 +24,7 @@ from llavolta.data import (
     check_entry,
     check_words,
     find_bad,
+    find_too_long,
     open_image,
     to_rgb,
 )
@@ -430,3 +431,48 @@ def test_what_is_asked_of_one_entry_opens_no_other(scenes, small_model, monkeypa
         studies.choose(data, 100000)
     with pytest.raises(studies.StudyError, match=r"not 1\.5"):
         studies.choose(data, 1.5)
+
+
+@pytest.mark.parametrize("pad", [None, (0, 0, 0)])
+@pytest.mark.parametrize("by_size", [False, True])
+def test_what_max_length_makes_unusable_is_found_without_pictures(tmp_path, processor, monkeypatch, by_size, pad):
+    """The same entries that the collator refuses, for the same reasons; also where a picture's size decides."""
+    turns = [("human", "<image>\nIs there a 3?"), ("gpt", "yes")]
+    long = [("human", "<image>\n" + "Is there a 3? " * 40), ("gpt", "yes")]
+    later = [("human", "Is there a 3?"), ("gpt", "no"), ("human", "<image>\nIs there a 4?"), ("gpt", "yes")]
+    text = [("human", "Is there a 3? " * 100), ("gpt", "yes")]
+    two = [("human", "<image><image>\nIs there a 3?"), ("gpt", "yes")]
+    entries = []
+    for number, (said, images) in enumerate([(turns, 1), (long, 1), (later, 1), (text, 0), (two, 2), (turns, 1)]):
+        names = [f"{number}-{i}.png" for i in range(images)]
+        for name in names:
+            Image.new("RGB", (96, 96 if number < 5 else 20)).save(tmp_path / name)
+        written = [{"from": who, "value": words} for who, words in said]
+        entries.append({"id": number, "conversations": written} | ({"image": names} if names else {}))
+    (tmp_path / "d.json").write_text(json.dumps(entries))
+    if by_size:
+
+        def expand(self, text, images=None, **options):
+            counts = iter([image.height // 2 + image.width // 4 for image in images or ()])
+            parts = [one.split("<image>") for one in text]
+            text = [a[0] + "".join("<image>" * next(counts) + part for part in a[1:]) for a in parts]
+            batch = dict(self.tokenizer(text, padding=True, padding_side="right", return_tensors="pt"))
+            return batch | {"pixel_values": torch.zeros(1)}
+
+        monkeypatch.setattr(type(processor), "__call__", expand)
+    data = LlavaData(tmp_path / "d.json", pad=pad)
+    for max_length in (40, 85, 160, 170, 300, 2048):
+        collate, refused = Collator(processor, max_length), {}
+        for index in range(len(data)):
+            try:
+                collate([data[index]])
+            except DataError as error:
+                refused[index] = str(error)
+        with monkeypatch.context() as patched:
+            patched.setattr(LlavaData, "__getitem__", None)
+            assert find_too_long(data, Collator(processor, max_length), progress=False) == refused
+        assert bool(refused) == (max_length < 2048)
+    left = data.without({1: "too long", 4: "too long"})
+    assert left.skipped == [1, 4] and len(left) == 4 and left.pad == pad
+    with pytest.raises(DataError, match="all of its 6 entries are bad; the first: too long"):
+        data.without(dict.fromkeys(range(6), "too long"))

@@ -15,6 +15,7 @@ from llavolta.launch import launch
 from llavolta.train import (
     WANTED_PROCESSES,
     ConfigError,
+    StageTrainer,
     TrainConfig,
     main,
     prepare,
@@ -78,7 +79,6 @@ class Interrupt(Exception):
 
 @pytest.mark.parametrize("at", [2, 3, 5, 8])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, settings, tmp_path, monkeypatch, at):
-    from llavolta.train import StageTrainer
 
     step, count = StageTrainer.training_step, []
 
@@ -136,7 +136,6 @@ def test_alignment_trains_the_projector_alone_and_tuning_leaves_the_tower(whole,
 
 def test_no_hooks_are_left_after_training_failed(settings, tmp_path, monkeypatch):
     from llavolta import patch
-    from llavolta.train import StageTrainer
 
     monkeypatch.setattr(StageTrainer, "compute_loss", lambda self, *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -145,7 +144,6 @@ def test_no_hooks_are_left_after_training_failed(settings, tmp_path, monkeypatch
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_over(whole, settings, tmp_path, monkeypatch):
-    from llavolta.train import StageTrainer
 
     output = tmp_path / "run"
     train(TrainConfig(output=str(output), stage=1, **settings), progress=False)
@@ -281,6 +279,28 @@ def test_bad_entries_stop_a_run_or_are_left_out_of_it(settings, scenes, tmp_path
     skipping = run("skip", "mixed", bad_entries="skip")
     assert json.loads((skipping / "skipped.json").read_text()) == [3, 20]
     assert read_metrics(clean / "metrics.jsonl")[-1]["step"] == 6 and same(weights(clean), weights(skipping))
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_entries_that_max_length_makes_unusable_are_known_at_the_start(settings, scenes, tmp_path, aligned, capsys):
+    entries = json.loads((scenes / "train.json").read_text())
+    long = dict(entries[5], conversations=[dict(turn) for turn in entries[5]["conversations"]])
+    long["conversations"][0]["value"] += " is there a 3 ?" * 200
+    entries[5] = entries[7] = long
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(entries))
+    values = {**settings, "data": str(file), "images": str(scenes), "max_length": 300, "align_steps": 0}
+    if aligned:  # told before the alignment, too
+        values |= dict(align_data=str(scenes / "align.json"), align_steps=1)
+    begun = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(StageTrainer, "train", lambda *_, **__: begun.append(1))
+        with pytest.raises(DataError, match=r"entry 5 .* no answer is left within max_length 300; .* 2 of 48; 'bad_"):
+            train(TrainConfig(output=str(tmp_path / "fail"), **values), progress=False)
+        assert not begun
+    run = train(TrainConfig(output=str(tmp_path / "skip"), bad_entries="skip", **values))
+    assert json.loads((run / "skipped.json").read_text()) == [5, 7]
+    assert "skipping 2 bad of 48 entries" in capsys.readouterr().out
 
 
 def test_processes_that_do_not_come_up_are_an_error(settings, tmp_path, monkeypatch):
