@@ -119,6 +119,7 @@ class _Pass:
     by_kind: dict[str, Tensor]  # (B, T) bool on the CPU, where the pictures of each modality go
     encoded: dict  # their features
     real: Tensor  # (B, T) bool, False at padding
+    unmasked: bool  # no attention mask was given
     cache: object | None = None
     past: int = 0  # tokens that the cache's first layer holds, as the stock masks count them
     whole: bool = False  # whether the masks were made for a cache that holds every token
@@ -291,7 +292,7 @@ class Compression:
         real = torch.ones_like(ids, dtype=torch.bool)
         if isinstance(mask, Tensor) and mask.dim() == 2:
             real = mask[:, -ids.shape[1] :].bool()
-        self._now.state = state = _Pass(by_kind, inputs.get("mm_encoder_outputs") or {}, real)
+        self._now.state = state = _Pass(by_kind, inputs.get("mm_encoder_outputs") or {}, real, mask is None)
         state.cache = inputs.get("past_key_values")
         if state.cache is not None:
             inputs = self._continue(state, inputs)
@@ -558,6 +559,11 @@ class Compression:
         index = _columns(length, state)
         position_ids = _position_ids(*state.rotary[0][:2])
         if position_ids.dim() == 2:
+            if self._flat and state.unmasked and bool((position_ids.diff(dim=1) < 0).any()):
+                raise UnsupportedModel(
+                    "flash attention tells packed samples apart by position_ids, which have gaps under compress(); use "
+                    "sdpa or eager attention, or one sample a row"
+                )
             positions = position_ids.expand(batch, -1)[..., None]
         else:  # (A, B, T)
             positions = position_ids.expand(-1, batch, -1).permute(1, 2, 0)
@@ -574,8 +580,12 @@ class Compression:
             labelled = torch.nn.functional.pad(self._now.labels != IGNORED, (0, 1), value=False)
             answers = (labelled[:, 1:] & ~labelled[:, :-1]).gather(1, rows.index)
             labelled = labelled[:, :-1].gather(1, rows.index)
-        pictures = rows.pictures
-        return LayerProbe(at, state.previous, rows.valid, pictures.rows, pictures.mask, answers, labelled)
+        pictures, positions = rows.pictures, _position_ids(*state.rotary[0][:2])
+        if positions.dim() > 2:  # (A, B, T): of tokens with three, the first, time, never falls
+            positions = positions[0]
+        sample = torch.nn.functional.pad((positions.diff(dim=1) < 0).long().cumsum(1), (1, 0))  # where they restart
+        sample = sample.expand(len(rows.index), -1).gather(1, rows.index)
+        return LayerProbe(at, state.previous, rows.valid, pictures.rows, pictures.mask, sample, answers, labelled)
 
     def _note_cache(self, segment: int, state: _Pass) -> None:
         """Describe the rows of the cache that layers from ``segment`` on will hold after this pass."""
@@ -619,9 +629,14 @@ class Compression:
             key = torch.cat([before, query + state.past], dim=1)
             key_valid = torch.cat([before_valid, valid], dim=1)
             key, key_valid, first = _sliding_cache(state.cache, number, mask, key, key_valid, valid.shape[1], state)
-            flat = "flash" in (self.parts.decoder.config._attn_implementation or "")
-            state.masks[segment, id(mask)] = look_up_mask(mask, query, key - first, key_valid, state.past - first, flat)
+            offset = state.past - first
+            state.masks[segment, id(mask)] = look_up_mask(mask, query, key - first, key_valid, offset, self._flat)
         return state.masks[segment, id(mask)]
+
+    @property
+    def _flat(self) -> bool:
+        """Whether the attention backend takes masks as (B, S) only."""
+        return "flash" in (self.parts.decoder.config._attn_implementation or "")
 
     def _rotary(self, stock, state: _Pass):
         """The rotary embeddings of the present rows in place of the model's."""

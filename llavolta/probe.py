@@ -26,6 +26,7 @@ class LayerProbe:
 
     here, before: this layer and (if captured) the one before it. valid (B, T): False at padding. answers (B, T): rows
     that predict the first token of an answer, and labelled (B, T), both None without labels. images (I, L): flat rows.
+    sample (B, T): the number of the packed sample that a token belongs to; all the same where a row is one sample.
     """
 
     here: LayerInput
@@ -33,6 +34,7 @@ class LayerProbe:
     valid: Tensor
     images: Tensor
     image_mask: Tensor
+    sample: Tensor
     answers: Tensor | None = None
     labelled: Tensor | None = None
 
@@ -42,9 +44,10 @@ class LayerProbe:
             raise ValueError(f"query must be 'last' or 'instruction' at a decoder layer, not {query!r}")
         if previous and self.before is None:
             raise ValueError('the attention of the previous layer needs "previous_layer" in needs, and a layer above 0')
-        rows, mask = self._queries(query)
-        weights = attention_rows(self.before if previous else self.here, rows, self.valid)  # (B, Q, T)
-        weights = (weights * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        chosen = self._queries(query)
+        rows, mask = _compact(chosen)
+        weights = attention_rows(self.before if previous else self.here, rows, self.valid, self.sample)  # (B, Q, T)
+        weights = weights.masked_fill(~mask[..., None], 0).sum(1) / self._of_sample(chosen.long()).clamp(min=1)
         return weights.reshape(-1)[self.images]
 
     @torch.no_grad()
@@ -54,6 +57,11 @@ class LayerProbe:
         return _attention_module(layer).k_proj(layer.input_layernorm(hidden))
 
     def question(self) -> tuple[Tensor, Tensor]:
+        if ((self.sample != self.sample.gather(1, self._last_row())) & self.valid).any():
+            raise UnsupportedModel(
+                "rows of this batch are packed: they hold several samples, each with a question of its own; use a "
+                "compressor that does not read the question, or one sample a row"
+            )
         text = self.valid.clone()
         text.view(-1)[self.images[self.image_mask]] = False
         if self.labelled is not None:
@@ -64,14 +72,23 @@ class LayerProbe:
     def row(self) -> Tensor:
         return self.images[:, 0] // self.valid.shape[1]
 
-    def _queries(self, query: str) -> tuple[Tensor, Tensor]:
-        """Rows (B, Q) whose attention counts, and mask (B, Q)."""
+    def _last_row(self) -> Tensor:
+        """(B, 1) the last real token of each row."""
         column = torch.arange(self.valid.shape[1], device=self.valid.device)
-        last = column == (self.valid * column).amax(1, keepdim=True)
+        return (self.valid * column).amax(1, keepdim=True)
+
+    def _of_sample(self, values: Tensor) -> Tensor:
+        """values (B, T) -> (B, T) their sum over the sample that each token belongs to."""
+        return torch.zeros_like(values).scatter_add(1, self.sample, values).gather(1, self.sample)
+
+    def _queries(self, query: str) -> Tensor:
+        """(B, T) the tokens whose attention counts, some in each sample."""
+        goes_on = self.valid[:, 1:] & (self.sample[:, 1:] == self.sample[:, :-1])
+        last = self.valid & ~torch.nn.functional.pad(goes_on, (0, 1))
         if query == "last" or self.answers is None:
-            return _compact(last)
+            return last
         answers = self.answers & self.valid
-        return _compact(torch.where(answers.any(1, keepdim=True), answers, last))
+        return torch.where(self._of_sample(answers.long()) > 0, answers, last)
 
 
 @dataclass
@@ -121,8 +138,9 @@ def _take(values: Tensor, rows: Tensor) -> Tensor:
     return values.expand(len(rows), -1, -1).gather(1, rows[..., None].expand(-1, -1, values.shape[-1]))
 
 
-def attention_rows(at: LayerInput, rows: Tensor, valid: Tensor) -> Tensor:
-    """(B, Q, T) attention of rows (B, Q) to all tokens: softmax(q k^T * scale) over earlier ones, mean over heads."""
+def attention_rows(at: LayerInput, rows: Tensor, valid: Tensor, sample: Tensor) -> Tensor:
+    """(B, Q, T) attention of rows (B, Q) to all tokens: softmax(q k^T * scale) over the earlier ones of the same sample
+    (B, T), mean over heads."""
     attention = _attention_module(at.layer)
     rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if rotate is None:
@@ -143,6 +161,7 @@ def attention_rows(at: LayerInput, rows: Tensor, valid: Tensor) -> Tensor:
     cap = getattr(attention, "attn_logit_softcapping", None)
     scores = torch.tanh(scores / cap) * cap if cap else scores
     seen = (torch.arange(length, device=rows.device) <= rows[..., None]) & valid[:, None]  # (B, Q, T)
+    seen &= sample[:, None] == sample.gather(1, rows)[..., None]
     return scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).mean((1, 2))
 
 

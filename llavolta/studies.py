@@ -315,7 +315,7 @@ def attention_shares(model, batch, query: Tensor, kinds: Tensor) -> Tensor:
         at = probe.LayerInput(layer, hidden, kwargs["position_embeddings"])
         window = getattr(layer.self_attn, "sliding_window", masks.sliding_window(parts.decoder.config))
         near = valid if window is None else valid & (column > query[:, None] - window)
-        weights = probe.attention_rows(at, query[:, None], near)  # (B, 1, T)
+        weights = probe.attention_rows(at, query[:, None], near, torch.zeros_like(near, dtype=torch.long))  # (B, 1, T)
         shares.append((weights @ groups)[:, 0])
 
     hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in parts.layers]

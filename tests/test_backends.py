@@ -10,6 +10,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from llavolta import compress
+from llavolta.errors import UnsupportedModel
 from llavolta.masks import look_up_mask
 
 RAGGED = [[3, 4], [2, 0, 5], [6]]
@@ -122,3 +123,14 @@ def test_masks_are_looked_up_at_the_tokens_that_stay():
     assert look_up_mask(None, query, key, valid, 0, True).tolist() == valid.long().tolist()
     causal = look_up_mask(None, query, key, valid, 1, False)
     assert causal[0, 0].tolist() == [[True, False, False], [True, True, False]]
+
+
+def test_packed_samples_under_flash_attention_are_refused():
+    model = use(tiny_llava(), "flash_on_cpu")
+    batch = {name: value for name, value in ragged_batch([[3, 4]]).items() if name != "attention_mask"}
+    length = batch["input_ids"].shape[1]
+    packed = torch.cat([torch.arange(length - 3), torch.arange(3)])[None]
+    with compress(model, "0:avgpool:2"), torch.no_grad():
+        model(**batch, position_ids=torch.arange(length)[None])
+        with pytest.raises(UnsupportedModel, match="flash attention tells packed samples apart"):
+            model(**batch, position_ids=packed)

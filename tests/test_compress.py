@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,8 @@ from hypothesis import strategies as st
 from tiny import IMAGE, oracle, ragged_batch, tiny_llava
 
 from llavolta import AveragePool, CompressedTokens, Compressor, PlanError, compress
+from llavolta.compressors import COMPRESSORS
+from llavolta.compressors.base import KeepRatio
 from llavolta.errors import UnsupportedModel
 
 RAGGED = [[3, 4], [2, 0, 5], [6], [1, 3, 2]]  # one image, two in a row, none, two apart
@@ -330,3 +334,51 @@ def test_the_last_hidden_states_have_a_row_for_every_token(plan, return_dict):
         model.train()
         trained = model(**batch, labels=labels, output_hidden_states=True)
         assert trained.hidden_states[-1].shape[:2] == trained.logits.shape[:2]
+
+
+PACKABLE = ["2:avgpool:3", "2:fastv:0.5", "2:pyramiddrop:0.5", "0:avgpool2d:2;2:pyramiddrop:0.5", "vision:prumerge:0.5"]
+
+
+def packed(parts: list[dict]) -> dict:
+    """One row of several samples, positions from 0 in each, as trainers pack them."""
+    whole = {name: torch.cat([part[name] for part in parts], dim=1) for name in ("input_ids", "labels")}
+    for part, start in zip(parts, np.cumsum([0] + [part["labels"].shape[1] for part in parts]), strict=False):
+        whole["labels"][:, start] = -100  # nothing predicts the first token of a sample
+        part["labels"][:, 0] = -100
+    positions = torch.cat([torch.arange(part["input_ids"].shape[1]) for part in parts])[None]
+    pixels = torch.cat([part["pixel_values"] for part in parts])
+    return {**whole, "position_ids": positions, "pixel_values": pixels}
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("plan", PACKABLE)
+def test_packed_samples_are_as_they_are_alone(model, plan, labels):
+    parts = [ragged_batch([row], seed=seed) for seed, row in enumerate([[3, 6], [2, 0, 5], [1, 9]])]
+    row, found = packed(parts), []
+    for part in parts:
+        del part["attention_mask"]
+    for one in [row, *parts]:
+        if not labels:
+            del one["labels"]
+        with torch.no_grad(), compress(model, plan):
+            found.append(model(**one, use_cache=False).logits[0])
+    torch.testing.assert_close(found[0], torch.cat(found[1:]), rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_told_of_packed_samples_is_refused(model):
+    @dataclass(frozen=True)
+    class Asking(KeepRatio):
+        name = "asking-of-the-text"
+
+        def scores(self, tokens):
+            return tokens.question[0].sum() + tokens.hidden[..., 0]
+
+    try:
+        row = packed([ragged_batch([[3, 6]]), ragged_batch([[1, 9]], seed=1)])
+        with compress(model, {2: Asking(0.5)}):
+            with pytest.raises(UnsupportedModel, match="are packed.* question"):
+                model(**row, use_cache=False)
+            del row["position_ids"]
+            model(**row, use_cache=False)
+    finally:
+        del COMPRESSORS["asking-of-the-text"]
