@@ -73,7 +73,7 @@ def compress(
     the row of a token that was merged or dropped is that of the last remaining token at or before it. In training,
     when labels are given, ``logits`` are (1, M + 1, vocabulary) instead: the rows of the M labelled tokens of the
     batch in order, and one to spare; the loss and all gradients are the same, at a fraction of the memory.
-    ``labelled_only=False`` keeps the full logits in training too, ``True`` spares them also under a plan that
+    ``labelled_only=False`` keeps the full logits in training too, for trainers that compute metrics from them; ``True`` spares them also under a plan that
     removes nothing (which otherwise leaves the model untouched, bit for bit).
 
     torch.compile: pass the compiled model, not the one inside it; it is compiled anew when compression starts and
@@ -241,7 +241,7 @@ class Compression:
             torch.compiler.reset()  # compiled code does not notice that hooks come or go
         if parts.top is not None:
             add(parts.top.register_forward_pre_hook(self._before_top, with_kwargs=True))
-            add(parts.top.register_forward_hook(self._after_top, always_call=True))
+            add(parts.top.register_forward_hook(self._after_top, with_kwargs=True, always_call=True))
         add(parts.decoder.register_forward_hook(self._after_decoder))
         if not self._steps:
             return
@@ -277,8 +277,9 @@ class Compression:
         short = torch.cat([labels.new_full((1,), IGNORED), labels[row, column + 1]])[None]
         return args, {**kwargs, "labels": short}
 
-    def _after_top(self, *_):
-        self._now.labels = self._now.labelled = None
+    def _after_top(self, module=None, args=None, kwargs=None, output=None):
+        labelled, self._now.labelled, self._now.labels = self._now.labelled, None, None
+        return None if labelled is None or output is None else _marked(output)
 
     # --- around the base model: which tokens are visual ---
 
@@ -653,6 +654,32 @@ class Compression:
             args, kwargs = _with_position_ids(args, kwargs, positions if like.dim() == 3 else positions[0])
             rows.rotary[id(stock)] = self.parts.rotary.forward(*args, **kwargs)
         return rows.rotary[id(stock)]
+
+
+class LabelledLogits(Tensor):
+    """Logits of the labelled rows alone. Used as if they were all, the error gets a note that says what to do."""
+
+    NOTE = (
+        "under compress(), a model in training gives the logits of the labelled tokens alone, (1, M + 1, vocabulary); "
+        "compress(..., labelled_only=False) gives one row per input token, which metrics on logits need"
+    )
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        try:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        except (RuntimeError, IndexError, ValueError) as error:
+            error.add_note(cls.NOTE)
+            raise
+
+
+@_plain
+def _marked(output):
+    """``output`` of the top model with its logits as LabelledLogits."""
+    if isinstance(output, tuple):  # of loss, logits, ...
+        return (output[0], output[1].as_subclass(LabelledLogits), *output[2:])
+    output.logits = output.logits.as_subclass(LabelledLogits)
+    return output
 
 
 def _whole_prefill(stock, input_ids, generation_config, *args, **kwargs):

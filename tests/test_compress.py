@@ -382,3 +382,29 @@ def test_what_cannot_be_told_of_packed_samples_is_refused(model):
             model(**row, use_cache=False)
     finally:
         del COMPRESSORS["asking-of-the-text"]
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_logits_that_do_not_fit_the_labels_name_the_switch(return_dict):
+    """As TRL's token accuracy has it: logits of all but the last token against the labels of all but the first."""
+    model, batch = tiny_llava().train(), ragged_batch(RAGGED)
+
+    def right(logits):
+        found, labels = logits[..., :-1, :].argmax(-1), batch["labels"][..., 1:]
+        mask = labels != -100
+        return (found == labels) & mask
+
+    def logits_of(**how):
+        with compress(model, "1:avgpool:3", **how):
+            out = model(**batch, return_dict=return_dict)
+        return out.logits if return_dict else out[1]
+
+    with pytest.raises(RuntimeError, match="size of tensor") as caught:
+        right(logits_of())
+    assert any("labelled_only=False" in note for note in caught.value.__notes__)
+    with pytest.raises(IndexError) as caught:
+        logits_of()[batch["labels"] != -100]
+    assert any("labelled_only=False" in note for note in caught.value.__notes__)
+    assert right(logits_of(labelled_only=False)).shape == batch["labels"][:, 1:].shape
+    assert type(logits_of(labelled_only=False)) is torch.Tensor
+    logits_of().float().log_softmax(-1).sum().backward()  # a tensor like others
