@@ -73,8 +73,9 @@ def compress(
     the row of a token that was merged or dropped is that of the last remaining token at or before it. In training,
     when labels are given, ``logits`` are (1, M + 1, vocabulary) instead: the rows of the M labelled tokens of the
     batch in order, and one to spare; the loss and all gradients are the same, at a fraction of the memory.
-    ``labelled_only=False`` keeps the full logits in training too, for trainers that compute metrics from them; ``True`` spares them also under a plan that
-    removes nothing (which otherwise leaves the model untouched, bit for bit).
+    ``labelled_only=False`` keeps the full logits in training too, for trainers that compute metrics from them;
+    ``True`` spares them also under a plan that removes nothing (which otherwise leaves the model untouched, bit for
+    bit).
 
     torch.compile: pass the compiled model, not the one inside it; it is compiled anew when compression starts and
     when it ends, and the graph breaks where a compressor works.
