@@ -123,6 +123,7 @@ class _Pass:
     unmasked: bool  # no attention mask was given
     cache: object | None = None
     past: int = 0  # tokens that the cache's first layer holds, as the stock masks count them
+    seen: int = 0  # tokens that the cache was shown
     whole: bool = False  # whether the masks were made for a cache that holds every token
     deepstack: dict[int, Tensor] = field(default_factory=dict)  # (visual tokens, C), due after a layer
     rotary: list[tuple[tuple, dict, object]] = field(default_factory=list)
@@ -144,6 +145,7 @@ class _Now(threading.local):
     labels: Tensor | None = None
     labelled: tuple[Tensor, Tensor] | None = None  # rows and columns that predict a label
     kept: tuple[CompressedTokens, int] | None = None  # what the projector works on, and how many tokens it was
+    prompt: int | None = None  # tokens of the prompt, behind which generate may try out guesses
 
     def __init__(self):
         self.tower: dict[str, Tensor] = {}  # what the last tower gave, until the projector takes it
@@ -231,7 +233,8 @@ class Compression:
         if self._hooks and self._compiled:
             torch.compiler.reset()
         if self._hooks and self.parts.top is not None:
-            vars(self.parts.top).pop("_prefill", None)
+            for name in ("_prefill", "generate"):
+                vars(self.parts.top).pop(name, None)
         self._hooks.clear()
         _active.discard(self.parts.decoder)
 
@@ -248,6 +251,7 @@ class Compression:
             return
         if hasattr(parts.top, "_prefill"):
             parts.top._prefill = partial(_whole_prefill, parts.top._prefill)
+            parts.top.generate = partial(self._generate, parts.top.generate)
         add(parts.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
         add(parts.base.register_forward_hook(self._after_base, always_call=True))
         add(parts.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
@@ -303,6 +307,15 @@ class Compression:
     def _after_base(self, module, args, output):
         self._now.state = None
 
+    def _generate(self, stock, inputs=None, *args, **kwargs):
+        """``generate``, noting where the prompt ends: by speculation, its first pass holds guesses behind it."""
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        self._now.prompt = None if ids is None else ids.shape[1]
+        try:
+            return stock(inputs, *args, **kwargs)
+        finally:
+            self._now.prompt = None
+
     def _continue(self, state: _Pass, inputs: dict) -> dict:
         """``inputs`` for a cache whose first layer is a compressed one: stock code takes lengths from that layer."""
         if getattr(state.cache, "is_compileable", False):
@@ -312,11 +325,11 @@ class Compression:
         state.past = state.cache.get_seq_length()
         if state.past == 0:
             self._caches.pop(state.cache, None)  # new, or emptied by reset()
-        held = self._caches.get(state.cache, {})
+        held = self._uncropped(state)
         if held and len(set(getattr(self.parts.decoder.config, "layer_types", None) or ())) > 1:
             return self._with_whole_masks(state, inputs, max(rows.seen for rows in held.values()))
         first = held.get(0)
-        seen = state.past if first is None else first.seen
+        state.seen = seen = state.past if first is None else first.seen
         new, mask, positions = state.real.shape[1], inputs.get("attention_mask"), inputs.get("position_ids")
         claimed = seen  # what the caller takes the cache to have seen
         if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -344,12 +357,32 @@ class Compression:
             )
         return self._with_positions({**inputs, "attention_mask": mask}, first.seen, state)
 
+    def _uncropped(self, state: _Pass) -> dict[int, _CachedRows]:
+        """What the rows of the cache stand for, by layer of the plan; cut where its end, text alone, was cropped."""
+        held = self._caches.get(state.cache, {})
+        if not held:
+            return held
+        gone = {rows.valid.shape[1] - state.cache.get_seq_length(segment) for segment, rows in held.items()}
+        seen = max(rows.seen for rows in held.values())
+        if 0 not in held and not state.whole:
+            gone.add(seen - state.past)
+        count = gone.pop()
+        if gone or count <= 0:
+            return held  # as it was, or cropped in a way that _note_cache will name
+        last = torch.arange(seen - count, seen, device=state.real.device)
+        if not all((rows.original[:, -count:] == last).all() & rows.valid[:, -count:].all() for rows in held.values()):
+            return held
+        for segment, rows in held.items():
+            cut = {name: getattr(rows, name)[:, :-count] for name in ("later", "original", "valid")}
+            held[segment] = replace(rows, seen=rows.seen - count, **cut)
+        return held
+
     def _with_whole_masks(self, state: _Pass, inputs: dict, seen: int) -> dict:
         """``inputs`` with masks as if the cache held every token it was shown.
 
         Models with several kinds of layers take each kind's mask sizes from its first layer, compressed or not.
         """
-        state.past, state.whole = seen, True
+        state.past, state.seen, state.whole = seen, seen, True
         like = torch.empty(*state.real.shape, 1, dtype=self.parts.decoder.dtype, device=state.real.device)
         make = getattr(self.parts.top, "create_masks_for_generate", create_masks_for_generate)
         masks = make(
@@ -587,7 +620,10 @@ class Compression:
             positions = positions[0]
         sample = torch.nn.functional.pad((positions.diff(dim=1) < 0).long().cumsum(1), (1, 0))  # where they restart
         sample = sample.expand(len(rows.index), -1).gather(1, rows.index)
-        return LayerProbe(at, state.previous, rows.valid, pictures.rows, pictures.mask, sample, answers, labelled)
+        valid = rows.valid
+        if self._now.prompt is not None:
+            valid = valid & (rows.index + state.seen < self._now.prompt)
+        return LayerProbe(at, state.previous, valid, pictures.rows, pictures.mask, sample, answers, labelled)
 
     def _note_cache(self, segment: int, state: _Pass) -> None:
         """Describe the rows of the cache that layers from ``segment`` on will hold after this pass."""

@@ -207,3 +207,40 @@ def test_a_prompt_in_chunks_is_refused(model, plan):
         assert torch.equal(model.generate(**prompt(), **GREEDY), expected)
     assert "_prefill" not in vars(model)
     assert torch.equal(model.generate(**prompt(), **GREEDY, prefill_chunk_size=4), stock)
+
+
+@pytest.mark.parametrize(
+    "plan", ["1:avgpool:3", "0:avgpool2d:2", "2:fastv:0.5", "0:avgpool:2;2:pyramiddrop:0.5", "vision:prumerge:0.5"]
+)
+def test_speculative_decoding_equals_greedy_decoding(model, plan, monkeypatch):
+    """Guesses from the prompt are tried out behind it, and those that fail are cropped from the cache."""
+    crops, crop = [], DynamicCache.crop
+    monkeypatch.setattr(DynamicCache, "crop", lambda cache, count: crops.append(count) or crop(cache, count))
+    batch = prompt([[6, 8]])
+    batch["input_ids"][0, -4:] = batch["input_ids"][0, -8:-4]  # something to guess from
+    many = {**GREEDY, "max_new_tokens": 24}
+    with compress(model, plan):
+        greedy = model.generate(**batch, **many)
+        assert not crops
+        assert torch.equal(model.generate(**batch, **many, prompt_lookup_num_tokens=3), greedy)
+        assert len(crops) > 3
+    assert "generate" not in vars(model) and "_prefill" not in vars(model)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@torch.no_grad()
+def test_a_cache_goes_on_where_text_behind_the_pictures_was_cropped(model, plan):
+    with compress(model, plan):
+        cache = DynamicCache(config=model.config.get_text_config())
+        batch = prompt([[3, 6]])
+        whole = model(**batch, use_cache=False).logits
+        model(**batch, past_key_values=cache)
+        for count in (2, 1):
+            cache.crop(-count)
+            again = dict(input_ids=batch["input_ids"][:, -count:], attention_mask=batch["attention_mask"])
+            logits = model(**again, past_key_values=cache).logits
+            torch.testing.assert_close(logits, whole[:, -count:], rtol=1e-5, atol=1e-5)
+        cache.crop(-8)  # into the picture
+        with pytest.raises(UnsupportedModel, match="cropped|speak of"):
+            again = dict(input_ids=batch["input_ids"][:, -8:], attention_mask=batch["attention_mask"])
+            model(**again, past_key_values=cache)
