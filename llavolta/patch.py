@@ -208,7 +208,9 @@ class Compression:
         self.labelled_only = labelled_only if labelled_only is not None else bool(self._steps)
         self._now = _Now()
         self._caches: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._left: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # keys as they were, see _rows_of_before
         self._hooks: list = []
+        self._replaced: dict[str, object] = {}  # methods of the model, by the model's own ones (None: the class's)
         if self.parts.decoder in _active:
             raise RuntimeError("this model is being compressed already; remove() the first handle or leave its block")
         if self._steps or self.labelled_only:
@@ -233,8 +235,11 @@ class Compression:
         if self._hooks and self._compiled:
             torch.compiler.reset()
         if self._hooks and self.parts.top is not None:
-            for name in ("_prefill", "generate"):
+            for name, own in self._replaced.items():
                 vars(self.parts.top).pop(name, None)
+                if own is not None:
+                    vars(self.parts.top)[name] = own
+            self._replaced.clear()
         self._hooks.clear()
         _active.discard(self.parts.decoder)
 
@@ -250,6 +255,7 @@ class Compression:
         if not self._steps:
             return
         if hasattr(parts.top, "_prefill"):
+            self._replaced = {name: vars(parts.top).get(name) for name in ("_prefill", "generate")}
             parts.top._prefill = partial(_whole_prefill, parts.top._prefill)
             parts.top.generate = partial(self._generate, parts.top.generate)
         add(parts.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
@@ -307,12 +313,12 @@ class Compression:
     def _after_base(self, module, args, output):
         self._now.state = None
 
-    def _generate(self, stock, inputs=None, *args, **kwargs):
+    def _generate(self, stock, *args, **kwargs):
         """``generate``, noting where the prompt ends: by speculation, its first pass holds guesses behind it."""
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         self._now.prompt = None if ids is None else ids.shape[1]
         try:
-            return stock(inputs, *args, **kwargs)
+            return stock(*args, **kwargs)
         finally:
             self._now.prompt = None
 
@@ -325,7 +331,7 @@ class Compression:
         state.past = state.cache.get_seq_length()
         if state.past == 0:
             self._caches.pop(state.cache, None)  # new, or emptied by reset()
-        held = self._uncropped(state)
+        held = self._as_it_is_now(state)
         if held and len(set(getattr(self.parts.decoder.config, "layer_types", None) or ())) > 1:
             return self._with_whole_masks(state, inputs, max(rows.seen for rows in held.values()))
         first = held.get(0)
@@ -357,11 +363,19 @@ class Compression:
             )
         return self._with_positions({**inputs, "attention_mask": mask}, first.seen, state)
 
-    def _uncropped(self, state: _Pass) -> dict[int, _CachedRows]:
-        """What the rows of the cache stand for, by layer of the plan; cut where its end, text alone, was cropped."""
+    def _as_it_is_now(self, state: _Pass) -> dict[int, _CachedRows]:
+        """What the rows of the cache stand for, by layer of the plan; also where since the last pass its samples were
+        moved, left out or repeated (beams), or its end was cropped, if that is text alone."""
         held = self._caches.get(state.cache, {})
         if not held:
             return held
+        of_before = _rows_of_before(_last_keys(state.cache), *self._left[state.cache])  # held, so not empty
+        if of_before is not None:
+            for segment, rows in held.items():
+                names = [
+                    name for name in ("later", "original", "valid", "moved") if isinstance(getattr(rows, name), Tensor)
+                ]
+                held[segment] = replace(rows, **{name: getattr(rows, name)[of_before] for name in names})
         gone = {rows.valid.shape[1] - state.cache.get_seq_length(segment) for segment, rows in held.items()}
         seen = max(rows.seen for rows in held.values())
         if 0 not in held and not state.whole:
@@ -468,6 +482,8 @@ class Compression:
         state = self._now.state
         if state is not None and state.cache is not None and state.cached:
             self._caches.setdefault(state.cache, {}).update(state.cached)
+            if (keys := _last_keys(state.cache)) is not None:
+                self._left[state.cache] = weakref.ref(keys), keys[:, 0, :, 0].clone()
         rows = state.rows if state is not None else None
         hidden = last = output[0]
         if rows is None and self._now.labelled is None:
@@ -691,6 +707,33 @@ class Compression:
             args, kwargs = _with_position_ids(args, kwargs, positions if like.dim() == 3 else positions[0])
             rows.rotary[id(stock)] = self.parts.rotary.forward(*args, **kwargs)
         return rows.rotary[id(stock)]
+
+
+def _last_keys(cache) -> Tensor | None:
+    """(B, heads, n, D) keys of the last layer that has its own."""
+    found = (getattr(layer, "keys", None) for layer in reversed(cache.layers))
+    return next((keys for keys in found if keys is not None), None)
+
+
+def _rows_of_before(keys: Tensor, same: weakref.ref, before: Tensor) -> Tensor | None:
+    """(B',) which row of the cache each of its B' rows was when a pass left it, None if nothing moved.
+
+    same: of the keys that the pass left; before (B, n): one channel of them, by which rows are known again: keys of the
+    last layer depend on everything before them, and samples with equal ones are equal.
+    """
+    if same() is keys:
+        return None
+    now = keys[:, 0, :, 0]
+    length = min(now.shape[1], before.shape[1])
+    now, before = (values[:, :length].nan_to_num() for values in (now, before))
+    alike = (now[:, None] == before[None]).all(-1)
+    if not bool(alike.any(1).all()):
+        raise UnsupportedModel(
+            "the cache holds other keys than compress left there; continue it as it is, or begin anew"
+        )
+    if len(now) == len(before) and bool(alike.diagonal().all()):
+        return None
+    return alike.long().argmax(1)
 
 
 class LabelledLogits(Tensor):

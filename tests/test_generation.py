@@ -244,3 +244,43 @@ def test_a_cache_goes_on_where_text_behind_the_pictures_was_cropped(model, plan)
         with pytest.raises(UnsupportedModel, match="cropped|speak of"):
             again = dict(input_ids=batch["input_ids"][:, -8:], attention_mask=batch["attention_mask"])
             model(**again, past_key_values=cache)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("how", ["select", "repeat", "reorder"])
+@torch.no_grad()
+def test_a_cache_whose_rows_were_moved_goes_on(model, plan, how):
+    """Rows of unequal pictures, so that one row's layout is wrong for another."""
+    batch, token = prompt(), torch.tensor([[9], [11], [13]])
+    rows = {"select": [2, 0], "repeat": [0, 0, 1, 1, 2, 2], "reorder": [1, 2, 0]}[how]
+    with compress(model, plan):
+        mask = torch.nn.functional.pad(batch["attention_mask"], (0, 1), value=1)
+        ids = torch.cat([batch["input_ids"], token], dim=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        whole = model(ids, pixel_values=batch["pixel_values"], attention_mask=mask, position_ids=positions)
+        cache = DynamicCache(config=model.config.get_text_config())
+        model(**batch, position_ids=positions[:, :-1], past_key_values=cache)
+        if how == "select":
+            cache.batch_select_indices(torch.tensor(rows))
+        elif how == "repeat":
+            cache.batch_repeat_interleave(2)
+        else:
+            cache.reorder_cache(torch.tensor(rows))
+        for _ in range(2):
+            given = dict(input_ids=token[rows], attention_mask=mask[rows], position_ids=positions[rows, -1:])
+            logits = model(**given, past_key_values=cache).logits[:, -1]
+            torch.testing.assert_close(logits, whole.logits[rows, -1], rtol=1e-4, atol=1e-4)
+            cache.crop(-1)
+
+
+def test_a_generate_of_the_models_own_is_kept(model):
+    def own(**kwargs):
+        return "mine"
+
+    model.generate = own
+    try:
+        with compress(model, "1:avgpool:3"):
+            assert model.generate(**prompt()) == "mine"
+        assert model.generate is own
+    finally:
+        del model.generate
