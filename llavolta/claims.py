@@ -17,10 +17,10 @@ import pandas as pd
 
 from llavolta.compare import BASELINE, paired, roughness, table
 from llavolta.errors import UserError
+from llavolta.paths import PAPERS
 from llavolta.schemes import OURS, SCHEMES, compression_ratio, plan_compression_ratio
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-PAPERS = README.parent / "papers"
+README = PAPERS.parent / "README.md"
 REDUNDANCY = "01_redundancy.ipynb OUT.ipynb -p record ../papers/llavolta"
 COMPARE = "04_compare_schemes.ipynb OUT.ipynb -p controls True -p seeds {seeds} -p record ../papers/llavolta"
 VIDEO = "06_video.ipynb OUT.ipynb -p seeds {seeds} -p record ../papers/llavolta"

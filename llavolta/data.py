@@ -32,7 +32,8 @@ from tqdm.auto import tqdm
 
 from llavolta.errors import DataError, UserError
 from llavolta.jsonlist import WrongFormat, scan
-from llavolta.models import DATA, model_path
+from llavolta.models import model_path
+from llavolta.paths import DATA
 from llavolta.video import FRAMES, read_frames
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}

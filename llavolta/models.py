@@ -26,10 +26,10 @@ from llavolta import digits
 from llavolta.config import ConfigError, TrainConfig
 from llavolta.errors import UserError
 from llavolta.families import find_parts, towers, unwrap
+from llavolta.paths import DATA, TINY_LLAVA
 from llavolta.video import FrameProcessor, VideoLlavaProcessor
 
-DATA = Path(__file__).resolve().parent.parent / "data"
-EMBEDDED = DATA / "tiny-llava"
+EMBEDDED = TINY_LLAVA
 EMBEDDED_VIDEO = DATA / "cache" / "tiny-video-llava"
 PROJECTOR, TOWER = "multi_modal_projector", "_tower"
 TOWERS = tuple(kind + TOWER for kind in ("vision", "image", "video"))  # Video-LLaVA has one each of the last two

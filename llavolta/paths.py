@@ -1,8 +1,17 @@
-"""Where things are."""
+"""Where files are: beside the package in a checkout; where it is installed, what is shipped lies in it, and what it
+writes goes to ``LLAVOLTA_DATA``, or the user's cache folder."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-PAPERS = ROOT / "papers"
+_PACKAGE = Path(__file__).resolve().parent
+_SHIPPED = _PACKAGE / "shipped"  # filled by setup.py when a wheel is built
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+ROOT = None if _SHIPPED.is_dir() else _PACKAGE.parent  # of the checkout
+DATA = Path(os.environ.get("LLAVOLTA_DATA") or (ROOT / "data" if ROOT else _CACHE / "llavolta"))  # generated, and runs
+PAPERS = (ROOT or Path.cwd()) / "papers"  # the pages that commands write
+TINY_LLAVA = ROOT / "data" / "tiny-llava" if ROOT else _SHIPPED / "tiny-llava"
+PUBLISHED = ROOT / "papers" / "llavolta" / "published.csv" if ROOT else _SHIPPED / "published.csv"

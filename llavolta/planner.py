@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,9 +15,8 @@ from scipy.optimize import nnls
 
 from llavolta.cost import CostModel, StepCost
 from llavolta.errors import UserError
+from llavolta.paths import PUBLISHED
 from llavolta.schemes import Scheme
-
-PUBLISHED = Path(__file__).resolve().parent.parent / "papers" / "llavolta" / "published.csv"
 
 
 class PlannerError(UserError, ValueError):

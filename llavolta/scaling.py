@@ -11,7 +11,6 @@ import argparse
 import sys
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,11 +18,11 @@ import pandas as pd
 from llavolta.bench import MIX
 from llavolta.cost import cost_model, reference_config
 from llavolta.data import GroupedSampler
+from llavolta.paths import PAPERS
 from llavolta.planner import GPUS as GPU_DATA
 from llavolta.planner import published_hours
 from llavolta.schemes import OURS, SCHEMES
 
-PAPERS = Path(__file__).resolve().parent.parent / "papers"
 PAGE, RECIPE = PAPERS / "scaling.md", PAPERS / "REPRODUCE.md"
 CAPTIONS = 558_128  # of projector alignment
 EXAMPLES, TRAINED_ON = 665_298, 8  # of the run whose hours the paper reports: entries, GPUs

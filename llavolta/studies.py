@@ -32,12 +32,12 @@ from llavolta.compressors import CompressedTokens, Compressor, VisualTokens
 from llavolta.cost import step_cost
 from llavolta.data import LlavaData
 from llavolta.errors import UnsupportedModel, UserError
+from llavolta.paths import PUBLISHED
 from llavolta.plan import VISION, check_layers, format_plan, parse_plan
 from llavolta.schemes import plan_compression_ratio
 
 SHOWN = 64  # tokens of an answer that is shown
 KINDS = ("visual", "system and prompt", "question")
-PUBLISHED = Path(__file__).resolve().parent.parent / "papers" / "llavolta" / "published.csv"
 
 
 class StudyError(UserError, ValueError):

@@ -56,7 +56,6 @@ from llavolta.dualspeed import ISOLATOR, add_isolator, fast_mode, load_isolator,
 from llavolta.errors import Stopped, UserError
 from llavolta.families import PIXELS, find_parts, unwrap
 from llavolta.models import (
-    DATA,
     PROJECTOR,
     TOWER,
     join,
@@ -69,6 +68,7 @@ from llavolta.models import (
     with_adapters,
 )
 from llavolta.patch import Compression
+from llavolta.paths import DATA
 from llavolta.projectors import ProjectorSpec, parse_projector, replace_projector, with_projector
 from llavolta.schemes import Scheme
 

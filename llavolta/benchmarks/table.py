@@ -12,6 +12,7 @@ import yaml
 
 from llavolta.benchmarks.run import read_results
 from llavolta.errors import UserError
+from llavolta.paths import PUBLISHED
 from llavolta.train import read_metrics
 
 # Column: lmms-eval's task, its metric, and what to multiply that by for percent. MME's perception score is of 2000.
@@ -41,7 +42,6 @@ DIGITS = {
 }
 COLUMNS = IMAGE | VIDEO | DIGITS
 AVERAGE, HOURS, RATIO = "average", "training hours", "CR"
-PUBLISHED = Path(__file__).resolve().parents[2] / "papers" / "llavolta" / "published.csv"
 
 
 class TableError(UserError, ValueError):
