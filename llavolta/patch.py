@@ -145,6 +145,7 @@ class _Now(threading.local):
     labels: Tensor | None = None
     labelled: tuple[Tensor, Tensor] | None = None  # rows and columns that predict a label
     kept: tuple[CompressedTokens, int] | None = None  # what the projector works on, and how many tokens it was
+    due: tuple[str, ...] = ()  # which of "base" and "decoder" this pass has yet to reach; see _enter
     prompt: int | None = None  # tokens of the prompt, behind which generate may try out guesses
 
     def __init__(self):
@@ -251,6 +252,8 @@ class Compression:
         if parts.top is not None:
             add(parts.top.register_forward_pre_hook(self._before_top, with_kwargs=True))
             add(parts.top.register_forward_hook(self._after_top, with_kwargs=True, always_call=True))
+        add(parts.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
+        add(parts.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
         add(parts.decoder.register_forward_hook(self._after_decoder))
         if not self._steps:
             return
@@ -258,9 +261,7 @@ class Compression:
             self._replaced = {name: vars(parts.top).get(name) for name in ("_prefill", "generate")}
             parts.top._prefill = partial(_whole_prefill, parts.top._prefill)
             parts.top.generate = partial(self._generate, parts.top.generate)
-        add(parts.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
         add(parts.base.register_forward_hook(self._after_base, always_call=True))
-        add(parts.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
         add(parts.rotary.register_forward_hook(self._after_rotary, with_kwargs=True))
         for number in range(min(self._steps.keys() | self._captured), len(parts.layers)):
             segment = max((layer for layer in self._steps if layer <= number), default=None)
@@ -277,8 +278,8 @@ class Compression:
 
     @_plain
     def _before_top(self, module, args, kwargs):
-        self._after_top()  # an interrupt (no Exception) skips the hooks that clean up
-        self._now.state = None
+        self._forget()
+        self._now.due = ("base", "decoder")
         self._now.labels = labels = kwargs.get("labels")
         if labels is None or not self.labelled_only or not module.training or kwargs.get("shift_labels") is not None:
             return None
@@ -288,6 +289,16 @@ class Compression:
         short = torch.cat([labels.new_full((1,), IGNORED), labels[row, column + 1]])[None]
         return args, {**kwargs, "labels": short}
 
+    def _forget(self) -> None:
+        self._now.state = self._now.labels = self._now.labelled = None
+
+    def _enter(self, part: str, fits: bool = True) -> None:
+        """Note that a pass reaches ``part``. If it does not come from the part before, it was called by itself, and
+        what an interrupted pass left is stale: an interrupt is no Exception and skips the hooks that clean up."""
+        if part not in self._now.due or not fits:
+            self._forget()
+        self._now.due = ("decoder",) if part == "base" else ()
+
     def _after_top(self, module=None, args=None, kwargs=None, output=None):
         labelled, self._now.labelled, self._now.labels = self._now.labelled, None, None
         return None if labelled is None or output is None else _marked(output)
@@ -296,6 +307,9 @@ class Compression:
 
     @_plain
     def _before_base(self, module, args, kwargs):
+        self._enter("base")
+        if not self._steps:
+            return None
         inputs = encode_pictures(self.parts.base, args, kwargs)
         by_kind = {kind: where.cpu() for kind, where in visual_tokens(self.parts, inputs).items()}
         if self._vision is not None and "video" in by_kind and pools_frames(self.parts.base):
@@ -464,8 +478,12 @@ class Compression:
 
     # --- around the decoder ---
 
+    @_plain
     def _before_decoder(self, module, args, kwargs):
-        state, first = self._now.state, min(self._steps)
+        given, now = kwargs.get("inputs_embeds"), self._now
+        like = now.labels if now.state is None else now.state.real
+        self._enter("decoder", fits=given is not None and (like is None or given.shape[:2] == like.shape))
+        state, first = self._now.state, min(self._steps, default=0)
         deepstack = kwargs.get("deepstack_visual_embeds")
         if state is None or deepstack is None or len(deepstack) <= first:
             return None

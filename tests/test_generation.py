@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -284,3 +286,47 @@ def test_a_generate_of_the_models_own_is_kept(model):
         assert model.generate is own
     finally:
         del model.generate
+
+
+def _modules(model) -> list[str]:
+    """One of each kind of module, in the first and the last layers."""
+    names = [name for name, module in model.named_modules() if not isinstance(module, torch.nn.ModuleList)]
+    return [name for name in names if not re.search(r"layers\.[12]\b", name) or name.endswith(("layers.1", "layers.2"))]
+
+
+@pytest.mark.parametrize("plan", ["1:avgpool:3", "1:fastv:0.5;2:avgpool:2", "vision:prumerge:0.5", "none"])
+@pytest.mark.parametrize("behind", [False, True])
+def test_an_interrupt_anywhere_leaves_no_state_behind(plan, behind):
+    """Under a handle that is kept: whatever pass comes next is as if none had been interrupted."""
+    model, batch = tiny_llava(), ragged_batch([[3, 4], [2, 0, 5], [6]], side="left")
+    asked = prompt()
+    passes = {
+        "generate": lambda: model.generate(**asked, **{**GREEDY, "max_new_tokens": 2}),
+        "forward": lambda: model(**asked).logits,
+        "training": lambda: model.train()(**batch).loss,
+        "base": lambda: model.model(**asked).last_hidden_state,
+        "decoder": lambda: model.get_decoder()(input_ids=torch.arange(6, 12)[None]).last_hidden_state,
+    }
+
+    def run(name: str):
+        try:
+            with torch.no_grad():
+                return passes[name]()
+        finally:
+            model.eval()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with compress(model, plan, labelled_only=True):
+        right = {name: run(name) for name in passes}
+        for number, name in enumerate(_modules(model)):
+            module = model.get_submodule(name)
+            register = module.register_forward_hook if behind else module.register_forward_pre_hook
+            first = ["generate", "training"][number % 2]
+            for after, expected in right.items():
+                hook = register(interrupt)
+                with suppress(KeyboardInterrupt):
+                    run(first)
+                hook.remove()
+                assert torch.equal(run(after), expected), (name, first, after)
