@@ -125,7 +125,11 @@ def _with_its_adapters(path: str, dtype: torch.dtype) -> tuple:
 def _processor(model: nn.Module, path: str):
     """The processor at ``path``; that of Video-LLaVA, of which transformers' own needs torchvision, by ours."""
     if model.config.model_type != "video_llava":
-        return AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path)
+        if getattr(processor, "patch_size", 0) is None:  # with which it counts a picture's tokens
+            size = getattr(getattr(model.config, "vision_config", None), "patch_size", "...")
+            raise ConfigError(f'{path}/processor_config.json has no patch_size; add "patch_size": {size}')
+        return processor
     from transformers import CLIPImageProcessor  # warns of a missing torchvision as soon as it is imported
 
     images = CLIPImageProcessor.from_pretrained(path)  # the one of its own that some have calls pixel_values otherwise

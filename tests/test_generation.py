@@ -289,9 +289,12 @@ def test_a_generate_of_the_models_own_is_kept(model):
 
 
 def _modules(model) -> list[str]:
-    """One of each kind of module, in the first and the last layers."""
-    names = [name for name, module in model.named_modules() if not isinstance(module, torch.nn.ModuleList)]
-    return [name for name in names if not re.search(r"layers\.[12]\b", name) or name.endswith(("layers.1", "layers.2"))]
+    """Of each kind of module in each part the first and the last."""
+    found: dict[tuple, list[str]] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.ModuleList):
+            found.setdefault((type(module), "language" in name), []).append(name)
+    return list(dict.fromkeys(name for names in found.values() for name in (names[0], names[-1])))
 
 
 @pytest.mark.parametrize("plan", ["1:avgpool:3", "1:fastv:0.5;2:avgpool:2", "vision:prumerge:0.5", "none"])

@@ -453,3 +453,25 @@ def test_engines_need_a_launcher(tmp_path, monkeypatch):
     for engine in ({"deepspeed": "zero3"}, {"fsdp": "fsdp2"}):
         with pytest.raises(ConfigError, match="needs a launcher"):
             train(TrainConfig(output=str(tmp_path / "run"), **engine), progress=False)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
+def test_whatever_a_parameter_is_given_is_taken_or_refused_in_one_line(name, tmp_path):
+    wrong = [1.5, 1, True, "x", "", [], ["none"], [1], [[1]], [None], {}, {"a": 1}, None, -1, 0, "1e-3", 10**30]
+    for value in [*wrong, float("nan"), float("inf")]:
+        try:
+            config = TrainConfig.from_dict({"output": str(tmp_path), "scenes": 64, name: value})
+            if name != "scenes":  # which would be made
+                prepare(config)
+        except UserError as error:
+            assert len(str(error)) < 400
+
+
+def test_a_processor_without_patch_size_is_told_what_to_add(small_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(small_model, folder)
+    file = folder / "processor_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "patch_size": None}))
+    with pytest.raises(ConfigError, match=r'model/processor_config.json has no patch_size; add "patch_size": 8'):
+        load_model(str(folder))
