@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -313,6 +314,15 @@ def test_the_error_of_a_child_process_is_shown(settings, tmp_path):
     broken = {**settings, "align_steps": 0, "stage": 0}
     with pytest.raises(ConfigError, match="^training in 2 processes failed: stage 0 is projector"):
         launch(TrainConfig(output=str(tmp_path / "run"), **broken), num_processes=2)
+
+
+def test_a_bad_picture_met_by_a_worker_of_a_launched_process_is_named(settings, scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "data")
+    entry = json.loads((tmp_path / "data" / "train.json").read_text())[5]
+    (tmp_path / "data" / entry["image"]).write_bytes(b"nonsense")
+    data = dict(data=str(tmp_path / "data" / "train.json"), align_steps=0, max_steps=30, num_workers=1)
+    with pytest.raises(ConfigError, match=f"failed: train.json entry 5 .*{entry['image']}' cannot be read"):
+        launch(TrainConfig(output=str(tmp_path / "run"), **{**settings, **data}), num_processes=2)
 
 
 def test_the_command_line_shows_a_traceback_only_of_programming_errors(tmp_path, monkeypatch, capsys):
