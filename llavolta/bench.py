@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import inspect
 import json
 import math
@@ -32,9 +31,9 @@ from llavolta import data
 from llavolta.compressors import VisualTokens
 from llavolta.cost import cost_model
 from llavolta.data import Collator, LlavaData
-from llavolta.dualspeed import add_isolator, fast_mode, slow_mode
+from llavolta.dualspeed import ISOLATOR, add_isolator, fast_mode, slow_mode
 from llavolta.errors import UserError
-from llavolta.families import find_parts
+from llavolta.families import find_parts, unwrap
 from llavolta.masks import cache_bytes
 from llavolta.models import load_model, set_trainable
 from llavolta.patch import IGNORED, compress
@@ -64,12 +63,26 @@ def step_times(
     """Seconds of a training step (forward, backward, AdamW) under each plan, interleaved on the same ``batches``.
 
     A plan may also be a stage of a scheme: of one with slow steps it is the mean over its fast and slow steps.
-    The model is copied, so its weights stay. Returns one row per plan: seconds (median), ratio (the median over
-    rounds of this plan's time over that of "none" in the same round), flops_ratio (what the FLOPs promise).
+    The learning rate is 0, so the model stays as it is. Returns one row per plan: seconds (median), ratio (the median
+    over rounds of this plan's time over that of "none" in the same round), flops_ratio (what the FLOPs promise).
     """
     stages = {str(plan): plan if isinstance(plan, Stage) else Stage(plan, 1) for plan in ["none", *plans]}
-    model = copy.deepcopy(model).train()
-    set_trainable(model, phase)
+    training, trained = model.training, [(p, p.requires_grad) for p in model.parameters()]
+    own = getattr(unwrap(model), ISOLATOR, None)
+    try:
+        return _step_times(model, batches, stages, rounds, phase, progress)
+    finally:
+        delattr(unwrap(model), ISOLATOR)
+        if own is not None:
+            setattr(unwrap(model), ISOLATOR, own)
+        model.train(training)
+        model.zero_grad()
+        for parameter, wanted in trained:
+            parameter.requires_grad_(wanted)
+
+
+def _step_times(model, batches, stages: dict[str, Stage], rounds: int, phase: str, progress: bool) -> pd.DataFrame:
+    set_trainable(model.train(), phase)
     add_isolator(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     device = next(model.parameters()).device

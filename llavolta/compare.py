@@ -24,7 +24,7 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from llavolta import bench, train
-from llavolta.data import Collator, GroupedSampler, LlavaData, padding_colour
+from llavolta.data import Collator, GroupedSampler, LlavaData, trained_padding
 from llavolta.errors import UserError
 from llavolta.evaluate import device, evaluate, interval
 from llavolta.plan import check_layers, parse_plan
@@ -176,7 +176,7 @@ def _run(
     if file.exists() and len(held := pd.read_csv(file, dtype=_TEXT, keep_default_na=False)) >= questions:
         return held[:questions]
     model, processor = train.load_model(str(output))
-    data = LlavaData(heldout, pad=padding_colour(processor) if config.pad_to_square else None)
+    data = LlavaData(heldout, pad=trained_padding(processor, "", config.pad_to_square))
     answers = evaluate(
         model.to(device()), processor, data, plan, questions, progress=False, max_new_tokens=max_new_tokens
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import get_type_hints
@@ -293,3 +294,14 @@ def _number(value):
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
+
+
+def run_settings(model: str | Path) -> dict:
+    """The parameters of the run that made the model in the folder ``model`` (the run's own, one of its checkpoints, or
+    its aligned model), by its config.yaml; none if there is no such file."""
+    for folder in (Path(model), Path(model).parent):
+        file = folder / "config.yaml"
+        if file.is_file() and (folder == Path(model) or re.fullmatch(r"align|checkpoint-\d+", Path(model).name)):
+            held = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+            return held if isinstance(held, dict) else {}
+    return {}

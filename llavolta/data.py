@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
+from llavolta.config import run_settings
 from llavolta.errors import DataError, UserError
 from llavolta.jsonlist import WrongFormat, scan
 from llavolta.models import model_path
@@ -445,6 +446,14 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int] | None) -> Im
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
+
+
+def trained_padding(processor, model: str | Path, wanted: bool | None = None) -> tuple[int, int, int] | None:
+    """The colour that pads pictures to squares before the model in the folder ``model`` is asked, None for no padding:
+    as it was trained, by its run's own config.yaml, unless ``wanted`` says. A model without one is not padded for."""
+    if wanted is None:
+        wanted = run_settings(model).get("pad_to_square", False)
+    return padding_colour(processor) if wanted else None
 
 
 def padding_colour(processor) -> tuple[int, int, int]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from llavolta import bench
+from llavolta.models import set_trainable
 from llavolta.plan import tokens_per_layer
+from llavolta.schemes import Stage
 
 SMALL = bench.Sizes(width=64, layers=4, visual=16, text=12, batch=16, vocabulary=100)
 
@@ -55,3 +58,18 @@ def test_compressors_are_set_against_the_tower_and_the_loop():
     assert table.tokens_left.drop(["prumerge", "prumerge+"]).tolist() == [4] * 5
     assert (table.seconds > 0).all() and (table.tower > 0).all()
     assert table.loop.dropna().index.tolist() == ["prumerge", "prumerge+"]
+
+
+def test_step_times_leave_the_model_as_it_was(small_model, scenes):
+    model, batches = bench.embedded_batches(2, 1, str(small_model))
+    set_trainable(model, "align")
+    model.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    asked = {name: p.requires_grad for name, p in model.named_parameters()}
+    stage = Stage("0:random:0.25", 1, slow_every=2)
+    bench.step_times(model, batches, ["1:avgpool:8", stage], rounds=1, progress=False)
+    assert not model.training and all(p.grad is None for p in model.parameters())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == asked
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert not hasattr(model, "mode_isolator")

@@ -476,3 +476,19 @@ def test_what_max_length_makes_unusable_is_found_without_pictures(tmp_path, proc
     assert left.skipped == [1, 4] and len(left) == 4 and left.pad == pad
     with pytest.raises(DataError, match="all of its 6 entries are bad; the first: too long"):
         data.without(dict.fromkeys(range(6), "too long"))
+
+
+def test_pictures_are_padded_as_the_models_own_run_says(processor, tmp_path):
+    colour = data.padding_colour(processor)
+    (tmp_path / "run" / "checkpoint-4").mkdir(parents=True)
+    (tmp_path / "run" / "other").mkdir()
+    assert data.trained_padding(processor, tmp_path / "run") is None
+    assert data.trained_padding(processor, "org/x") is None
+        data.trained_padding(processor, tmp_path / "run") is None and data.trained_padding(processor, "org/x") is None
+    )
+    (tmp_path / "run" / "config.yaml").write_text("pad_to_square: true")
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-4", tmp_path / "run" / "align"):
+        assert data.trained_padding(processor, folder) == colour
+        assert data.trained_padding(processor, folder, False) is None
+    assert data.trained_padding(processor, tmp_path / "run" / "other") is None
+    assert data.trained_padding(processor, tmp_path / "run" / "other", True) == colour

@@ -17,7 +17,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from PIL import Image
 from tqdm.auto import tqdm
 
-from llavolta.data import Collator, Example, pad_to_square, padding_colour, to_rgb
+from llavolta.data import Collator, Example, pad_to_square, to_rgb, trained_padding
 from llavolta.errors import UserError
 from llavolta.evaluate import greedy, prompts
 from llavolta.models import load_model
@@ -35,7 +35,7 @@ class Llavolta(lmms):
     pretrained: folder or hub name, "embedded", or a folder of adapters. plan: see ``llavolta.plan``.
     dtype: "float32", "bfloat16" or "float16"; float32 on a CPU and bfloat16 elsewhere unless given.
     frames: of a clip, taken uniformly; a model without a video processor sees them as that many pictures.
-    pad_to_square: as the model was trained (True for LLaVA-1.5).
+    pad_to_square: True for LLaVA-1.5; default: as the model was trained, if its folder is a run's of ours.
     Under torchrun or accelerate every process loads the model and answers its share.
     """
 
@@ -50,7 +50,7 @@ class Llavolta(lmms):
         device: str | None = None,
         dtype: str | None = None,
         frames: int = 8,
-        pad_to_square: bool = False,
+        pad_to_square: bool | None = None,
     ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
@@ -64,7 +64,7 @@ class Llavolta(lmms):
             raise UserError(f"unknown dtype {dtype!r}; float32, bfloat16 or float16")
         model, self.processor = load_model(pretrained, dtype=getattr(torch, dtype))
         self.model = model.to(self.device).eval()
-        self.pad = padding_colour(self.processor) if pad_to_square else None
+        self.pad = trained_padding(self.processor, pretrained, pad_to_square)
         with compress(self.model, self.plan):
             pass  # a plan that does not fit the model is refused before any data is read
 
