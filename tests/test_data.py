@@ -484,8 +484,6 @@ def test_pictures_are_padded_as_the_models_own_run_says(processor, tmp_path):
     (tmp_path / "run" / "other").mkdir()
     assert data.trained_padding(processor, tmp_path / "run") is None
     assert data.trained_padding(processor, "org/x") is None
-        data.trained_padding(processor, tmp_path / "run") is None and data.trained_padding(processor, "org/x") is None
-    )
     (tmp_path / "run" / "config.yaml").write_text("pad_to_square: true")
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-4", tmp_path / "run" / "align"):
         assert data.trained_padding(processor, folder) == colour
