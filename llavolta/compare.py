@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from tqdm.auto import tqdm
 from llavolta import bench, train
 from llavolta.data import Collator, GroupedSampler, LlavaData, trained_padding
 from llavolta.errors import UserError
-from llavolta.evaluate import device, evaluate, interval
+from llavolta.evaluate import asked_digest, device, evaluate, interval
 from llavolta.plan import check_layers, parse_plan
 from llavolta.projectors import OWN
 from llavolta.schemes import NAMED, SCHEMES, Scheme
@@ -169,14 +170,15 @@ def _run(
 ) -> pd.DataFrame:
     """Train ``config`` unless its folder holds the trained model already, and its answers under ``plan`` likewise."""
     output = Path(config.output)
-    depends = [plan, max_new_tokens, config.pad_to_square]
-    asked = hashlib.blake2b(repr(depends).encode() + heldout.read_bytes(), digest_size=6).hexdigest()
-    file = output / f"answers-{asked}.csv"
     train.train(config, progress=False)  # which refuses another run's folder, and does nothing for a finished one
-    if file.exists() and len(held := pd.read_csv(file, dtype=_TEXT, keep_default_na=False)) >= questions:
-        return held[:questions]
+    data = LlavaData(heldout)
+    asked = asked_digest(data, list(islice(data.questions(), questions)))
+    depends = repr([plan, max_new_tokens, config.pad_to_square]).encode()
+    file = output / f"answers-{hashlib.blake2b(depends + asked, digest_size=6).hexdigest()}.csv"
+    if file.exists():
+        return pd.read_csv(file, dtype=_TEXT, keep_default_na=False)
     model, processor = train.load_model(str(output))
-    data = LlavaData(heldout, pad=trained_padding(processor, "", config.pad_to_square))
+    data.pad = trained_padding(processor, "", config.pad_to_square)
     answers = evaluate(
         model.to(device()), processor, data, plan, questions, progress=False, max_new_tokens=max_new_tokens
     )

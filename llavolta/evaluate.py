@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -40,6 +42,15 @@ def prompts(model, processor, asked: list[tuple[str, list]], padding_side: str =
     visual = {"images": sum(images, []) or None} | ({"videos": sum(clips, [])} if any(clips) else {})
     batch = processor(text=texts, **visual, padding=True, padding_side=padding_side, return_tensors="pt")
     return batch.to(model.device, model.dtype)
+
+
+def asked_digest(data: LlavaData, questions: list[dict]) -> bytes:
+    """Of what is asked: the questions of ``data``, their answers, and their pictures and clips, byte by byte."""
+    digest = hashlib.blake2b(json.dumps([questions, data.pad, data.frames]).encode(), digest_size=12)
+    for index in dict.fromkeys(question["index"] for question in questions):
+        for path in data.media_paths(index):
+            digest.update(path.read_bytes())
+    return digest.digest()
 
 
 def device() -> torch.device:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -27,7 +26,7 @@ import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llavolta import compressors, evaluate, families, masks, patch, probe
+from llavolta import evaluate, families, masks, patch, probe
 from llavolta.compressors import CompressedTokens, Compressor, VisualTokens
 from llavolta.cost import step_cost
 from llavolta.data import LlavaData
@@ -37,6 +36,7 @@ from llavolta.plan import VISION, check_layers, format_plan, parse_plan
 from llavolta.schemes import plan_compression_ratio
 
 SHOWN = 64  # tokens of an answer that is shown
+WAY = 1  # of sweeping; raised when what is kept of an interrupted sweep is no longer what it would answer
 KINDS = ("visual", "system and prompt", "question")
 
 
@@ -181,13 +181,8 @@ def _fingerprint(model, processor, data: LlavaData, questions: list[dict], max_n
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     digest.update(processor.to_json_string().encode())
     digest.update(json.dumps([processor.tokenizer.get_vocab(), processor.chat_template], sort_keys=True).encode())
-    digest.update(json.dumps([questions, data.pad, data.frames, max_new_tokens]).encode())
-    for index in dict.fromkeys(question["index"] for question in questions):
-        for path in data.media_paths(index):
-            digest.update(path.read_bytes())
-    for code in (compressors.avgpool, compressors.base, evaluate, families, masks, patch, shared_layers):
-        digest.update(inspect.getsource(code).encode())
-    digest.update(f"{torch.__version__} {transformers.__version__}".encode())
+    digest.update(evaluate.asked_digest(data, questions))
+    digest.update(f"{max_new_tokens} {WAY} {torch.__version__} {transformers.__version__}".encode())
     return digest.hexdigest()
 
 

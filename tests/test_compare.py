@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from llavolta import SCHEMES, PlanError, Scheme, train
+from llavolta import compare as compare_module
 from llavolta.compare import (
     CONTROLS,
     CompareError,
@@ -165,7 +166,7 @@ def test_workers_end_with_a_comparison_that_is_killed(tmp_path):
     assert killed.returncode == -signal.SIGKILL
 
 
-def test_answers_are_kept_for_their_questions_and_plan_only(scenes, small_model, tmp_path):
+def test_answers_are_kept_for_their_questions_pictures_and_plan_only(scenes, small_model, tmp_path, monkeypatch):
     options = dict(model=str(small_model), data=str(scenes / "train.json"), align_steps=0, max_steps=2, batch_size=4)
     config, schemes = TrainConfig(output=str(tmp_path / "runs"), **options), contestants([], {}, 4)
     heldout = scenes / "heldout.json"
@@ -184,6 +185,14 @@ def test_answers_are_kept_for_their_questions_and_plan_only(scenes, small_model,
     other.write_text(json.dumps(entries))
     shutil.copytree(scenes / "images", tmp_path / "images")
     assert ask(4, other).answer.tolist() == [turn["value"] for turn in entries[0]["conversations"][1::2]]
+    asked, real = [], compare_module.evaluate
+    monkeypatch.setattr(compare_module, "evaluate", lambda *a, **k: asked.append(1) or real(*a, **k))
+    ask(4, other)
+    assert not asked
+    picture = tmp_path / entries[0]["image"]
+    picture.write_bytes((tmp_path / entries[1]["image"]).read_bytes())  # the same question of another picture
+    ask(4, other)
+    assert len(asked) == 1
     assert model.stat().st_mtime_ns == trained and not list(model.parent.glob("checkpoint-*"))
     changed = TrainConfig(output=str(tmp_path / "runs"), learning_rate=1e-5, **options)
     for again in (dict(), dict(questions=13), dict(plans={"single-stage": "1:avgpool:2"})):  # answered before or not
