@@ -172,9 +172,7 @@ def join(vision_tower: str, language_model: str) -> tuple[LlavaForConditionalGen
     vision_tower: folder or hub name of a CLIP model, of which the penultimate layer is read and CLS dropped.
     language_model: of a causal language model with a tokenizer; <image> and a padding token are added to its words.
     """
-    kind = AutoConfig.from_pretrained(model_path(vision_tower)).model_type
-    if not kind.startswith("clip"):
-        raise ConfigError(f"vision_tower {vision_tower}: a {kind} has no class token as CLIP's has; give a CLIP model")
+    check_tower(vision_tower, AutoConfig.from_pretrained(model_path(vision_tower)))
     tower = AutoModel.from_pretrained(model_path(vision_tower), dtype=torch.float32)
     tower = getattr(tower, "vision_model", tower)  # CLIP's checkpoint holds a text model, too
     language = _whole(AutoModelForCausalLM, model_path(language_model))
@@ -208,6 +206,13 @@ def join(vision_tower: str, language_model: str) -> tuple[LlavaForConditionalGen
         chat_template=_multimodal_template(tokenizer, language_model),
     )
     return model, processor
+
+
+def check_tower(name: str, config) -> None:
+    """Raise ConfigError unless the model ``name`` of this ``config`` can be the vision tower of ``join``."""
+    kind = config.model_type
+    if not kind.startswith("clip"):
+        raise ConfigError(f"vision_tower {name}: a {kind} has no class token as CLIP's has; give a CLIP model")
 
 
 # Before a template that takes a message's content for text: the text that its parts come to.

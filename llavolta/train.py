@@ -58,6 +58,7 @@ from llavolta.families import PIXELS, find_parts, unwrap
 from llavolta.models import (
     PROJECTOR,
     TOWER,
+    check_tower,
     join,
     load_model,
     model_path,
@@ -341,6 +342,7 @@ def _sizes(config: TrainConfig) -> tuple[int, int]:
         whole = with_projector(read_config(config.model), config.projector)
         return whole.get_text_config().num_hidden_layers, _visual_tokens(whole)
     vision = read(config.vision_tower)
+    check_tower(config.vision_tower, vision)
     vision = getattr(vision, "vision_config", vision)
     projector = parse_projector(config.projector) or ProjectorSpec()
     return read(config.language_model).num_hidden_layers, projector.num_tokens(vision.image_size // vision.patch_size)

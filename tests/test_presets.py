@@ -444,6 +444,9 @@ def test_what_is_no_vision_language_model_is_named_in_one_line(parts, small_mode
 
 def test_a_tower_without_a_class_token_is_refused_before_any_weight(parts, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip_vision_model"}))
+    given = dict(vision_tower=str(tmp_path), language_model=str(tmp_path), output=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="siglip_vision_model has no class token"):  # before anything is trained
+        prepare(TrainConfig(**given))
     with pytest.raises(ConfigError, match="siglip_vision_model has no class token"):
         join(str(tmp_path), str(parts / "language"))
 
