@@ -33,7 +33,7 @@ def frame_places(total: int, count: int) -> list[int]:
 
 
 def read_frames(path: str | Path, count: int, name: str | None = None) -> list[Image.Image]:
-    """``count`` frames (RGB) of the clip at ``path``, at ``frame_places``; only these are in memory at a time.
+    """``count`` frames (RGB, upright) of the clip at ``path``, at ``frame_places``; only these are in memory at a time.
 
     Raises DataError, naming ``name`` (default: the path), for a file that is missing, damaged, no video or without
     frames, and for frames of more than PIL.Image.MAX_IMAGE_PIXELS. Damage that the decoder does not notice passes.
@@ -70,6 +70,8 @@ def _decode(path: str | Path, places: list[int]) -> tuple[dict[int, Image.Image]
             if number in places:
                 _check_size(frame.width, frame.height)
                 kept[number] = frame.to_image()
+                if frame.rotation:  # of a phone that was held upright, as a player turns it: degrees to the left
+                    kept[number] = kept[number].rotate(frame.rotation, expand=True)
     return kept, number + 1
 
 

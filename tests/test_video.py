@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from fractions import Fraction
 
 import av
@@ -314,3 +315,23 @@ def test_a_stage_trains_on_clips_and_stills_and_its_model_is_stock(clip_data, vi
     for plan in ("none", "1:avgpool3d:4:3"):
         table = evaluate.evaluate(model, processor, heldout, plan, limit=5, progress=False)
         assert len(table) == 5 and set(table.type) == set(clips.QUESTION_TYPES)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "corner"),
+    [((1, 0, 0, 1), (0, 0)), ((0, 1, -1, 0), (0, 1)), ((-1, 0, 0, -1), (1, 1)), ((0, -1, 1, 0), (1, 0))],
+)
+def test_a_clip_that_a_phone_turned_is_read_upright(tmp_path, matrix, corner):
+    """The file's display matrix: by a quarter to the right, on its head, by a quarter to the left."""
+    frames = np.zeros((4, 48, 64, 3), np.uint8)
+    frames[:, :24, :32] = 255  # the upper left corner
+    clips.write_clip(tmp_path / "clip.mp4", frames)
+    content = bytearray((tmp_path / "clip.mp4").read_bytes())
+    place = content.index(b"tkhd") + 4 + 4 + 20 + 16  # version and flags, times and track, volume: ISO 14496-12, 8.3.2
+    a, b, c, d = (value << 16 for value in matrix)
+    content[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "clip.mp4").write_bytes(content)
+    for image in read_frames(tmp_path / "clip.mp4", 2):
+        assert image.size == ((64, 48) if matrix[0] else (48, 64))
+        quarters = np.asarray(image.resize((2, 2), Image.Resampling.BOX))[..., 0]
+        assert np.argwhere(quarters > 200).tolist() == [list(corner)]
