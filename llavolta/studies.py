@@ -191,10 +191,12 @@ def _point_file(folder: Path, plan: str) -> Path:
 
 
 def _read_point(folder: Path | None, plan: str) -> dict[int, str]:
-    file = folder and _point_file(folder, plan)
-    return (
-        {int(number): said for number, said in json.loads(file.read_text()).items()} if file and file.exists() else {}
-    )
+    if folder is None or not (file := _point_file(folder, plan)).exists():
+        return {}
+    try:
+        return {int(number): str(said) for number, said in json.loads(file.read_text()).items()}
+    except (ValueError, AttributeError):  # damaged; answered again
+        return {}
 
 
 def _write_point(folder: Path | None, plan: str, answers: dict[int, str]) -> None:

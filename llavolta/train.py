@@ -386,7 +386,10 @@ def open_data(
 def _record_skipped(output: Path, dataset: LlavaData, progress: bool) -> None:
     """Hold the run to the entries that it skips: the same on every machine, and whenever it is resumed."""
     skipped, file = dataset.skipped, output / "skipped.json"
-    held = json.loads(file.read_text()) if file.exists() else skipped
+    try:
+        held = json.loads(file.read_text()) if file.exists() else skipped
+    except ValueError as error:
+        raise DataError(f"{file} cannot be read ({error}); remove it, and the run goes on") from None
     if any(other != skipped for other in gather_object([skipped])):
         raise DataError(f"the bad entries of {dataset.file.name} differ between machines; give them the same images")
     if held != skipped:
@@ -522,7 +525,10 @@ def _claim(output: Path, config: TrainConfig, setup: Setup) -> None:
     file = output / "config.yaml"
     if file.exists():
         defaults = {field.name: field.default for field in fields(config)}  # of parameters younger than the run
-        held = defaults | (yaml.safe_load(file.read_text()) or {})
+        written = parse_yaml(file.read_text(encoding="utf-8", errors="replace"), str(file))
+        if not isinstance(written, dict) or not written:
+            raise ConfigError(f"{file} holds no run's parameters; it is damaged: restore it, or name another output")
+        held = defaults | written
         differ = [name for name in values if name not in _FREE and name != "plan" and held.get(name) != values[name]]
         if differ and {*differ} <= {"max_steps", "epochs"}:
             same = prepare(TrainConfig.from_dict({name: held[name] for name in defaults})).total_steps

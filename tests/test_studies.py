@@ -86,6 +86,15 @@ def test_layers_below_are_computed_once_and_an_interrupted_sweep_continues(
     assert len(calls) == 10 + 3 * 7 - 9  # nothing was left to do
 
 
+@pytest.mark.parametrize("held", ["", "{", "[1]", '{"x": "3"}', "\0\0"])
+def test_damaged_results_of_a_sweep_are_made_again(loaded, tmp_path, held):
+    settings = dict(limit=4, batch_size=8, cache=tmp_path, progress=False)
+    right = studies.redundancy_sweep(*loaded, [1], [1, 8], **settings)
+    for file in tmp_path.rglob("*.json"):
+        file.write_text(held)
+    pd.testing.assert_frame_equal(studies.redundancy_sweep(*loaded, [1], [1, 8], **settings), right)
+
+
 def test_results_of_another_model_are_not_taken(loaded, tmp_path):
     model, processor, data = loaded
     settings = dict(limit=4, cache=tmp_path, progress=False)

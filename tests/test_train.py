@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -302,6 +303,22 @@ def test_entries_that_max_length_makes_unusable_are_known_at_the_start(settings,
     run = train(TrainConfig(output=str(tmp_path / "skip"), bad_entries="skip", **values))
     assert json.loads((run / "skipped.json").read_text()) == [5, 7]
     assert "skipping 2 bad of 48 entries" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("held", ["", "{a: [", "- 1", "\0\0\0"])
+def test_a_run_folder_with_a_damaged_record_is_told_of(settings, tmp_path, held):
+    config = TrainConfig(output=str(tmp_path / "run"), bad_entries="skip", **{**settings, "max_steps": 3})
+    run = train(replace(config, stage=1), progress=False)
+    good = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(held)
+    with pytest.raises(ConfigError, match=r"run/config.yaml (holds no run's parameters|cannot be read)"):
+        train(config, progress=False)
+    (run / "config.yaml").write_text(good)
+    (run / "skipped.json").write_text("[1,")
+    with pytest.raises(DataError, match="run/skipped.json cannot be read"):
+        train(config, progress=False)
+    (run / "skipped.json").unlink()
+    train(config, progress=False)
 
 
 def test_processes_that_do_not_come_up_are_an_error(settings, tmp_path, monkeypatch):
