@@ -749,6 +749,12 @@ def read_metrics(file: str | Path) -> list[dict]:
     return rows
 
 
+def _leave() -> None:
+    """Close the process group, if there is one: gloo's threads abort a process that ends with them at work."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llavolta.train", description="Train a stage or a scheme.")
     parser.add_argument("config", help=f"YAML file of TrainConfig's parameters, or a preset: {', '.join(PRESETS)}")
@@ -780,12 +786,14 @@ def main(arguments: list[str] | None = None) -> int:
         if options.num_processes and "WORLD_SIZE" in os.environ:  # under a launcher
             os.environ[WANTED_PROCESSES] = str(options.num_processes)
             train(config)
+            _leave()
         elif options.num_processes or options.torchrun:
             from llavolta.launch import launch  # which stands on this module
 
             launch(config, options.num_processes or 1, options.torchrun)
         else:
             train(config)
+            _leave()
     except Stopped as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 128 + signal.SIGTERM
