@@ -59,8 +59,8 @@ evidence: notebooks
 	mkdir -p data/runs
 	cd notebooks && ../$(BIN)/papermill 04_compare_schemes.ipynb ../data/runs/faster.ipynb -p seeds 5 -p record ../papers/faster \
 		-y '{schemes: [dualspeed, two-stage, two-stage-light]}'
-	$(BIN)/python -m llavolta.claims
-	$(BIN)/python -m llavolta.scaling
+	$(BIN)/python papers/claims.py
+	$(BIN)/python papers/scaling.py
 
 # Everything that a GPU is for, at the shapes of LLaVA-1.5-7B with random weights: at most 8 minutes on one of 80 GB.
 gpu: install
@@ -72,7 +72,7 @@ stress: install
 
 # The embedded model through lmms-eval, without compression and with the plan of stage I; answers must agree with ours.
 eval: install-eval
-	$(EVAL_BIN)/python -m llavolta.benchmarks embedded
+	$(EVAL_BIN)/python -m llavolta.harness embedded
 
 test-eval: install-eval
 	$(EVAL_BIN)/python -m pytest tests/test_benchmarks.py

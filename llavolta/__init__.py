@@ -1,6 +1,6 @@
 """llavolta: train and study vision-language models with fewer visual tokens."""
 
-from llavolta.compressors import (
+from llavolta.compression.compressors import (
     AveragePool,
     AveragePool2d,
     AveragePool3d,
@@ -17,12 +17,12 @@ from llavolta.compressors import (
     VisualTokens,
     keep_tokens,
 )
+from llavolta.compression.masks import cache_bytes
+from llavolta.compression.patch import Compression, compress
+from llavolta.compression.plan import PlanError, format_plan, parse_plan, tokens_per_layer
 from llavolta.errors import UnsupportedModel
-from llavolta.masks import cache_bytes
-from llavolta.patch import Compression, compress
-from llavolta.plan import PlanError, format_plan, parse_plan, tokens_per_layer
-from llavolta.projectors import MultiBlockTokenFusion, SpatialTokenFusion, replace_projector
-from llavolta.schemes import SCHEMES, Scheme, Stage, compression_ratio, plan_compression_ratio
+from llavolta.train.projectors import MultiBlockTokenFusion, SpatialTokenFusion, replace_projector
+from llavolta.train.schemes import SCHEMES, Scheme, Stage, compression_ratio, plan_compression_ratio
 
 __version__ = "0.1.0"
 __all__ = [

@@ -12,6 +12,7 @@ _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 ROOT = None if _SHIPPED.is_dir() else _PACKAGE.parent  # of the checkout
 DATA = Path(os.environ.get("LLAVOLTA_DATA") or (ROOT / "data" if ROOT else _CACHE / "llavolta"))  # generated, and runs
+RUNS = DATA / "runs"
 PAPERS = (ROOT or Path.cwd()) / "papers"  # the pages that commands write
 TINY_LLAVA = ROOT / "data" / "tiny-llava" if ROOT else _SHIPPED / "tiny-llava"
 PUBLISHED = ROOT / "papers" / "llavolta" / "published.csv" if ROOT else _SHIPPED / "published.csv"

@@ -3,7 +3,9 @@ import torch
 from tiny import write_small_llava
 from transformers import LlavaForConditionalGeneration
 
-from llavolta import backbones, clips, data, digits, models
+from llavolta.data import index as data_index
+from llavolta.paths import TINY_LLAVA
+from llavolta.worlds import backbones, clips, digits
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +28,7 @@ def clip_data(tmp_path_factory):
 @pytest.fixture(scope="session")
 def video_model(tmp_path_factory):
     """The folder of the embedded Video-LLaVA."""
-    source = LlavaForConditionalGeneration.from_pretrained(models.EMBEDDED, dtype=torch.float32)
+    source = LlavaForConditionalGeneration.from_pretrained(TINY_LLAVA, dtype=torch.float32)
     folder = tmp_path_factory.mktemp("model") / "video"
     return backbones.save(backbones.video_llava(source), folder, words=backbones.video_processor())
 
@@ -35,5 +37,5 @@ def video_model(tmp_path_factory):
 def data_cache(tmp_path_factory, monkeypatch):
     """What data sets keep about themselves stays out of data/cache."""
     folder = tmp_path_factory.getbasetemp() / "data-cache"
-    monkeypatch.setattr(data, "CACHE", folder)
+    monkeypatch.setattr(data_index, "CACHE", folder)
     return folder

@@ -27,9 +27,11 @@ from safetensors.torch import load_file
 from tiny import write_small_llava
 from transformers.utils import logging
 
-from llavolta import checkpoints, digits
-from llavolta.config import TrainConfig
-from llavolta.train import read_metrics, train
+from llavolta.train import checkpoints
+from llavolta.train.config import TrainConfig
+from llavolta.train.run import train
+from llavolta.train.trainer import read_metrics
+from llavolta.worlds import digits
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()

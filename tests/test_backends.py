@@ -10,8 +10,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 from llavolta import compress
+from llavolta.compression.masks import look_up_mask
 from llavolta.errors import UnsupportedModel
-from llavolta.masks import look_up_mask
 
 RAGGED = [[3, 4], [2, 0, 5], [6]]
 GREEDY = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None, suppress_tokens=[IMAGE])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llavolta import bench
-from llavolta.models import set_trainable
-from llavolta.plan import tokens_per_layer
-from llavolta.schemes import Stage
+from llavolta.compression.plan import tokens_per_layer
+from llavolta.cost import bench
+from llavolta.train.models import set_trainable
+from llavolta.train.schemes import Stage
 
 SMALL = bench.Sizes(width=64, layers=4, visual=16, text=12, batch=16, vocabulary=100)
 

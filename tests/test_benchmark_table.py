@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from llavolta.benchmarks.table import AVERAGE, HOURS, RATIO, TableError, paper_table, published, runs_in, training
-from llavolta.schemes import Scheme
-from llavolta.train import MetricsCallback
+from llavolta.harness.table import AVERAGE, HOURS, RATIO, TableError, paper_table, published, runs_in, training
+from llavolta.train.schemes import Scheme
+from llavolta.train.trainer import MetricsCallback
 
 
 def write_results(folder, model: str, plan: str, scores: dict[str, dict[str, float]]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,13 +19,14 @@ import torch
 from PIL import Image
 from tokenizers import AddedToken
 
-from llavolta import benchmarks
-from llavolta.benchmarks import __main__ as command
-from llavolta.benchmarks import local, run, video
+from llavolta import harness as benchmarks
+from llavolta.compression.plan import PlanError
 from llavolta.data import Collator, DataError, LlavaData
-from llavolta.evaluate import answer, evaluate, prompts
-from llavolta.models import load_model
-from llavolta.plan import PlanError
+from llavolta.harness import __main__ as command
+from llavolta.harness import local, run, video
+from llavolta.studies.evaluation import answer, evaluate, prompts
+from llavolta.train.models import load_model
+from llavolta.worlds import WORLDS
 
 ROOT = Path(__file__).parent.parent
 needs_harness = pytest.mark.skipif(
@@ -352,7 +354,7 @@ def test_two_processes_answer_as_one(evaluated, parrot, tasks, tmp_path):
 
 @needs_harness
 def test_the_harness_and_the_package_agree_under_a_plan(parrot, scenes, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "digits_data", lambda: scenes)
+    monkeypatch.setitem(WORLDS, "digits", replace(WORLDS["digits"], build=lambda *_: scenes))
     plan = "0:avgpool:72;2:random:0.5"
     arguments = ["embedded", "--model", str(parrot), "--output", str(tmp_path / "eval"), "--limit", "24"]
     assert command.main([*arguments, "--plans", plan]) == 0
@@ -375,7 +377,7 @@ def test_a_failure_fails_and_says_why(small_model, tasks, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def plugin(parrot):
-    from llavolta.benchmarks.plugin import Llavolta
+    from llavolta.harness.plugin import Llavolta
 
     return Llavolta(str(parrot), device="cpu", batch_size="4")
 
@@ -449,7 +451,7 @@ def test_rounds_ask_until_the_task_ends_them(plugin, scenes):
 
 @needs_harness
 def test_the_plugin_refuses_what_it_cannot_do(small_model):
-    from llavolta.benchmarks.plugin import Llavolta
+    from llavolta.harness.plugin import Llavolta
 
     with pytest.raises(PlanError, match="names layer 9"):
         Llavolta.create_from_arg_string(f"pretrained={small_model},plan=9:avgpool:2", {"device": "cpu"})

@@ -18,10 +18,11 @@ import pytest
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from llavolta import plots, studies, widgets
-from llavolta.compressors import COMPRESSORS
+from llavolta.compression.compressors import COMPRESSORS
 from llavolta.data import LlavaData
-from llavolta.train import load_model
+from llavolta.show import plots, widgets
+from llavolta.studies import inspect
+from llavolta.train.models import load_model
 
 ROOT = Path(__file__).parent.parent
 SCREENSHOTS = ROOT / "data" / "screenshots"
@@ -154,13 +155,13 @@ class Page:
 def test_sliders_move_picture_and_numbers(lab, browser, my_compressor, scenes, small_model, name, start, moves, draw):
     url, _ = lab
     model, processor = load_model(str(small_model))
-    question, images = studies.choose(LlavaData(scenes / "heldout.json"), 0)
+    question, images = inspect.choose(LlavaData(scenes / "heldout.json"), 0)
     page = Page(browser, url, name)
     seen = []
     for slider, key, plan in [(None, None, start), *moves]:
         if slider:
             assert page.press(slider, key) < 5
-        view = studies.view(model, processor, question["question"], images, plan)
+        view = inspect.view(model, processor, question["question"], images, plan)
         assert f"compression ratio: {view.ratio:.3f}" in page.text()
         assert f"training FLOPs: {view.flops:.1%} of no compression" in page.text()
         assert f"answer: {view.answer}" in page.text()

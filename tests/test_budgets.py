@@ -5,10 +5,10 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from llavolta import budgets
-from llavolta.budgets import DOWNSAMPLE, FULL, METHODS, BudgetError, plan_at, plans_at
 from llavolta.data import LlavaData
-from llavolta.models import load_model
+from llavolta.studies import budgets
+from llavolta.studies.budgets import DOWNSAMPLE, FULL, METHODS, BudgetError, plan_at, plans_at
+from llavolta.train.models import load_model
 
 
 @pytest.mark.parametrize("budget", [0.05, 0.11, 0.25, 0.5, 1.0])

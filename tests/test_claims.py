@@ -5,22 +5,22 @@ from __future__ import annotations
 import re
 import shutil
 
+import claims
 import pandas as pd
 import pytest
 
-from llavolta import claims
-from llavolta.compare import BASELINE, CONTROLS, contestants
-from llavolta.schemes import OURS, SCHEMES
+from llavolta.studies.compare import BASELINE, CONTROLS, contestants
+from llavolta.train.schemes import OURS, SCHEMES
 
 
 @pytest.mark.parametrize("paper", claims.PAGES)
 def test_the_committed_page_is_what_its_figures_give(paper):
-    assert (claims.PAPERS / paper / "claims.md").read_text() == claims.render(paper), "run python -m llavolta.claims"
+    assert (claims.PAPERS / paper / "claims.md").read_text() == claims.render(paper), "run python papers/claims.py"
 
 
 def test_the_readme_shows_the_recorded_results():
     text = claims.README.read_text()
-    assert text == claims.readme(text), "run python -m llavolta.claims"
+    assert text == claims.readme(text), "run python papers/claims.py"
 
 
 @pytest.mark.parametrize("paper", claims.PAGES)

@@ -7,15 +7,18 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from llavolta import SCHEMES, PlanError, Scheme, train
-from llavolta import compare as compare_module
-from llavolta.compare import (
+from llavolta import SCHEMES, PlanError, Scheme
+from llavolta.compression.plan import tokens_per_layer
+from llavolta.data import DataError, padding_colour
+from llavolta.studies import compare as compare_module
+from llavolta.studies.compare import (
     CONTROLS,
     CompareError,
     accuracies,
@@ -29,10 +32,9 @@ from llavolta.compare import (
     table,
     table_of_one_seed,
 )
-from llavolta.config import ConfigError, TrainConfig
-from llavolta.data import DataError, padding_colour
-from llavolta.models import load_model
-from llavolta.plan import tokens_per_layer
+from llavolta.train.config import ConfigError, TrainConfig
+from llavolta.train.models import load_model
+from llavolta.worlds import WORLDS
 
 ONE = {"single-stage": [0], "mine": [0]}
 
@@ -154,7 +156,7 @@ def test_workers_end_with_a_comparison_that_is_killed(tmp_path):
         "import os, signal, sys, time\n"
         "from concurrent.futures import ProcessPoolExecutor\n"
         "from multiprocessing import get_context\n"
-        "from llavolta.compare import _begin_worker\n"
+        "from llavolta.studies.compare import _begin_worker\n"
         "if __name__ == '__main__':\n"
         "    pool = ProcessPoolExecutor(1, get_context('spawn'), initializer=_begin_worker, initargs=(1,))\n"
         "    pool.submit(os.getpid).result()\n"
@@ -207,8 +209,8 @@ def test_pictures_are_padded_as_in_training_and_questions_are_of_its_data(scenes
         seen.update(pad=data.pad, file=data.file)
         return pd.DataFrame([dict(question="q", answer="a", prediction="a", correct=True)])
 
-    monkeypatch.setattr("llavolta.compare.evaluate", look)
-    monkeypatch.setitem(train.GENERATED, "digits", lambda scenes_wanted: scenes)
+    monkeypatch.setattr("llavolta.studies.compare.evaluate", look)
+    monkeypatch.setitem(WORLDS, "digits", replace(WORLDS["digits"], build=lambda *_: scenes))
     options = dict(model=str(small_model), align_steps=0, max_steps=1, batch_size=4)
     config = TrainConfig(output=str(tmp_path), pad_to_square=True, **options)
     compare(contestants([], {}, 4), {"single-stage": [0]}, config, progress=False, questions=1)
@@ -218,8 +220,10 @@ def test_pictures_are_padded_as_in_training_and_questions_are_of_its_data(scenes
 
 def test_a_model_of_clips_is_asked_about_clips(clip_data, video_model, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("llavolta.compare._run", lambda run, heldout, *rest: seen.append(heldout) or pd.DataFrame([{}]))
-    monkeypatch.setitem(train.GENERATED, "clips", lambda scenes_wanted: clip_data)
+    monkeypatch.setattr(
+        "llavolta.studies.compare._run", lambda run, heldout, *rest: seen.append(heldout) or pd.DataFrame([{}])
+    )
+    monkeypatch.setitem(WORLDS, "clips", replace(WORLDS["clips"], build=lambda *_: clip_data))
     config = TrainConfig(output=str(tmp_path), model=str(video_model), data="clips", align_steps=0, max_steps=1)
     compare(contestants([], {}, 8), {"single-stage": [0]}, config, progress=False)
     assert seen == [clip_data / "heldout.json"]
@@ -233,9 +237,9 @@ def test_models_answer_and_are_timed_on_the_accelerator(scenes, small_model, tmp
         where.append(model.device.type)
         return pd.DataFrame([dict(question="q", answer="a", prediction="a", correct=True)])
 
-    monkeypatch.setattr("llavolta.compare.device", lambda: torch.device("meta"))
-    monkeypatch.setattr("llavolta.compare.evaluate", look)
-    monkeypatch.setattr("llavolta.bench.step_times", look)
+    monkeypatch.setattr("llavolta.studies.compare.device", lambda: torch.device("meta"))
+    monkeypatch.setattr("llavolta.studies.compare.evaluate", look)
+    monkeypatch.setattr("llavolta.cost.bench.step_times", look)
     options = dict(model=str(small_model), data=str(scenes / "train.json"), align_steps=0, max_steps=1, batch_size=4)
     config, schemes = TrainConfig(output=str(tmp_path), **options), contestants([], {}, 4)
     compare(schemes, ONE, config, scenes / "heldout.json", 1, progress=False)

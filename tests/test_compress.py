@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tiny import IMAGE, oracle, ragged_batch, tiny_llava
 
 from llavolta import AveragePool, CompressedTokens, Compressor, PlanError, compress
-from llavolta.compressors import COMPRESSORS
-from llavolta.compressors.base import KeepRatio
+from llavolta.compression.compressors import COMPRESSORS
+from llavolta.compression.compressors.base import KeepRatio
 from llavolta.errors import UnsupportedModel
 
 RAGGED = [[3, 4], [2, 0, 5], [6], [1, 3, 2]]  # one image, two in a row, none, two apart

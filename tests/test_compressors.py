@@ -32,8 +32,8 @@ from llavolta import (
     parse_plan,
     tokens_per_layer,
 )
-from llavolta.compressors import COMPRESSORS
-from llavolta.schemes import scale_plan
+from llavolta.compression.compressors import COMPRESSORS
+from llavolta.train.schemes import scale_plan
 
 RAGGED = [[3, 4], [2, 0, 5], [6], [1, 3, 2]]  # one image, two in a row, none, two apart
 NO_GRID = {

@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, BertConfig, CLIPVisionConfig, LlamaConfig, LlamaModel, LlavaConfig
 
 from llavolta import UnsupportedModel, cache_bytes, compress
-from llavolta.config import TrainConfig
-from llavolta.cost import PARTS, cost_model, reference_config, step_cost
-from llavolta.families import find_parts
-from llavolta.models import EMBEDDED, set_trainable, with_adapters
+from llavolta.compression.families import find_parts
+from llavolta.cost.flops import PARTS, cost_model, reference_config, step_cost
+from llavolta.paths import TINY_LLAVA
+from llavolta.train.config import TrainConfig
+from llavolta.train.models import set_trainable, with_adapters
 
 BATCH = [[3, 9], [3, 9]]
 
@@ -99,7 +100,7 @@ def test_the_batch_is_what_the_cost_model_is_told():
 
 
 def test_parameters_and_visual_tokens_are_those_of_the_model():
-    config = AutoConfig.from_pretrained(EMBEDDED)
+    config = AutoConfig.from_pretrained(TINY_LLAVA)
     model = cost_model(config)
     assert model.visual == 144 and cost_model(config) is model
     assert model.parameters["projector"] == 2 * (128 * 128 + 128)

@@ -13,22 +13,29 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from llavolta import backbones, data, evaluate, studies, train, widgets
-from llavolta.config import TrainConfig
+from llavolta import data
 from llavolta.data import (
-    IGNORED,
     Collator,
     DataError,
     GroupedSampler,
     LlavaData,
-    check_entry,
     check_words,
     find_bad,
     find_too_long,
     open_image,
     to_rgb,
 )
-from llavolta.models import VICUNA_TEMPLATE, load_model
+from llavolta.data import index as data_index
+from llavolta.data.__main__ import main
+from llavolta.data.collate import IGNORED
+from llavolta.data.entries import check_entry
+from llavolta.show import widgets
+from llavolta.studies import evaluation, inspect, redundancy
+from llavolta.studies.opening import StudyError, trained_padding
+from llavolta.train import run
+from llavolta.train.config import TrainConfig
+from llavolta.train.models import VICUNA_TEMPLATE, load_model
+from llavolta.worlds import backbones
 
 
 @pytest.fixture(scope="module")
@@ -317,11 +324,11 @@ def test_what_was_found_is_found_again_where_its_file_is_damaged_or_cannot_be_ke
     (tmp_path / "d.json").write_text(json.dumps([entry()]))
     found = find_bad(tmp_path / "d.json", progress=False)
     assert list(found) == [0]
-    (kept,) = data.CACHE.glob("d-*.json")
+    (kept,) = data_index.CACHE.glob("d-*.json")
     for damage in ("", "{", "[1]", "{}"):
         kept.write_text(damage)
         assert find_bad(tmp_path / "d.json", progress=False) == found
-    monkeypatch.setattr(data, "CACHE", tmp_path / "d.json")  # no folder can be made there
+    monkeypatch.setattr(data_index, "CACHE", tmp_path / "d.json")  # no folder can be made there
     assert find_bad(tmp_path / "d.json", fresh=True, progress=False) == found
     assert "cannot be kept" in capsys.readouterr().err
     with pytest.raises(DataError, match="all of its 1 entries are bad; the first: .*no image 'a.png'"):
@@ -353,19 +360,19 @@ def test_words_that_the_tokenizer_does_not_know_are_refused(tmp_path, processor,
     model, words = load_model(str(small_model))
     asked = LlavaData(tmp_path / "shapes.json")
     for ask in (
-        lambda: evaluate.evaluate(model, words, asked, progress=False),
-        lambda: studies.redundancy_sweep(model, words, asked, [1], [2], progress=False),
-        lambda: studies.answer_attention(model, words, asked, progress=False),
+        lambda: evaluation.evaluate(model, words, asked, progress=False),
+        lambda: redundancy.redundancy_sweep(model, words, asked, [1], [2], progress=False),
+        lambda: redundancy.answer_attention(model, words, asked, progress=False),
     ):
         with pytest.raises(DataError, match=refused):
             ask()
     options = dict(model=str(small_model), data=str(tmp_path / "shapes.json"), align_steps=0, max_steps=3, batch_size=4)
     with pytest.raises(DataError, match=refused):
-        train.train(TrainConfig(output=str(tmp_path / "run"), **options), progress=False)
+        run.train(TrainConfig(output=str(tmp_path / "run"), **options), progress=False)
     capsys.readouterr()
-    assert data.main(["check", str(tmp_path / "shapes.json"), "--model", str(small_model)]) == 1
+    assert main(["check", str(tmp_path / "shapes.json"), "--model", str(small_model)]) == 1
     assert "are unknown to the tokenizer" in capsys.readouterr().out
-    assert data.main(["check", str(tmp_path / "shapes.json")]) == 0
+    assert main(["check", str(tmp_path / "shapes.json")]) == 0
     assert "--model NAME" in capsys.readouterr().err
 
 
@@ -418,19 +425,19 @@ def test_what_is_asked_of_one_entry_opens_no_other(scenes, small_model, monkeypa
     monkeypatch.setattr(LlavaData, "entry", lambda self, index: opened.append(int(index)) or real(self, index))
     assert list(data.questions_of(7)) == of_one[7] and set(opened) == {7}
     opened.clear()
-    assert studies.choose(data, 0)[0] == of_one[0][0] and set(opened) == {0}
+    assert inspect.choose(data, 0)[0] == of_one[0][0] and set(opened) == {0}
     opened.clear()
     explorer = widgets.redundancy_explorer(model, processor, data, layer=1, stride=8)
     assert explorer.question.value == of_one[0][0]["question"]
     explorer.entry.value = 7
     assert explorer.question.options == tuple(q["question"] for q in of_one[7])
     assert Counter(opened).most_common(1)[0][1] <= 10 and len(opened) < 60  # the list of pictures, once; then these
-    with pytest.raises(studies.StudyError, match=r"questions 0\.\.\d+, not -1"):
-        studies.choose(data, -1)
-    with pytest.raises(studies.StudyError, match=r"not 100000"):
-        studies.choose(data, 100000)
-    with pytest.raises(studies.StudyError, match=r"not 1\.5"):
-        studies.choose(data, 1.5)
+    with pytest.raises(StudyError, match=r"questions 0\.\.\d+, not -1"):
+        inspect.choose(data, -1)
+    with pytest.raises(StudyError, match=r"not 100000"):
+        inspect.choose(data, 100000)
+    with pytest.raises(StudyError, match=r"not 1\.5"):
+        inspect.choose(data, 1.5)
 
 
 @pytest.mark.parametrize("pad", [None, (0, 0, 0)])
@@ -482,11 +489,11 @@ def test_pictures_are_padded_as_the_models_own_run_says(processor, tmp_path):
     colour = data.padding_colour(processor)
     (tmp_path / "run" / "checkpoint-4").mkdir(parents=True)
     (tmp_path / "run" / "other").mkdir()
-    assert data.trained_padding(processor, tmp_path / "run") is None
-    assert data.trained_padding(processor, "org/x") is None
+    assert trained_padding(processor, tmp_path / "run") is None
+    assert trained_padding(processor, "org/x") is None
     (tmp_path / "run" / "config.yaml").write_text("pad_to_square: true")
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-4", tmp_path / "run" / "align"):
-        assert data.trained_padding(processor, folder) == colour
-        assert data.trained_padding(processor, folder, False) is None
-    assert data.trained_padding(processor, tmp_path / "run" / "other") is None
-    assert data.trained_padding(processor, tmp_path / "run" / "other", True) == colour
+        assert trained_padding(processor, folder) == colour
+        assert trained_padding(processor, folder, False) is None
+    assert trained_padding(processor, tmp_path / "run" / "other") is None
+    assert trained_padding(processor, tmp_path / "run" / "other", True) == colour

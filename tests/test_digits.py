@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from llavolta import backbones, digits
 from llavolta.data import LlavaData
+from llavolta.worlds import backbones, digits
 
 
 def test_training_and_heldout_scans_are_disjoint():

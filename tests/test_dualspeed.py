@@ -14,14 +14,16 @@ from tiny import IMAGE, ragged_batch, tiny_llava
 from transformers import AutoModelForImageTextToText
 
 from llavolta import PlanError, Scheme, Stage, compress
-from llavolta.bench import step_times
-from llavolta.compare import contestants
-from llavolta.config import TrainConfig
-from llavolta.cost import CostModel, reference_config
-from llavolta.dualspeed import add_isolator, fast_mode, slow_mode
-from llavolta.planner import Speed, scheme_table
-from llavolta.schemes import NEIGHBOURS, SchemeError
-from llavolta.train import StageTrainer, prepare, read_metrics, stage_model, train
+from llavolta.cost.bench import step_times
+from llavolta.cost.flops import CostModel, reference_config
+from llavolta.cost.planner import Speed, scheme_table
+from llavolta.studies.compare import contestants
+from llavolta.train.build import prepare, stage_model
+from llavolta.train.config import TrainConfig
+from llavolta.train.dualspeed import add_isolator, fast_mode, slow_mode
+from llavolta.train.run import train
+from llavolta.train.schemes import NEIGHBOURS, SchemeError
+from llavolta.train.trainer import StageTrainer, read_metrics
 
 RAGGED = [[3, 4], [2, 0, 5], [6]]  # one picture, two, none
 PLANS = ["0:avgpool:8", "0:random:0.25", "vision:avgpool:8"]

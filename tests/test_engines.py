@@ -15,10 +15,11 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from llavolta.config import TrainConfig
 from llavolta.data import LlavaData
-from llavolta.launch import launch
-from llavolta.train import read_metrics, train
+from llavolta.train.config import TrainConfig
+from llavolta.train.launch import launch
+from llavolta.train.run import train
+from llavolta.train.trainer import read_metrics
 
 ENGINES = {  # the configuration, and a file that only this engine's checkpoints hold
     "ddp": ({}, "optimizer.pt"),

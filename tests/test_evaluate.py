@@ -13,11 +13,13 @@ import pandas as pd
 import pytest
 import torch
 
-from llavolta import bench, evaluate, studies
+import llavolta
+from llavolta.compression.families import find_parts
+from llavolta.compression.plan import parse_plan
+from llavolta.cost import bench
 from llavolta.data import Collator, LlavaData
-from llavolta.families import find_parts
-from llavolta.plan import parse_plan
-from llavolta.train import load_model
+from llavolta.studies import evaluation, inspect, redundancy, statistics
+from llavolta.train.models import load_model
 
 
 def test_the_table_shows_the_best_constant_answer_per_type():
@@ -28,7 +30,7 @@ def test_the_table_shows_the_best_constant_answer_per_type():
             "correct": [True, False, True, True, True, False],
         }
     )
-    table = evaluate.accuracy_table(frame)
+    table = statistics.accuracy_table(frame)
     assert table.accuracy.to_dict() == pytest.approx({"count": 0.75, "read": 0.5, "overall": 4 / 6})
     assert table.constant.to_dict() == pytest.approx({"count": 0.75, "read": 0.5, "overall": 4 / 6})
     assert table.questions.to_dict() == {"count": 4, "read": 2, "overall": 6}
@@ -38,18 +40,18 @@ def test_the_table_shows_the_best_constant_answer_per_type():
 def test_the_interval_narrows_with_more_answers():
     rng = np.random.default_rng(0)
     few, many = rng.random(50) < 0.8, rng.random(5000) < 0.8
-    low, high = evaluate.interval(many)
-    assert high - low < 0.03 < np.subtract(*evaluate.interval(few)[::-1]) and low < 0.8 < high
+    low, high = statistics.interval(many)
+    assert high - low < 0.03 < np.subtract(*statistics.interval(few)[::-1]) and low < 0.8 < high
 
 
 def test_answers_do_not_depend_on_the_batch_and_follow_the_plan(scenes, small_model):
     model, processor = load_model(str(small_model))
     data = LlavaData(scenes / "heldout.json")
-    one = evaluate.evaluate(model, processor, data, limit=12, batch_size=1, progress=False)
-    many = evaluate.evaluate(model, processor, data, limit=12, batch_size=12, progress=False)
+    one = evaluation.evaluate(model, processor, data, limit=12, batch_size=1, progress=False)
+    many = evaluation.evaluate(model, processor, data, limit=12, batch_size=12, progress=False)
     assert one.prediction.tolist() == many.prediction.tolist() and len(one) == 12
     assert one.columns.tolist() == ["index", "type", "question", "answer", "prediction", "truncated", "correct"]
-    pooled = evaluate.evaluate(model, processor, data, plan="0:avgpool:72", limit=12, progress=False)
+    pooled = evaluation.evaluate(model, processor, data, plan="0:avgpool:72", limit=12, progress=False)
     assert len(pooled) == 12 and model.training is False
 
 
@@ -83,19 +85,19 @@ def test_an_answer_may_be_as_long_as_the_longest_true_one(scenes, small_model, t
 
     monkeypatch.setattr(model, "generate", oracle)
     capsys.readouterr()  # what loading printed
-    whole = evaluate.evaluate(model, processor, data, progress=False)
+    whole = evaluation.evaluate(model, processor, data, progress=False)
     assert whole.correct.all() and not whole.truncated.any() and not capsys.readouterr().err
-    swept = studies.redundancy_sweep(model, processor, data, [1], [1, 4], progress=False)
+    swept = redundancy.redundancy_sweep(model, processor, data, [1], [1, 4], progress=False)
     assert swept.correct.all()
-    cut = evaluate.evaluate(model, processor, data, max_new_tokens=4, progress=False)
+    cut = evaluation.evaluate(model, processor, data, max_new_tokens=4, progress=False)
     said = capsys.readouterr().err
     assert not cut.correct.any() and cut.truncated.all()
     assert "cuts off 1 of 1 true answers" in said and "1 of 1 answers did not end" in said
-    assert not studies.redundancy_sweep(
+    assert not redundancy.redundancy_sweep(
         model, processor, data, [1], [4], max_new_tokens=4, progress=False
     ).correct.any()
     with pytest.raises(ValueError, match="at least 1"):
-        evaluate.evaluate(model, processor, data, max_new_tokens=0, progress=False)
+        evaluation.evaluate(model, processor, data, max_new_tokens=0, progress=False)
 
 
 def test_the_mode_of_every_module_is_back_after_an_error(scenes, small_model, monkeypatch):
@@ -108,11 +110,11 @@ def test_the_mode_of_every_module_is_back_after_an_error(scenes, small_model, mo
     def fail(*args, **kwargs):
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr(evaluate, "prompts", fail)
+    monkeypatch.setattr(evaluation, "prompts", fail)
     for ask in (
-        lambda: evaluate.evaluate(model, processor, data, limit=2, progress=False),
-        lambda: studies.redundancy_sweep(model, processor, data, [1], [2], limit=2, progress=False),
-        lambda: studies.answer_attention(model, processor, data, limit=2, progress=False),
+        lambda: evaluation.evaluate(model, processor, data, limit=2, progress=False),
+        lambda: redundancy.redundancy_sweep(model, processor, data, [1], [2], limit=2, progress=False),
+        lambda: redundancy.answer_attention(model, processor, data, limit=2, progress=False),
     ):
         with pytest.raises(RuntimeError, match="on purpose"):
             ask()
@@ -120,7 +122,7 @@ def test_the_mode_of_every_module_is_back_after_an_error(scenes, small_model, mo
     monkeypatch.undo()
     monkeypatch.setattr(model, "generate", fail)
     with pytest.raises(RuntimeError, match="on purpose"):
-        studies.view(model, processor, "what ?", data[0].images, "1:avgpool:2")
+        inspect.view(model, processor, "what ?", data[0].images, "1:avgpool:2")
     assert [module.training for module in model.modules()] == before
 
 
@@ -128,14 +130,14 @@ def test_intervals_in_parts_are_those_of_all_draws_at_once(monkeypatch):
     correct = np.random.default_rng(3).random(777) < 0.7
     sample = np.random.default_rng(0).integers(0, 777, (2000, 777))
     whole = tuple(np.quantile(correct.astype(float)[sample].mean(1), [0.025, 0.975]))
-    monkeypatch.setattr(evaluate, "DRAWN_AT_ONCE", 5000)
-    assert evaluate.interval(correct) == whole
+    monkeypatch.setattr(statistics, "DRAWN_AT_ONCE", 5000)
+    assert statistics.interval(correct) == whole
 
 
 def test_memory_of_an_interval_is_bounded():
     correct = np.random.default_rng(0).random(100_000) < 0.5
     tracemalloc.start()
-    low, high = evaluate.interval(correct, draws=50)
+    low, high = statistics.interval(correct, draws=50)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert low < 0.5 < high and peak < 40e6  # all at once took 80 MB for these draws, 3.2 GB for 2000
@@ -146,13 +148,13 @@ def test_layers_are_shared_beside_a_forward_of_the_models_own(small_model):
     model, _ = load_model(str(small_model))
     layers = find_parts(model).layers
     own = layers[0].forward = functools.partial(layers[0].forward)
-    with studies.shared_layers(model):
+    with redundancy.shared_layers(model):
         assert layers[0].forward is not own
     assert layers[0].forward is own and "forward" not in vars(layers[1])
 
 
 def test_every_plan_in_a_docstring_can_be_parsed():
-    package = Path(evaluate.__file__).parent
+    package = Path(llavolta.__file__).parent
     plans = [
         plan
         for file in package.rglob("*.py")

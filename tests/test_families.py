@@ -8,7 +8,7 @@ from families_tiny import FAMILIES, IMAGE, VIDEO, pool_by_hand
 from transformers import DynamicCache
 
 from llavolta import AveragePool, UnsupportedModel, compress
-from llavolta.families import find_parts
+from llavolta.compression.families import find_parts
 
 every_family = pytest.mark.parametrize("name", list(FAMILIES))
 every_unit = pytest.mark.parametrize("units", ["pictures", "clips"])

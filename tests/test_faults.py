@@ -16,12 +16,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from llavolta import checkpoints
-from llavolta.checkpoints import SaveError, find_damage
-from llavolta.config import TrainConfig
 from llavolta.errors import Stopped, UserError
-from llavolta.launch import _cause, launch
-from llavolta.train import StageTrainer, read_metrics, train
+from llavolta.train import checkpoints
+from llavolta.train.checkpoints import SaveError, find_damage
+from llavolta.train.config import TrainConfig
+from llavolta.train.launch import _cause, launch
+from llavolta.train.run import train
+from llavolta.train.trainer import StageTrainer, read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +213,7 @@ def test_sigterm_stops_all_processes_after_one_checkpoint(settings, tmp_path):
 
 
 def test_another_number_of_examples_a_step_is_refused(settings, tmp_path):
-    from llavolta.config import ConfigError
+    from llavolta.train.config import ConfigError
 
     output = run(settings, tmp_path / "run", stage=1)
     with pytest.raises(ConfigError, match="was trained on 8 examples a step in 1 processes, this run has 16 in 2"):

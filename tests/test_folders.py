@@ -12,16 +12,19 @@ import IPython
 import pandas as pd
 import pytest
 
-from llavolta import compare, train
-from llavolta.config import ConfigError, TrainConfig
-from llavolta.schemes import NAMED
+from llavolta import paths
+from llavolta.studies import compare, opening
+from llavolta.train import build, models, run
+from llavolta.train.config import ConfigError, TrainConfig
+from llavolta.train.schemes import NAMED
+from llavolta.worlds import WORLDS
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
 
 def claim(config: TrainConfig) -> None:
     """As ``train`` does before it trains."""
-    train._claim(Path(config.output), config, train.prepare(config))
+    run._claim(Path(config.output), config, build.prepare(config))
 
 
 class Enough(Exception):
@@ -32,11 +35,12 @@ class Enough(Exception):
 def opened(scenes, clip_data, tmp_path, monkeypatch):
     """A function: the configurations that a notebook's own cells train with, under parameters; nothing is trained."""
     asked: list[TrainConfig] = []
-    monkeypatch.setattr(train, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(train, "GENERATED", {"digits": lambda *_: scenes, "clips": lambda *_: clip_data})
-    monkeypatch.setattr(train, "digits_data", lambda *_: scenes)
-    monkeypatch.setattr(train, "train", lambda config, *_, **__: asked.append(config) or Path(config.output))
-    monkeypatch.setattr(train, "load_model", lambda *_: (_ for _ in ()).throw(Enough))
+    for module in (paths, opening):
+        monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
+    for name, folder in (("digits", scenes), ("clips", clip_data)):
+        monkeypatch.setitem(WORLDS, name, replace(WORLDS[name], build=lambda *_, folder=folder: folder))
+    monkeypatch.setattr(opening, "train", lambda config, *_, **__: asked.append(config) or Path(config.output))
+    monkeypatch.setattr(models, "load_model", lambda *_: (_ for _ in ()).throw(Enough))
     monkeypatch.setattr(compare, "_run", lambda config, *_: asked.append(config) or pd.DataFrame({"correct": [True]}))
     monkeypatch.setattr(compare, "accuracies", lambda *_: (_ for _ in ()).throw(Enough))
 
@@ -82,14 +86,13 @@ def test_no_two_notebooks_hold_different_runs_in_one_folder(opened):
 
 @pytest.mark.parametrize("first", [None, 3])
 def test_a_run_whose_steps_are_said_in_other_words_is_the_same(scenes, small_model, tmp_path, monkeypatch, first):
-    monkeypatch.setattr(train, "DIGITS_STEPS", 3)
-    monkeypatch.setattr(train, "GENERATED", {"digits": lambda *_: scenes})
+    monkeypatch.setitem(WORLDS, "digits", replace(WORLDS["digits"], build=lambda *_: scenes, steps=3))
     shared = dict(output=str(tmp_path / "run"), model=str(small_model), scheme="single-stage", batch_size=8)
     config = TrainConfig(**shared, align_steps=1, max_steps=first, log_steps=1)
-    weights = train.train(config, progress=False) / "model.safetensors"
+    weights = run.train(config, progress=False) / "model.safetensors"
     written = weights.stat().st_mtime_ns
     for other in (dict(max_steps=None if first else 3), dict(max_steps=None, epochs=3 * 8 / 48)):
-        assert train.train(replace(config, **other), progress=False) == tmp_path / "run"
+        assert run.train(replace(config, **other), progress=False) == tmp_path / "run"
     assert weights.stat().st_mtime_ns == written
     for other in (dict(max_steps=4), dict(max_steps=None, epochs=5.0), dict(max_steps=None, learning_rate=1e-3)):
         with pytest.raises(ConfigError, match="holds another run"):

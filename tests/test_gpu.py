@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from llavolta import bench, compress, gpu
+from llavolta import compress
+from llavolta.cost import bench, gpu
 
 
 @pytest.fixture
@@ -76,5 +77,5 @@ def test_a_compressed_step_asks_the_device_seldom(load, plan, at_most):
     with compress(model, plan), gpu.HostReads() as reads:
         model(**batch).loss.backward()
     ours = [place for place in reads.places.elements() if place.startswith("llavolta/")]
-    assert len([place for place in ours if not place.startswith("llavolta/families.py")]) <= at_most, ours
+    assert len([place for place in ours if not place.startswith("llavolta/compression/families.py")]) <= at_most, ours
     assert reads.count - len(ours) <= 3  # transformers' own

@@ -17,16 +17,18 @@ import sys
 from pathlib import Path
 
 import llavolta
-from llavolta import config, paths, planner, train
-from llavolta.benchmarks import table, video
+from llavolta import paths
+from llavolta.train import config, run, trainer
+from llavolta.cost import planner
+from llavolta.harness import table, video
 
 assert Path(llavolta.__file__).is_relative_to(sys.argv[1]), llavolta.__file__
 assert paths.ROOT is None and paths.DATA == Path("written").resolve()
 assert len(config.PRESETS) >= 6 and len(config.ENGINES) >= 4 and list(video.TEMPLATES.glob("*.yaml"))
 assert planner.published_hours()
 settings = dict(scenes=64, align_steps=1, max_steps=3, batch_size=4, log_steps=1)
-run = train.train(config.TrainConfig(output="run", **settings), progress=False)
-assert len(train.read_metrics(run / "metrics.jsonl")) == 3
+folder = run.train(config.TrainConfig(output="run", **settings), progress=False)
+assert len(trainer.read_metrics(folder / "metrics.jsonl")) == 3
 assert sorted(path.name for path in Path().iterdir()) == ["run", "written"]
 """
 

@@ -16,7 +16,7 @@ from papermill.exceptions import PapermillExecutionError
 from test_benchmark_table import write_results
 from traitlets.config import Config
 
-from llavolta import models
+from llavolta.paths import TINY_LLAVA
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
@@ -55,7 +55,7 @@ def training(scenes, small_model, tmp_path) -> dict:
 
 def test_00_backbones_shows_the_shipped_parts(tmp_path):
     assert pictures(run("00_backbones", tmp_path, scenes=20)) == 2
-    logs = json.loads((models.EMBEDDED / "backbones.json").read_text())
+    logs = json.loads((TINY_LLAVA / "backbones.json").read_text())
     for name, last in {"vision tower": 3999, "language model": 3499}.items():
         steps = pd.Series([row["step"] for row in logs[name]])
         assert steps.is_monotonic_increasing and steps.iloc[[0, -1]].tolist() == [0, last]  # one run, drawn as one line

@@ -11,7 +11,7 @@ import pytest
 from papermill.cli import _resolve_type
 from papermill.translators import PythonTranslator
 
-from llavolta.notebook import ParameterError, convert, converted
+from llavolta.show.notebook import ParameterError, convert, converted
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from llavolta import SCHEMES
-from llavolta.cost import Passes, StepCost, cost_model, reference_config
-from llavolta.planner import (
+from llavolta.cost.flops import Passes, StepCost, cost_model, reference_config
+from llavolta.cost.planner import (
     GPUS,
     PlannerError,
     Speed,

@@ -9,8 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from llavolta import plots, widgets
-from llavolta.schemes import Scheme
+from llavolta.show import plots, widgets
+from llavolta.train.schemes import Scheme
 
 
 def test_importing_and_drawing_leave_matplotlib_s_settings_alone():
@@ -19,8 +19,8 @@ import matplotlib, matplotlib.pyplot as plt
 plt.rcParams.update({"axes.grid": False, "font.size": 7.5, "axes.facecolor": "black", "figure.dpi": 61})
 before = dict(plt.rcParams)
 import numpy as np
-from llavolta import plots, widgets
-from llavolta.schemes import Scheme
+from llavolta.show import plots, widgets
+from llavolta.train.schemes import Scheme
 assert {name: value for name, value in plt.rcParams.items() if before[name] != value} == {}
 plots.scene_grid(np.zeros((2, 4, 4, 3)))
 plots.token_map(np.zeros((4, 4, 3)), np.zeros((2, 2), int))

@@ -25,12 +25,15 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from llavolta import backbones
-from llavolta.config import PRESETS, ConfigError, TrainConfig, parse_yaml, preset
 from llavolta.data import Collator, LlavaData
 from llavolta.errors import UserError
-from llavolta.models import join, load_model, parameter_groups, set_trainable, with_adapters
-from llavolta.train import StageTrainer, main, prepare, read_metrics, train
+from llavolta.train.__main__ import main
+from llavolta.train.build import prepare
+from llavolta.train.config import PRESETS, ConfigError, TrainConfig, parse_yaml, preset
+from llavolta.train.models import join, load_model, parameter_groups, set_trainable, with_adapters
+from llavolta.train.run import train
+from llavolta.train.trainer import StageTrainer, read_metrics
+from llavolta.worlds import backbones
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +94,7 @@ def test_the_published_scheme_of_the_7b_preset():
 @pytest.fixture(scope="module")
 def seven_billion():
     """LLaVA-1.5-7B without weights."""
-    from llavolta.cost import reference_config
+    from llavolta.cost.flops import reference_config
 
     with torch.device("meta"):
         return LlavaForConditionalGeneration(reference_config("llava-1.5-7b"))
@@ -411,14 +414,14 @@ def test_a_preset_from_the_command_line(settings, tmp_path, capsys):
 
 def test_the_commands_of_the_reproduction_page_name_what_exists(monkeypatch):
     """Each ``python -m llavolta.train`` of papers/REPRODUCE.md comes to a configuration, and trains what it says."""
-    from llavolta import launch, train
+    from llavolta.train import launch, run
 
     page = (Path(__file__).parent.parent / "papers" / "REPRODUCE.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^\s*python -m llavolta\.train (.*)$", page, re.MULTILINE)
     seen = []
     monkeypatch.setattr(launch, "launch", lambda config, *options: seen.append((config, *options)))
     for command in commands:
-        assert train.main(command.replace("$scheme", "four-stage-wider").split()) == 0
+        assert run.main(command.replace("$scheme", "four-stage-wider").split()) == 0
     (align, processes, _), (tuned, *_), (video, *_) = seen
     assert align.stage == 0 and align.aligns and align.deepspeed == "zero2" and processes == 8
     assert tuned.scheme == "four-stage-wider" and not tuned.aligns and tuned.vision_tower is None

@@ -12,13 +12,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
 
 from llavolta import AveragePool, MultiBlockTokenFusion, SpatialTokenFusion, compress, replace_projector
-from llavolta.cost import cost_model
+from llavolta.compression.families import find_parts
+from llavolta.cost.flops import cost_model
 from llavolta.data import LlavaData
 from llavolta.errors import UnsupportedModel
-from llavolta.evaluate import evaluate, greedy, prompts
-from llavolta.families import find_parts
-from llavolta.models import load_model, set_trainable
-from llavolta.projectors import (
+from llavolta.studies.evaluation import evaluate, greedy, prompts
+from llavolta.train.build import prepare
+from llavolta.train.config import ConfigError, TrainConfig
+from llavolta.train.models import load_model, set_trainable
+from llavolta.train.projectors import (
     LlavaStfConfig,
     LlavaStfForConditionalGeneration,
     ProjectorError,
@@ -26,7 +28,8 @@ from llavolta.projectors import (
     usual_blocks,
     with_projector,
 )
-from llavolta.train import ConfigError, StageTrainer, TrainConfig, prepare, read_metrics, train
+from llavolta.train.run import train
+from llavolta.train.trainer import StageTrainer, read_metrics
 from tests.tiny import ragged_batch, tiny_llava
 
 TEXTS = ["stf", "stf:3", "mbtf:-2,2,0", "mbtf:1,2+stf:2", "stf:4:expansion=1", "mbtf:1"]

@@ -1,4 +1,4 @@
-"""PruMerge and PruMerge+ against the slow loop of llavolta.bench, the stock tower and the stock language model."""
+"""PruMerge and PruMerge+ against the slow loop of llavolta.cost.bench, the stock tower and the stock language model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from tiny import IMAGE, ragged_batch, tiny_llava
 from transformers import CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from llavolta import PruMerge, PruMergePlus, UnsupportedModel, compress, parse_plan, tokens_per_layer
-from llavolta.bench import prumerge_loop, tower_tokens
-from llavolta.compressors import Compressor
-from llavolta.probe import TowerProbe
+from llavolta.compression.compressors import Compressor
+from llavolta.compression.probe import TowerProbe
+from llavolta.cost.bench import prumerge_loop, tower_tokens
 
 RAGGED = [[3, 4], [2, 0, 5], [6], [1, 3, 2]]  # one image, two in a row, none, two apart
 both = pytest.mark.parametrize("kind", [PruMerge, PruMergePlus])

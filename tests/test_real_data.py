@@ -20,9 +20,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from llavolta import backbones, bench, data, jsonlist
-from llavolta.data import IGNORED, Collator, DataError, GroupedSampler, LlavaData, find_bad, main, open_image
-from llavolta.models import VICUNA_TEMPLATE
+from llavolta.cost import bench
+from llavolta.data import Collator, DataError, GroupedSampler, LlavaData, find_bad, jsonlist, open_image
+from llavolta.data import index as data_index
+from llavolta.data.__main__ import main
+from llavolta.data.collate import IGNORED
+from llavolta.data.images import FORMATS
+from llavolta.train.models import VICUNA_TEMPLATE
+from llavolta.worlds import backbones
 
 fuzzed = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -91,13 +96,13 @@ def test_opening_holds_neither_entries_nor_pictures(tmp_path, monkeypatch):
 
 
 def test_the_index_of_a_large_file_is_kept_until_the_file_changes(folder, monkeypatch, data_cache):
-    monkeypatch.setattr(data, "KEPT_FROM", 0)
+    monkeypatch.setattr(data_index, "KEPT_FROM", 0)
     file = write(folder, entry(), entry(None), [])
     with pytest.raises(DataError, match=r"data.json entry 2 has no .* bad: 1 of 3; .* check .*'bad_entries: skip'"):
         LlavaData(file, folder)
     first = LlavaData(file, folder, skip=())
     with monkeypatch.context() as patch:
-        patch.setattr(data, "scan", None)
+        patch.setattr(data_index, "scan", None)
         again = LlavaData(file, folder, skip=())
     for name in ("start", "stop", "medium", "lengths"):
         assert np.array_equal(getattr(first.index, name), getattr(again.index, name))
@@ -250,7 +255,7 @@ def _encoded(kind: str) -> bytes:
     return stream.getvalue()
 
 
-PICTURES = {kind: _encoded(kind) for kind in data.FORMATS}
+PICTURES = {kind: _encoded(kind) for kind in FORMATS}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of what it reads all the same

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llavolta import SCHEMES, AveragePool, PlanError, Scheme, Stage, compression_ratio, format_plan, parse_plan
-from llavolta.plan import tokens_per_layer
-from llavolta.schemes import NAMED, scale_plan
+from llavolta.compression.plan import tokens_per_layer
+from llavolta.train.schemes import NAMED, scale_plan
 
 NAMES = ["single-stage", "heavy", "light", "three-stage", "four-stage-wider", "four-stage-deeper"]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+import scaling
 
-from llavolta import scaling, throughput
+from llavolta.cost import throughput
 from llavolta.data import Collator, LlavaData
-from llavolta.models import load_model
-from llavolta.scaling import Cluster, simulate
+from llavolta.train.models import load_model
+from papers.scaling import Cluster, simulate
 
 
 def hooks(model) -> int:
@@ -66,4 +67,4 @@ class TestScaling:
         assert grouped["ideal"] == pytest.approx(loose["ideal"])
 
     def test_the_page_is_up_to_date(self):
-        assert scaling.main(["--check"]) == 0, "run python -m llavolta.scaling"
+        assert scaling.main(["--check"]) == 0, "run python papers/scaling.py"

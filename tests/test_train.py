@@ -13,18 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llavolta.data import DataError
-from llavolta.launch import launch
-from llavolta.train import (
-    WANTED_PROCESSES,
-    ConfigError,
-    StageTrainer,
-    TrainConfig,
-    main,
-    prepare,
-    read_metrics,
-    stage_model,
-    train,
-)
+from llavolta.train.__main__ import main
+from llavolta.train.build import prepare, stage_model
+from llavolta.train.config import ConfigError, TrainConfig
+from llavolta.train.launch import launch
+from llavolta.train.run import WANTED_PROCESSES, train
+from llavolta.train.trainer import StageTrainer, read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +131,7 @@ def test_alignment_trains_the_projector_alone_and_tuning_leaves_the_tower(whole,
 
 
 def test_no_hooks_are_left_after_training_failed(settings, tmp_path, monkeypatch):
-    from llavolta import patch
+    from llavolta.compression import patch
 
     monkeypatch.setattr(StageTrainer, "compute_loss", lambda self, *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -351,11 +345,11 @@ def test_the_command_line_shows_a_traceback_only_of_programming_errors(tmp_path,
 
     command = ["embedded", "--output", str(tmp_path / "run")]
     for error in (ValueError("boom"), TypeError("boom"), KeyError("boom"), RuntimeError("boom")):
-        monkeypatch.setattr("llavolta.train.train", raising(error))
+        monkeypatch.setattr("llavolta.train.__main__.train", raising(error))
         with pytest.raises(type(error), match="boom"):
             main(command)
     for error in (ConfigError("boom"), DataError("boom"), FloatingPointError("boom"), FileNotFoundError("boom")):
-        monkeypatch.setattr("llavolta.train.train", raising(error))
+        monkeypatch.setattr("llavolta.train.__main__.train", raising(error))
         assert main(command) == 1 and capsys.readouterr().err == "error: boom\n"
     file = tmp_path / "latin.yaml"
     file.write_bytes("output: é".encode("latin-1"))

@@ -13,13 +13,18 @@ import torch
 from PIL import Image
 from transformers import VideoLlavaForConditionalGeneration
 
-from llavolta import backbones, clips, data, digits, evaluate, studies, train
-from llavolta.config import TrainConfig
-from llavolta.data import IGNORED, Collator, DataError, GroupedSampler, LlavaData, find_bad
-from llavolta.digits import NONE
-from llavolta.families import PIXELS
-from llavolta.models import load_model
-from llavolta.video import frame_places, read_frames
+from llavolta.compression.families import PIXELS
+from llavolta.data import Collator, DataError, GroupedSampler, LlavaData, find_bad
+from llavolta.data.__main__ import main
+from llavolta.data.collate import IGNORED
+from llavolta.data.video import frame_places, read_frames
+from llavolta.studies import evaluation, inspect
+from llavolta.train.config import TrainConfig
+from llavolta.train.models import load_model
+from llavolta.train.run import train
+from llavolta.train.trainer import read_metrics
+from llavolta.worlds import backbones, clips, digits
+from llavolta.worlds.digits import NONE
 
 TOKENS = 8 * 37  # of a clip: 6 x 6 patches and CLS a frame
 
@@ -151,7 +156,7 @@ def test_bad_clips_are_found_and_skipped(tmp_path, capsys):
     bad = find_bad(file, progress=False)
     assert list(bad) == [1, 2] and "only audio" in bad[1] and "no video 'no.mp4'" in bad[2]
     assert len(LlavaData(file, skip=bad)) == 1
-    assert data.main(["check", str(file)]) == 1 and "2 of 3 entries are bad" in capsys.readouterr().out
+    assert main(["check", str(file)]) == 1 and "2 of 3 entries are bad" in capsys.readouterr().out
 
 
 # --- the embedded clips ---
@@ -270,7 +275,7 @@ def test_each_plan_leaves_what_it_says_and_clips_side_by_side_stay_apart(clip_da
     model, processor = load_model(str(video_model))
     opened = LlavaData(clip_data / "heldout.json")
     question, clip = "Which way does it move?", opened[0].videos[0]
-    view = studies.view(model, processor, question, [clip], plan)
+    view = inspect.view(model, processor, question, [clip], plan)
     assert (
         view.tokens[-1]
         == {
@@ -284,8 +289,8 @@ def test_each_plan_leaves_what_it_says_and_clips_side_by_side_stay_apart(clip_da
     assert where.shape == (8, 6, 6)
     shared = {number for number in where[0].ravel()} & {number for number in where[1].ravel()}
     assert bool(shared) == (plan in ("1:avgpool:8", "1:avgpool3d:2:2"))
-    two = evaluate.prompts(model, processor, [(question, [clip, opened[1].videos[0]])])
-    maps = studies.token_map(model, two, plan)
+    two = evaluation.prompts(model, processor, [(question, [clip, opened[1].videos[0]])])
+    maps = inspect.token_map(model, two, plan)
     assert not maps or len(maps[1]) == (16 if "per_frame" in plan else 2)
 
 
@@ -302,18 +307,18 @@ def test_a_stage_trains_on_clips_and_stills_and_its_model_is_stock(clip_data, vi
         align_batch_size=4,
         log_steps=1,
     )
-    run = train.train(config, progress=False)
-    rows = train.read_metrics(run / "metrics.jsonl")
+    folder = train(config, progress=False)
+    rows = read_metrics(folder / "metrics.jsonl")
     assert [row["plan"] for row in rows[::3]] == ["1:avgpool:8", "4:avgpool:8", "none"]
     assert rows[0]["tokens_per_layer"] == [TOKENS] + [TOKENS // 8] * 7
     assert rows[-1]["loss"] < rows[0]["loss"]
-    start, trained = (load_model(str(folder))[0].state_dict() for folder in (video_model, run))
+    start, trained = (load_model(str(path))[0].state_dict() for path in (video_model, folder))
     changed = {name.split(".")[1] for name in start if not torch.equal(start[name], trained[name])}
     assert {"multi_modal_projector", "language_model"} <= changed and not changed & {"image_tower", "video_tower"}
-    model, processor = load_model(str(run))
+    model, processor = load_model(str(folder))
     heldout = LlavaData(clip_data / "heldout.json")
     for plan in ("none", "1:avgpool3d:4:3"):
-        table = evaluate.evaluate(model, processor, heldout, plan, limit=5, progress=False)
+        table = evaluation.evaluate(model, processor, heldout, plan, limit=5, progress=False)
         assert len(table) == 5 and set(table.type) == set(clips.QUESTION_TYPES)
 
 

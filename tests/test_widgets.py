@@ -8,13 +8,14 @@ from datetime import datetime
 import pytest
 from PIL import Image
 
-from llavolta import plots, studies, widgets
-from llavolta.compressors import COMPRESSORS
-from llavolta.cost import cost_model, reference_config
+from llavolta.compression.compressors import COMPRESSORS
+from llavolta.cost.flops import cost_model, reference_config
+from llavolta.cost.planner import Speed, scheme_table
 from llavolta.data import LlavaData
-from llavolta.planner import Speed, scheme_table
-from llavolta.schemes import Scheme
-from llavolta.train import load_model
+from llavolta.show import plots, widgets
+from llavolta.studies import inspect
+from llavolta.train.models import load_model
+from llavolta.train.schemes import Scheme
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +28,9 @@ def explorer(loaded):
     return widgets.redundancy_explorer(*loaded, layer=1, stride=8)
 
 
-def shown(explorer, images: list) -> studies.View:
+def shown(explorer, images: list) -> inspect.View:
     """What the explorer must show for its plan and question, asked of the package."""
-    view = studies.view(explorer.model, explorer.processor, explorer.question.value, images, explorer.plan)
+    view = inspect.view(explorer.model, explorer.processor, explorer.question.value, images, explorer.plan)
     assert explorer.image.value == widgets.png(explorer.draw(images[0], view))
     assert f"compression ratio: {view.ratio:.3f}" in explorer.message.value
     assert f"training FLOPs: {view.flops:.1%}" in explorer.message.value
@@ -125,7 +126,7 @@ def test_explorers_on_clips(video_model, clip_data):
     loaded = *load_model(str(video_model)), LlavaData(clip_data / "heldout.json")
     for make in (widgets.redundancy_explorer, widgets.design_explorer):
         explorer = make(*loaded, layer=1, stride=8)
-        view = studies.view(*loaded[:2], explorer.question.value, loaded[2][explorer.entry.value].videos, explorer.plan)
+        view = inspect.view(*loaded[:2], explorer.question.value, loaded[2][explorer.entry.value].videos, explorer.plan)
         first = loaded[2][explorer.entry.value].videos[0][0]
         assert explorer.view is not None and explorer.image.value == widgets.png(explorer.draw(first, view))
 

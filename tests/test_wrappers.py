@@ -10,8 +10,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llavolta import compress
-from llavolta.families import find_parts, towers
-from llavolta.models import set_trainable, spare_frozen_towers
+from llavolta.compression.families import find_parts, towers
+from llavolta.train.models import set_trainable, spare_frozen_towers
 
 RAGGED = [[3, 4], [2, 0, 5], [6], [1, 3, 2]]
 

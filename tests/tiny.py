@@ -15,7 +15,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from llavolta import backbones
+from llavolta.worlds import backbones
 
 IMAGE, PAD = 4, 0
 VOCABULARY = 32

@@ -1,0 +1,1 @@
+"""Compressing visual tokens inside a stock vision-language model: the product, which needs torch and transformers."""

@@ -1,0 +1,38 @@
+"""Compressors of visual tokens, one method a file. Importing one registers its name."""
+
+from llavolta.compression.compressors.avgpool import AveragePool
+from llavolta.compression.compressors.avgpool2d import AveragePool2d
+from llavolta.compression.compressors.avgpool3d import AveragePool3d
+from llavolta.compression.compressors.base import (
+    COMPRESSORS,
+    CompressedTokens,
+    Compressor,
+    KeepRatio,
+    VisualTokens,
+    keep_tokens,
+)
+from llavolta.compression.compressors.downsample import Downsample
+from llavolta.compression.compressors.fastv import FastV
+from llavolta.compression.compressors.kmeans import KMeans
+from llavolta.compression.compressors.prumerge import PruMerge, PruMergePlus
+from llavolta.compression.compressors.pyramiddrop import PyramidDrop
+from llavolta.compression.compressors.random_drop import RandomDrop
+
+__all__ = [
+    "COMPRESSORS",
+    "AveragePool",
+    "AveragePool2d",
+    "AveragePool3d",
+    "CompressedTokens",
+    "Compressor",
+    "Downsample",
+    "FastV",
+    "KMeans",
+    "KeepRatio",
+    "PruMerge",
+    "PruMergePlus",
+    "PyramidDrop",
+    "RandomDrop",
+    "VisualTokens",
+    "keep_tokens",
+]

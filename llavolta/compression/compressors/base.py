@@ -1,0 +1,223 @@
+"""What a compressor gets, what it returns, and the registry that plan texts, sliders and tests read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from llavolta.compression.probe import LayerProbe, TowerProbe
+from llavolta.errors import UserError
+
+COMPRESSORS: dict[str, type[Compressor]] = {}
+
+
+@dataclass
+class VisualTokens:
+    """The visual tokens of a batch at one layer, one row per picture: an image, a tile of one, a frame of a clip; or a
+    clip, for a compressor that works ``over_clips``.
+
+    hidden: (I, L, C) in raster order; rows of pictures with fewer than L tokens are padded at the end.
+    mask: (I, L) True where a token is real.
+    positions: (I, L, A) integer rotary positions; A is 1, or 3 where the model has 3-D positions.
+    grid: (I, 2) height and width in tokens of the picture or frame, without a class token before its patches; (1, n)
+    where the n tokens are not (or no longer) a known rectangle.
+    frames: (I,) frames in the row, of equally many tokens, one after the other.
+    training: whether the model is in training mode.
+    probe: what computes ``attention``, ``keys`` and ``question`` when they are asked for. At "vision" there is no
+    decoder layer yet: ``attention("class")`` and ``keys`` of the tower are all, for a compressor that needs "tower".
+    """
+
+    hidden: Tensor
+    mask: Tensor
+    positions: Tensor
+    grid: Tensor | None = None
+    training: bool = False
+    probe: LayerProbe | TowerProbe | None = None
+    frames: Tensor | None = None
+
+    def __post_init__(self):
+        if self.frames is None:
+            self.frames = torch.ones_like(self.mask[:, 0], dtype=torch.long)
+        if self.grid is None:
+            count = self.mask.sum(1)
+            self.grid = torch.stack([torch.ones_like(count), count], dim=1)
+
+    def attention(self, query: Literal["last", "instruction", "class"] = "last", previous: bool = False) -> Tensor:
+        """(I, L) attention that each visual token gets, the mean over heads (and queries), in float32, no gradient.
+
+        query: "last", the last real token of each row of the batch; or "instruction", the tokens just before each
+        answer where labels are given, else the last. previous: in the layer before this one, as it computed it
+        (a compressor that asks for it lists "previous_layer" in ``needs``); else in this layer, from its own input
+        norm, query and key projections and rotary embeddings. The softmax is over all earlier tokens of this pass,
+        also in layers with a sliding window, and not over an older part of a conversation in the cache.
+
+        At "vision" there is "class" alone: ``softmax(q_cls k^T / sqrt(D))`` of the tower's last encoder layer, all
+        heads as one of width D, over the class token and all patches (arXiv 2403.15388).
+        """
+        return self._probe().attention(query, previous)
+
+    def keys(self) -> Tensor:
+        """(I, L, D) keys of this layer (at "vision": of the tower's last one), all heads side by side, before rotation;
+        no gradient."""
+        return self._probe().keys()
+
+    @property
+    def question(self) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, Q, C) of each row's text, without answers where labels are given, and mask (B, Q)."""
+        return self._probe().question()
+
+    @property
+    def row(self) -> Tensor:
+        """(I,) the row of the batch that each picture stands in."""
+        return self._probe().row()
+
+    def _probe(self) -> LayerProbe | TowerProbe:
+        if self.probe is None:
+            raise ValueError(
+                "attention, keys, question and row exist at decoder layers; at 'vision' there are attention('class') "
+                'and keys for a compressor that lists "tower" in needs'
+            )
+        return self.probe
+
+
+@dataclass
+class CompressedTokens:
+    """What a compressor leaves of each picture.
+
+    hidden: (I, M, C). mask: (I, M) True where a token is real; padding stands at the end.
+    anchor: (I, M) which of the L input tokens each one takes the place of; strictly rising over the real ones.
+    positions: (I, M, A) integer rotary positions, or None for those of the anchors.
+    group: (I, L) the output token into which each input token was averaged, or None where tokens were only kept or
+    dropped. Features that the model adds to visual tokens in later layers (deep-stack) are merged in the same way.
+    grid: (I, 2) height and width of what is left, or None if that is no rectangle; frames: (I,) how many of these, or
+    None for one.
+    """
+
+    hidden: Tensor
+    mask: Tensor
+    anchor: Tensor
+    positions: Tensor | None = None
+    group: Tensor | None = None
+    grid: Tensor | None = None
+    frames: Tensor | None = None
+
+
+class NameTaken(UserError, ValueError):
+    """A compressor's name that another class holds."""
+
+
+@dataclass(frozen=True)
+class Compressor(ABC):
+    """Base class. A subclass with a ``name`` of its own is known to plans, sliders and the test matrix at once.
+
+    Write a frozen dataclass whose fields are the options in the order of the plan text
+    (``"2:avgpool:8"`` -> ``AveragePool(8)``), check them in ``__post_init__``, and write ``__call__``.
+    ``needs``: "previous_layer" for ``tokens.attention(previous=True)``, so from layer 1; "decoder" for what exists at
+    decoder layers only; "tower" for attention and keys of the vision tower, so at "vision" only. ``over_clips``: at
+    decoder layers the frames of a clip that no text parts are one row.
+    """
+
+    name: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    over_clips: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        name = vars(cls).get("name")  # an inherited one stays its owner's
+        if name:
+            held = COMPRESSORS.get(name, cls)
+            if (held.__module__, held.__qualname__) != (cls.__module__, cls.__qualname__):  # the same: defined anew
+                raise NameTaken(
+                    f"compressor name {name!r} of {cls.__qualname__} is held by {held.__module__}.{held.__qualname__}; "
+                    "choose another"
+                )
+            COMPRESSORS[name] = cls
+
+    @abstractmethod
+    def __call__(self, tokens: VisualTokens) -> CompressedTokens:
+        """Compress every picture of the batch; at least one token of each must stay."""
+
+    @abstractmethod
+    def num_tokens(self, num_tokens: int) -> float:
+        """How many tokens (their mean, if it depends on the picture) are left of ``num_tokens``."""
+
+    @property
+    def is_identity(self) -> bool:
+        """True when nothing is ever removed; the model is then left exactly as it is."""
+        return False
+
+    @property
+    def contiguous(self) -> bool:
+        """At "vision": whether all tokens behind a gap, text too, move up, as if the shorter sequence had been fed."""
+        return False
+
+    def __str__(self) -> str:
+        """The plan text, such as ``avgpool:8``; switches that are off are left out."""
+        options = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        written = [f"{name}=true" if value is True else str(value) for name, value in options if value is not False]
+        return ":".join([self.name, *written])
+
+
+@dataclass(frozen=True)
+class KeepRatio(Compressor):
+    """Base of the compressors that keep the ``keep`` * n best-scored of a picture's n tokens, at least one.
+
+    A subclass writes ``scores(tokens) -> (I, L)``. Each picture keeps its own share, also each tile of one image.
+    """
+
+    keep: float = 0.5
+
+    def __post_init__(self):
+        require_share(self.name, "keep", self.keep)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.keep == 1
+
+    def num_tokens(self, num_tokens: int) -> int:
+        return max(1, round(num_tokens * self.keep))
+
+    @abstractmethod
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        """(I, L), higher is kept first; entries at padding are ignored."""
+
+    def __call__(self, tokens: VisualTokens) -> CompressedTokens:
+        scores = self.scores(tokens).masked_fill(~tokens.mask, -torch.inf)
+        count = share_of(tokens.mask, self.keep)
+        rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        return keep_tokens(tokens, rank < count[:, None])
+
+
+def keep_tokens(tokens: VisualTokens, keep: Tensor) -> CompressedTokens:
+    """The tokens where ``keep`` (I, L) is True, in their order, and nothing else."""
+    keep = keep & tokens.mask
+    count = keep.sum(1)
+    longest = int(count.max())
+    anchor = torch.argsort(~keep, dim=1, stable=True)[:, :longest]
+    hidden = tokens.hidden.gather(1, anchor[..., None].expand(-1, -1, tokens.hidden.shape[-1]))
+    return CompressedTokens(hidden, torch.arange(longest, device=keep.device) < count[:, None], anchor)
+
+
+def share_of(mask: Tensor, keep: float) -> Tensor:
+    """(I,) how many tokens the share ``keep`` of each picture's are, at least one; mask (I, L)."""
+    return (mask.sum(1).double() * keep).round().clamp(min=1).long()
+
+
+def sum_groups(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """values (I, L, D) -> (I, groups, D), the sum of those of each group; group (I, L), ``groups`` at padding."""
+    index = group[..., None].expand_as(values)
+    return values.new_zeros(len(values), groups + 1, values.shape[-1]).scatter_add(1, index, values)[:, :-1]
+
+
+def require_share(owner: str, name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"{owner}: {name} must be above 0 and at most 1, not {value!r}")
+
+
+def require_int(owner: str, name: str, value: int, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{owner}: {name} must be a whole number of at least {at_least}, not {value!r}")

@@ -1,0 +1,132 @@
+"""Plans: which compressor sits at the input of which decoder layer, as a dict or as text.
+
+``"2:avgpool:8"`` is ``{2: AveragePool(stride=8)}``; several entries are joined by ``;``, options after the name
+are given in order or as ``option=value``; ``"none"`` is the empty plan. Layer ``"vision"`` stands for the vision
+tower's output, before the projector; layer 0 is the decoder's input, after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+
+from llavolta.compression.compressors import COMPRESSORS, Compressor
+from llavolta.errors import UserError
+
+VISION = "vision"
+Layer = int | str  # a decoder layer from 0, or VISION
+Plan = dict[Layer, Compressor]
+
+
+class PlanError(UserError, ValueError):
+    """A plan that cannot be read or does not fit the model."""
+
+
+def parse_plan(plan: str | Mapping[Layer, Compressor] | None) -> Plan:
+    """A checked plan, "vision" first, then layers in rising order. Raises PlanError, which quotes what is wrong."""
+    if plan is None:
+        return {}
+    if isinstance(plan, Mapping):
+        entries = list(plan.items())
+        for layer, compressor in entries:
+            if not isinstance(compressor, Compressor):
+                raise PlanError(f"plan for layer {layer!r}: expected a Compressor, got {compressor!r}")
+    elif isinstance(plan, str):
+        text = plan.strip()
+        if text.lower() in ("none", ""):
+            return {}
+        entries = [_parse_entry(part.strip(), plan) for part in text.split(";")]
+    else:
+        raise PlanError(f"a plan is text such as '2:avgpool:8', a dict or None, not {type(plan).__name__}")
+    for layer, _ in entries:
+        if layer != VISION and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
+            raise PlanError(f"plan {plan!r}: a layer is a whole number from 0, or 'vision', not {layer!r}")
+    if len(dict(entries)) < len(entries):
+        raise PlanError(f"plan {plan!r} names a layer twice; one compressor a layer")
+    return dict(sorted(entries, key=_depth))
+
+
+def _depth(entry: tuple[Layer, Compressor]) -> int:
+    return -1 if entry[0] == VISION else entry[0]
+
+
+def _parse_entry(entry: str, plan: str) -> tuple[Layer, Compressor]:
+    layer, *rest = (part.strip() for part in entry.split(":"))
+    if not rest or not (layer == VISION or layer.lstrip("-").isdecimal()):
+        raise PlanError(f"cannot read {entry!r} in plan {plan!r}; write LAYER:COMPRESSOR:OPTION, as in '2:avgpool:8'")
+    name, *options = rest
+    if name not in COMPRESSORS:
+        raise PlanError(f"unknown compressor {name!r} in plan {plan!r}; known: {', '.join(sorted(COMPRESSORS))}")
+    kind = COMPRESSORS[name]
+    names = [field.name for field in fields(kind)]
+    try:
+        given = parse_options(name, options, names)
+        missing = [f.name for f in fields(kind) if f.name not in given and f.default is f.default_factory is MISSING]
+        if missing:
+            raise ValueError(f"{name} needs {', '.join(missing)}")
+        return layer if layer == VISION else int(layer), kind(**given)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PlanError(f"plan {plan!r}: {error}; options of {name}: {', '.join(names) or 'none'}") from None
+
+
+def parse_options(owner: str, options: list[str], names: list[str]) -> dict:
+    """{name: value} of ``options`` in the order of ``names`` or written ``name=value``. Raises ValueError."""
+    given = {}
+    for place, option in enumerate(options):
+        key, equals, value = option.partition("=")
+        if not equals:
+            if place >= len(names):
+                raise ValueError(f"{owner!r} takes {len(names)} options ({', '.join(names)}), not more")
+            key, value = names[place], option
+        if key not in names or key in given:
+            raise ValueError(f"option {key!r} of {owner!r} is unknown or given twice; options: {names}")
+        given[key] = _number_or_text(value)
+    return given
+
+
+def _number_or_text(value: str) -> int | float | bool | str:
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
+def format_plan(plan: Mapping[Layer, Compressor]) -> str:
+    """The text that ``parse_plan`` reads back as ``plan``."""
+    return ";".join(f"{layer}:{compressor}" for layer, compressor in sorted(plan.items(), key=_depth)) or "none"
+
+
+def check_layers(plan: Plan, num_layers: int) -> Plan:
+    """``plan``, if its layers exist in a model of ``num_layers`` decoder layers; else PlanError."""
+    for layer in plan:
+        if layer != VISION and layer >= num_layers:
+            raise PlanError(
+                f"plan {format_plan(plan)!r} names layer {layer}, but this model's {num_layers} decoder layers "
+                f"are 0..{num_layers - 1}"
+            )
+    for layer, compressor in plan.items():
+        wrong = None
+        if "previous_layer" in compressor.needs and layer in (VISION, 0):
+            wrong = "ranks by the layer before it, so from layer 1"
+        elif "decoder" in compressor.needs and layer == VISION:
+            wrong = "ranks by the attention of a decoder layer, so from layer 0, not at 'vision'"
+        elif "tower" in compressor.needs and layer != VISION:
+            wrong = f"works on the vision tower's output only; write 'vision:{compressor.name}'"
+        if wrong:
+            raise PlanError(f"plan {format_plan(plan)!r}: {compressor.name} {wrong}")
+    return plan
+
+
+def tokens_per_layer(plan: str | Mapping[Layer, Compressor] | None, num_layers: int, num_tokens: int) -> list[float]:
+    """Visual tokens of one image of ``num_tokens`` tokens that each of ``num_layers`` layers works on."""
+    plan = check_layers(parse_plan(plan), num_layers)
+    counts, left = [], plan[VISION].num_tokens(num_tokens) if VISION in plan else num_tokens
+    for layer in range(num_layers):
+        if layer in plan:
+            left = plan[layer].num_tokens(left)
+        counts.append(left)
+    return counts

@@ -1,0 +1,542 @@
+"""Timing, side by side in one process: each plan in turn on the same batches, medians, ratios to no compression."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import math
+import random
+import re
+import sys
+import tempfile
+import time
+import typing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import DynamicCache
+
+from llavolta.compression.compressors import VisualTokens
+from llavolta.compression.families import find_parts, unwrap
+from llavolta.compression.masks import cache_bytes
+from llavolta.compression.patch import IGNORED, compress
+from llavolta.compression.plan import parse_plan
+from llavolta.compression.probe import TowerProbe
+from llavolta.cost.flops import cost_model
+from llavolta.cost.planner import fit_speed
+from llavolta.data import Collator, LlavaData
+from llavolta.data import index as data_index
+from llavolta.errors import UserError
+from llavolta.paths import PAPERS
+from llavolta.train.dualspeed import add_isolator, fast_mode, slow_mode
+from llavolta.train.models import load_model, set_trainable
+from llavolta.train.schemes import ISOLATOR, SCHEMES, Stage
+from llavolta.worlds import WORLDS
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock, when all that was asked of ``device`` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def step_times(
+    model,
+    batches: Sequence[dict],
+    plans: Sequence[str | Stage],
+    rounds: int = 5,
+    phase: str = "instruct",
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Seconds of a training step (forward, backward, AdamW) under each plan, interleaved on the same ``batches``.
+
+    A plan may also be a stage of a scheme: of one with slow steps it is the mean over its fast and slow steps.
+    The learning rate is 0, so the model stays as it is. Returns one row per plan: seconds (median), ratio (the median
+    over rounds of this plan's time over that of "none" in the same round), flops_ratio (what the FLOPs promise).
+    """
+    stages = {str(plan): plan if isinstance(plan, Stage) else Stage(plan, 1) for plan in ["none", *plans]}
+    training, trained = model.training, [(p, p.requires_grad) for p in model.parameters()]
+    own = getattr(unwrap(model), ISOLATOR, None)
+    try:
+        return _step_times(model, batches, stages, rounds, phase, progress)
+    finally:
+        delattr(unwrap(model), ISOLATOR)
+        if own is not None:
+            setattr(unwrap(model), ISOLATOR, own)
+        model.train(training)
+        model.zero_grad()
+        for parameter, wanted in trained:
+            parameter.requires_grad_(wanted)
+
+
+def _step_times(model, batches, stages: dict[str, Stage], rounds: int, phase: str, progress: bool) -> pd.DataFrame:
+    set_trainable(model.train(), phase)
+    add_isolator(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    device = next(model.parameters()).device
+    batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
+
+    def step(stage: Stage, slow: bool) -> None:
+        for batch in batches:
+            with slow_mode(model, stage, batch) if slow else fast_mode(model, stage):
+                model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    tasks = {name: partial(step, stage, False) for name, stage in stages.items()}
+    slow = {name: f"slow step of {name}" for name, stage in stages.items() if stage.slow_every}
+    tasks |= {slow[name]: partial(step, stages[name], True) for name in slow}
+    taken = pd.DataFrame(interleaved(tasks, rounds, device, progress) / len(batches), columns=list(tasks))
+    for name in slow:
+        taken[name] += (taken[slow[name]] - taken[name]) / stages[name].slow_every
+    seconds = taken[list(stages)]
+    text, images, labelled = _sizes(model, batches)
+    costs = [cost_model(model.config).stage(stage, text, images, labelled, phase=phase) for stage in stages.values()]
+    flops = np.array([sum(often * cost.total for often, cost in parts) for parts in costs])
+    return pd.DataFrame(
+        {
+            "plan": list(stages),
+            "seconds": seconds.median().to_numpy(),
+            "ratio": seconds.div(seconds["none"], axis=0).median().to_numpy(),
+            "flops_ratio": flops / flops[0],
+        }
+    )
+
+
+def _sizes(model, batches) -> tuple[float, float, float]:
+    """Text tokens, images and labelled rows per example, means over the batches; a clip counts as its frames."""
+    examples = sum(len(batch["input_ids"]) for batch in batches)
+    images = sum(len(batch.get("pixel_values", ())) for batch in batches)
+    images += sum(batch["pixel_values_videos"].shape[:2].numel() for batch in batches if "pixel_values_videos" in batch)
+    rows = sum(batch["input_ids"].numel() for batch in batches)
+    placeholders = torch.tensor(list(find_parts(model).visual_ids.values()))
+    visual = sum(
+        torch.isin(batch["input_ids"], placeholders.to(batch["input_ids"].device)).sum().item() for batch in batches
+    )
+    labelled = sum((batch["labels"] != IGNORED).sum().item() for batch in batches)
+    return (rows - visual) / examples, images / examples, labelled / examples
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A random LLaVA and batch to time: ``width`` and ``layers`` of the decoder, tokens and examples of the batch.
+
+    The tower is tiny, so that the decoder is what is measured; a third of the text tokens are labelled.
+    """
+
+    width: int = 256
+    layers: int = 8
+    visual: int = 576
+    text: int = 60
+    batch: int = 8
+    vocabulary: int = 2000
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def model(self):
+        """A LlavaForConditionalGeneration with random weights, made on ``device``."""
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+        grid = math.isqrt(self.visual)
+        if grid**2 != self.visual:
+            raise ValueError(f"visual must be a square number of tokens, not {self.visual}")
+        tower = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+        heads = max(1, self.width // 64)
+        decoder = dict(hidden_size=self.width, intermediate_size=self.width * 11 // 4, num_attention_heads=heads)
+        config = LlavaConfig(
+            vision_config=CLIPVisionConfig(**tower, image_size=4 * grid, patch_size=4),
+            text_config=LlamaConfig(**decoder, num_hidden_layers=self.layers, vocab_size=self.vocabulary),
+            image_token_index=5,
+            image_seq_length=self.visual,
+            tie_word_embeddings=False,
+        )
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            return LlavaForConditionalGeneration(config).to(getattr(torch, self.dtype))
+
+    def inputs(self) -> dict:
+        """One batch: a beginning token, the picture's placeholders, text; labels on the last third of the text."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(10, self.vocabulary, (self.batch, self.visual + self.text), generator=generator)
+        ids[:, 1 : 1 + self.visual] = 5
+        labels = torch.full_like(ids, IGNORED)
+        labels[:, -self.text // 3 :] = ids[:, -self.text // 3 :]
+        side = 4 * math.isqrt(self.visual)
+        pixels = torch.randn(self.batch, 3, side, side, generator=generator).to(getattr(torch, self.dtype))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+
+def interleaved(tasks: dict[str, Callable[[], object]], rounds: int, device: torch.device, progress: bool = True):
+    """Seconds (rounds, tasks) of each task, the tasks in a new random order each round, after a round of warm-up."""
+    names = list(tasks)
+    seconds = np.zeros((rounds + 1, len(names)))
+    for turn in tqdm(range(rounds + 1), desc="timing", disable=not progress, leave=False):
+        for column in np.random.default_rng(turn).permutation(len(names)):
+            start = now(device)
+            tasks[names[column]]()
+            seconds[turn, column] = now(device) - start
+    return seconds[1:]
+
+
+def step_report(sizes: Sizes, rounds: int = 5, progress: bool = True) -> dict[str, pd.DataFrame]:
+    """Everything ``python -m llavolta.bench step`` prints: tables "step", "overhead", "memory" and "prefill"."""
+    half = sizes.layers // 2
+    plans = [f"{layer}:avgpool:{stride}" for layer, stride in ((2, 8), (half, 8), (2, 2), (half, 2))]
+    plans = list(dict.fromkeys(plans))  # in a model of four layers two of them are the same
+    model, batch = sizes.model(), sizes.inputs()
+    step = step_times(model, [batch], plans, rounds, progress=progress)
+    step["speedup"] = 1 / step.ratio
+    step["promised"] = 1 / step.flops_ratio
+    step["kept_promise"] = step.speedup / step.promised
+    return {
+        "step": step,
+        "overhead": _overhead(sizes, rounds, progress),
+        "memory": _memory(sizes),
+        "prefill": prefill_times(model.eval(), batch, plans, rounds, progress),
+    }
+
+
+def _backward(model, batch: dict, plan: str | None, labelled_only: bool | None) -> None:
+    with compress(model, plan, labelled_only=labelled_only) if plan else nullcontext():
+        model(**batch).loss.backward()
+    model.zero_grad()
+
+
+_VARIANTS = {"stock": (None, None), "stride 1": ("2:avgpool:1", None), "labelled rows only": ("none", True)}
+
+
+def _overhead(sizes: Sizes, rounds: int, progress: bool) -> pd.DataFrame:
+    """Forward and backward without compression, relative to the stock model, at the vocabulary of Vicuna."""
+    sizes = replace(sizes, vocabulary=32000)
+    model, batch = sizes.model().train(), sizes.inputs()
+    tasks = {name: partial(_backward, model, batch, *how) for name, how in _VARIANTS.items()}
+    seconds = interleaved(tasks, rounds, torch.device(sizes.device), progress)
+    return pd.DataFrame(
+        {
+            "variant": list(tasks),
+            "seconds": np.median(seconds, axis=0),
+            "ratio": np.median(seconds / seconds[:, [0]], axis=0),
+        }
+    )
+
+
+def _memory(sizes: Sizes) -> pd.DataFrame:
+    """Peak memory of a step above the model's own, each variant in a fresh process on the CPU."""
+    sizes = replace(sizes, vocabulary=32000)
+    plans = {**_VARIANTS, "2:avgpool:8": ("2:avgpool:8", None)}
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        peaks = [pool.submit(_peak, sizes, *how).result() for how in plans.values()]
+    return pd.DataFrame({"variant": list(plans), "peak_MB": np.array(peaks) / 1e6, "ratio": np.array(peaks) / peaks[0]})
+
+
+def _peak(sizes: Sizes, plan: str | None, labelled_only: bool | None) -> int:
+    """Bytes that a forward and backward pass needs above the weights."""
+    model, batch = sizes.model().train(), sizes.inputs()
+    if sizes.device != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        _backward(model, batch, plan, labelled_only)
+        return torch.cuda.max_memory_allocated() - before
+    forget_peak()  # importing and building may have taken more than the step does
+    before = peak_resident()
+    _backward(model, batch, plan, labelled_only)
+    return peak_resident() - before
+
+
+def forget_peak() -> None:
+    """Let ``peak_resident`` count from what this process holds now, where Linux allows it."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_resident() -> int:
+    """The most bytes that this process ever held (Linux; getrusage would count the parent process, too)."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        raise OSError(f"no {status}: peak memory on the CPU is measured on Linux only")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+
+
+@torch.no_grad()
+def prefill_times(model, batch: dict, plans: Sequence[str], rounds: int = 5, progress: bool = True) -> pd.DataFrame:
+    """Time of reading the prompt into a cache, and the bytes of the cache, relative to no compression."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    size: dict[str, int] = {}
+
+    def prefill(plan: str) -> None:
+        cache = DynamicCache(config=model.config.get_text_config())
+        with compress(model, plan):
+            model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        size[plan] = cache_bytes(cache)
+
+    plans = list(dict.fromkeys(["none", *plans]))
+    seconds = interleaved({plan: partial(prefill, plan) for plan in plans}, rounds, model.device, progress)
+    bytes_ = np.array([size[plan] for plan in plans])
+    return pd.DataFrame(
+        {
+            "plan": plans,
+            "seconds": np.median(seconds, axis=0),
+            "ratio": np.median(seconds / seconds[:, [0]], axis=0),
+            "cache_MB": bytes_ / 1e6,
+            "cache_ratio": bytes_ / bytes_[0],
+        }
+    )
+
+
+BEFORE_PROJECTOR = (
+    "random:0.25",
+    "avgpool:4",
+    "avgpool2d:2",
+    "downsample:0.25",
+    "kmeans:0.25",
+    "prumerge",
+    "prumerge+",
+)
+
+
+def tower_tokens(images: int, grid: int = 24, width: int = 1024) -> VisualTokens:
+    """Random features (images, grid^2, width), queries and keys, as a compressor at "vision" gets them."""
+    length, generator = grid * grid, torch.Generator().manual_seed(0)
+    hidden, query, key = (
+        torch.randn(*shape, width, generator=generator) for shape in ((images, length), (images,), (images, length + 1))
+    )
+    mask = torch.ones(images, length, dtype=torch.bool)
+    positions = torch.arange(length)[None, :, None].expand(images, -1, -1)
+    sides = torch.full((images, 2), grid)
+    return VisualTokens(hidden, mask, positions, sides, probe=TowerProbe(query, key, length))
+
+
+def prumerge_loop(tokens: VisualTokens, plus: bool = False, neighbours: int = 32) -> list[Tensor]:
+    """PruMerge (``plus``: PruMerge+) word for word, image by image and token by token: (M, C) of each image. Slow."""
+    results = []
+    for x, query, keys in zip(tokens.hidden, tokens.probe.query, tokens.probe.key, strict=True):
+        a = torch.softmax(torch.stack([query @ key for key in keys]) / math.sqrt(len(query)), 0)[-len(x) :]
+        keys, places = keys[-len(x) :], range(len(x))
+        low, high = np.percentile(a.numpy(), [25, 75])
+        ranked = sorted(places, key=lambda j: -a[j].item())
+        kept = ranked[: sum(value > high + 1.5 * (high - low) for value in a.tolist())]
+        if plus:
+            step = max(1, int(int(len(x) / max(1, len(kept))) / 3))
+            kept = kept + [j for j in places[::step] if j not in kept]
+        merged = []
+        for i in sorted(kept):
+            alike = {j: torch.dot(keys[i], keys[j]) / (keys[i].norm() * keys[j].norm()) for j in places if j != i}
+            nearest = sorted(alike, key=lambda j: -alike[j].item())[:neighbours]
+            merged.append(x[i] + sum(a[j] * x[j] for j in nearest))
+        if len(kept) < len(x):
+            merged.append(sum(a[j] * x[j] for j in places if j not in kept))
+        results.append(torch.stack(merged))
+    return results
+
+
+@torch.no_grad()
+def compressor_times(
+    images: int = 32,
+    tower_images: int = 4,
+    grid: int = 24,
+    width: int = 1024,
+    layers: int = 24,
+    rounds: int = 5,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Seconds of each compressor on a vision tower's output of ``images`` x ``grid``^2 tokens.
+
+    loop: how many times longer ``prumerge_loop`` takes on the same tokens (one round of it). tower: the compressor's
+    time over that of the forward pass of a CLIP ViT of this width and depth, both on ``tower_images`` images, the
+    median over rounds in which they ran in turn.
+    """
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    plans = {name: parse_plan(f"vision:{name}")["vision"] for name in BEFORE_PROJECTOR}
+    device, tokens, few = (
+        torch.device("cpu"),
+        tower_tokens(images, grid, width),
+        tower_tokens(tower_images, grid, width),
+    )
+    seconds = interleaved({name: partial(plan, tokens) for name, plan in plans.items()}, rounds, device, progress)
+
+    sizes = dict(hidden_size=width, intermediate_size=4 * width, num_attention_heads=max(1, width // 64))
+    config = CLIPVisionConfig(**sizes, num_hidden_layers=layers, image_size=14 * grid, patch_size=14)
+    tower, pixels = CLIPVisionModel(config).eval(), torch.randn(tower_images, 3, 14 * grid, 14 * grid)
+    tasks = {"tower": partial(tower, pixels)} | {name: partial(plan, few) for name, plan in plans.items()}
+    short = interleaved(tasks, rounds, device, progress)
+
+    table = pd.DataFrame({"compressor": list(plans), "seconds": np.median(seconds, axis=0)})
+    table["tokens_left"] = [plan(tokens).mask.sum(1).double().mean().item() for plan in plans.values()]
+    table["tower"] = np.median(short[:, 1:] / short[:, :1], axis=0)
+    table["loop"] = math.nan
+    for name, plus in (("prumerge", False), ("prumerge+", True)):
+        start = now(device)
+        prumerge_loop(tokens, plus)
+        row = table.compressor == name
+        table.loc[row, "loop"] = (now(device) - start) / table.seconds[row]
+    return table
+
+
+PREDICTED = ("single-stage", "three-stage", "four-stage-wider", "four-stage-deeper")
+
+
+def scheme_times(model, batches: Sequence[dict], rounds: int = 5, progress: bool = True) -> pd.DataFrame:
+    """Measured against predicted time of four schemes relative to no compression.
+
+    The speed is fitted to two of the measured steps, without compression and under the heaviest plan. Columns:
+    measured, predicted, error (of the prediction, as a share).
+    """
+    depth = len(find_parts(model).layers)
+    schemes = {name: SCHEMES[name].scaled(depth) for name in PREDICTED}
+    heaviest = schemes["three-stage"].stages[0].plan
+    plans = [stage.plan for scheme in schemes.values() for stage in scheme.stages]
+    steps = step_times(model, batches, plans, rounds, progress=progress).set_index("plan")
+    text, images, labelled = _sizes(model, batches)
+    told = cost_model(model.config)
+    costs = {plan: told.step(plan, text, images, labelled) for plan in steps.index}
+    known = ["none", heaviest]
+    speed = fit_speed([costs[plan] for plan in known], [steps.ratio[plan] for plan in known])
+    rows = []
+    for name, scheme in schemes.items():
+        measured = sum(stage.share * steps.ratio[stage.plan] for stage in scheme.stages)
+        predicted = sum(stage.share * speed.seconds(costs[stage.plan]) for stage in scheme.stages)
+        rows.append(dict(scheme=name, measured=measured, predicted=predicted, error=predicted / measured - 1))
+    return pd.DataFrame(rows).set_index("scheme")
+
+
+# LLaVA-1.5's mix665k: entries a folder, fewest and most rounds of an entry, most words of a turn (the mean is half).
+MIX = {
+    "coco/train2017": (364_100, 1, 8, 30),
+    "vg/VG_100K": (86_417, 6, 20, 12),
+    "gqa/images": (72_140, 4, 14, 12),
+    "ocr_vqa/images": (80_000, 3, 6, 14),
+    "textvqa/train_images": (21_953, 1, 2, 30),
+    "": (40_688, 1, 8, 200),  # text alone
+}
+
+
+def write_mix(file: Path, entries: int, seed: int = 0) -> None:
+    """A JSON list of ``entries`` random conversations, as mixed and as large as those of mix665k; no pictures."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyzé", k=rng.randint(1, 9))) for _ in range(5000)]
+    folders = list(MIX)
+    said = {name: [" ".join(rng.choices(words, k=rng.randint(1, MIX[name][3]))) for _ in range(2000)] for name in MIX}
+    chosen = rng.choices(folders, [MIX[name][0] for name in folders], k=entries)
+    with file.open("w") as out:
+        for number, folder in enumerate(chosen):
+            turns = rng.choices(said[folder], k=2 * rng.randint(*MIX[folder][1:3]))
+            turns[0] = f"<image>\n{turns[0]}" if folder else turns[0]
+            entry = {"id": f"{number:012d}", "image": f"{folder}/{number:012d}.jpg"} if folder else {"id": number}
+            entry["conversations"] = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
+            out.write(("[" if number == 0 else ", ") + json.dumps(entry))
+        out.write("]")
+
+
+def data_report(folder: Path, entries: int) -> pd.DataFrame:
+    """Opening a data set as large as ``entries`` of mix665k, each time in a fresh process on the CPU.
+
+    Columns: opening (the first makes the index, the second finds it), seconds, resident_MB (at most, of the process
+    with all it imports), entries_per_second (read in random order, without pictures).
+    """
+    file = folder / "mix.json"
+    write_mix(file, entries)
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        rows = [pool.submit(_open_data, file, folder / "cache").result() for _ in range(2)]
+    columns = ["seconds", "resident_MB", "entries_per_second"]
+    table = pd.DataFrame(rows, columns=columns, index=pd.Index(["first", "second"], name="opening"))
+    return table.assign(file_MB=file.stat().st_size / 1e6)
+
+
+def _open_data(file: Path, cache: Path) -> tuple[float, float, float]:
+    data_index.CACHE, start = cache, time.perf_counter()
+    opened = LlavaData(file)
+    seconds, some = time.perf_counter() - start, np.random.default_rng(0).permutation(len(opened))[:5000]
+    start = time.perf_counter()
+    for index in some:
+        opened.entry(index)
+    return seconds, peak_resident() / 1e6, len(some) / (time.perf_counter() - start)
+
+
+def embedded_batches(batch: int = 32, count: int = 2, name: str = "embedded") -> tuple:
+    """(model, batches) of the embedded LLaVA, or of the model ``name``, and the first training scenes."""
+    model, processor = load_model(name)
+    data, collate = LlavaData(WORLDS["digits"].train()), Collator(processor)
+    return model, [collate([data[i] for i in range(k * batch, (k + 1) * batch)]) for k in range(count)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m llavolta.bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    compressors = commands.add_parser("compressors", help="the compressors before the projector, against the tower")
+    for name in ("images", "tower_images", "grid", "width", "layers", "rounds"):
+        default = inspect.signature(compressor_times).parameters[name].default
+        compressors.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    step = commands.add_parser("step", help="a training step and a prefill under several plans")
+    for name, kind in typing.get_type_hints(Sizes).items():
+        step.add_argument(f"--{name}", type=kind, default=getattr(Sizes, name))
+    step.add_argument("--rounds", type=int, default=7)
+    schemes = commands.add_parser("schemes", help="time of four schemes, measured and predicted; fails above 10%%")
+    schemes.add_argument("--rounds", type=int, default=5)
+    opening = commands.add_parser("data", help="opening a data set of mix665k's size; fails above 20 s or 1 GB")
+    opening.add_argument("--entries", type=int, default=sum(many for many, *_ in MIX.values()))
+    train = commands.add_parser("train", help="parts of a step, loading, memory; fails if loading is below 2x the use")
+    train.add_argument("--model", default="embedded")
+    train.add_argument("--plans", nargs="+", default=["1:avgpool:8", "4:avgpool:8"])
+    train.add_argument("--batch", type=int, default=32)
+    train.add_argument("--rounds", type=int, default=5)
+    gpu = commands.add_parser("gpu", help="everything on one GPU at the shapes of LLaVA-1.5-7B, in minutes")
+    gpu.add_argument("--folder", type=Path, default=PAPERS / "benchmarks", help="of gpu-<card>.md and .csv")
+    gpu.add_argument("--parts", nargs="+", default=[], help="some of them (default: all)")
+    gpu.add_argument("--minutes", type=float, default=8, help="no part begins after so many")
+    gpu.add_argument("--tiny", action="store_true", help="small shapes, also on a CPU: whether it all works")
+    options = vars(parser.parse_args(arguments))
+    command = options.pop("command")
+    if command == "gpu":
+        from llavolta.cost.gpu import gpu_report  # which stands on this module
+
+        try:
+            return min(1, gpu_report(**options))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    if command == "train":
+        from llavolta.cost import throughput  # which stands on this module
+
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}")
+        tables = throughput.train_report(**options)
+        for name, table in tables.items():
+            print(f"\n{name}\n{table.to_string(float_format='{:.3f}'.format)}")
+        return int(not throughput.keeps_up(tables["loading"]))
+    if command == "data":
+        with tempfile.TemporaryDirectory() as folder:
+            table = data_report(Path(folder), **options)
+        print(table.to_string(float_format="{:.1f}".format))
+        return int(table.seconds.max() > 20 or table.resident_MB.max() > 1000)
+    if command == "schemes":
+        table = scheme_times(*embedded_batches(), options["rounds"])
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}\n")
+        print(table.to_string(float_format="{:.3f}".format))
+        return int(table.error.abs().max() > 0.1)
+    if command == "compressors":
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}\n")
+        print(compressor_times(**options).to_string(index=False, float_format="{:.4f}".format))
+        return 0
+    rounds = options.pop("rounds")
+    sizes = Sizes(**options)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {sizes}")
+    for name, table in step_report(sizes, rounds).items():
+        print(f"\n{name}\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,367 @@
+"""What training and inference cost, from a model's configuration alone: floating-point operations and memory by part.
+
+A multiply-add counts as two operations, and attention as if it looked at every pair of tokens, which is how
+``torch.utils.flop_counter`` counts. Norms, activations and the optimizer are left out: they are below 1%.
+
+The decoder is counted in closed form, as its length changes with the plan. Vision towers and projectors differ too much
+between families for that: they are run once, with torch's own counter on and every matrix product replaced by zeros of
+its shape, so that a tower of any size takes a moment and no memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+from llavolta.compression.families import encode_pictures, find_parts
+from llavolta.compression.plan import tokens_per_layer
+from llavolta.errors import UnsupportedModel
+from llavolta.train.schemes import Stage
+
+PHASES = ("instruct", "align", "forward")
+PARTS = ("tower", "projector", "linear", "attention", "head")
+
+
+def reference_config(name: str = "llava-1.5-7b") -> LlavaConfig:
+    """The Hugging Face config of a published model, built here so that nothing needs to be fetched."""
+    if name != "llava-1.5-7b":
+        raise UnsupportedModel(f"no reference configuration {name!r}; there is llava-1.5-7b")
+    vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+    text = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision, image_size=336, patch_size=14, projection_dim=768),
+        text_config=LlamaConfig(**text, vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5),
+        image_token_index=32000,
+        image_seq_length=576,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+
+
+@dataclass(frozen=True)
+class Passes:
+    """FLOPs of the forward pass, of the backward pass, and of what checkpointing computes a second time."""
+
+    forward: float
+    backward: float = 0.0
+    recomputed: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward + self.recomputed
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """FLOPs of one training step of one example. linear, attention: of the decoder's layers. head: of the logits."""
+
+    tower: Passes
+    projector: Passes
+    linear: Passes
+    attention: Passes
+    head: Passes
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, part).total for part in PARTS)
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """One decoder layer. linear: weights of its linear maps; sides: their widths in and out, summed; queries, keys: the
+    width of all query heads, of all key heads; heads: query heads; inner: the width of the MLP."""
+
+    linear: int
+    sides: int
+    queries: int
+    keys: int
+    heads: int
+    inner: int
+
+
+def step_cost(config, plan="none", text_tokens: float = 64, images: float = 1, **options) -> StepCost:
+    """The cost of one training step per example of the model that ``config`` describes: see CostModel.step."""
+    return cost_model(config).step(plan, text_tokens, images, **options)
+
+
+def cost_model(config) -> CostModel:
+    """The CostModel of a Hugging Face config, the same one for equal configs."""
+    return _cost_model(type(config), config.to_json_string(use_diff=False))
+
+
+@lru_cache(32)
+def _cost_model(kind: type, text: str) -> CostModel:
+    return CostModel(kind.from_dict(json.loads(text)))
+
+
+class CostModel:
+    """What a model of a supported family costs, from its Hugging Face config. Raises UnsupportedModel.
+
+    width: of the decoder. layers: its LayerSizes. parameters: how many "tower", "projector" and "decoder" (with
+    embeddings and head) have.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        try:
+            with init_empty_weights(include_buffers=False):  # shapes without memory; what buffers hold is needed
+                # Eager attention consists of matrix products, which can be counted.
+                self._model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
+        except ValueError as error:
+            raise UnsupportedModel(f"no vision-language model for {type(config).__name__}: {error}") from None
+        self._parts = parts = find_parts(self._model)
+        text = config.get_text_config()
+        self.width, heads = text.hidden_size, text.num_attention_heads
+        self.layers = [_layer_sizes(layer, heads) for layer in parts.layers]
+        head = self._model.get_output_embeddings().weight
+        self._head = head.numel()
+        joined = _projector(parts.base)
+        projector = _count(joined) if joined is not None else 0
+        decoder = _count(parts.decoder) + (0 if _is_inside(head, parts.decoder) else head.numel())
+        tower = _count(self._model) - decoder - projector
+        self.parameters = {"tower": tower, "projector": projector, "decoder": decoder}
+
+    # --- floating-point operations ---
+
+    def step(
+        self,
+        plan="none",
+        text_tokens: float = 64,
+        images: float = 1,
+        labelled: float | None = None,
+        phase: str = "instruct",
+        *,
+        visual: list[int] | None = None,
+        pictures: dict | None = None,
+        checkpointing: bool = False,
+        train_tower: bool = False,
+        lora_rank: int = 0,
+    ) -> StepCost:
+        """The cost of one training step per example.
+
+        text_tokens, images: per example, may be means. labelled: rows whose logits are computed (default: a quarter of
+        the text). phase: "instruct" trains projector and decoder (and the tower with ``train_tower``; adapters of
+        ``lora_rank`` in place of the decoder's weights if above 0), "align" the projector alone (gradients still pass
+        through the decoder), "forward" nothing. checkpointing: decoder layers are computed again in the backward pass.
+
+        pictures: what the processor makes of one image (``pixel_values`` and so on); default: a square of the tower's
+        size, but families that cut images into tiles or patches themselves need it. visual: the visual tokens of one
+        image, a number for each part that no pooling window may leave (tiles, frames); default: all in one.
+        """
+        if phase not in PHASES:
+            raise ValueError(f"phase must be one of {', '.join(PHASES)}, not {phase!r}")
+        trained = phase != "forward", phase == "instruct" and train_tower
+        tower, projector, tokens = self._square(*trained) if pictures is None else self._encoder(pictures, *trained)
+        lengths = self.lengths(plan, text_tokens, images, visual or [tokens])
+        linear, attention = self.decoder(lengths, phase, checkpointing, lora_rank)
+        rows = text_tokens / 4 if labelled is None else labelled
+        return StepCost(
+            tower=Passes(images * tower.forward, images * tower.backward),
+            projector=Passes(images * projector.forward, images * projector.backward),
+            linear=linear,
+            attention=attention,
+            head=_passes(2 * self._head * rows, phase, trains=not lora_rank),  # LoRA leaves the head as it is
+        )
+
+    def stage(
+        self, stage: Stage, text_tokens: float = 64, images: float = 1, labelled: float | None = None, **options
+    ) -> list[tuple[float, StepCost]]:
+        """(share of the steps, cost per example) of all that the steps of ``stage`` compute; options: of ``step``."""
+        rows = text_tokens / 4 if labelled is None else labelled
+        pictures = images * len(options.get("visual") or [0])
+        return [
+            (p.share, self.step(p.plan, text_tokens + p.prefix * pictures, images, rows, **(options | phase)))
+            for p in stage.passes
+            for phase in [{} if p.trains else {"phase": "forward"}]
+        ]
+
+    def lengths(
+        self, plan="none", text_tokens: float = 64, images: float = 1, visual: list[int] | None = None
+    ) -> list[float]:
+        """Tokens of one example at each decoder layer; see ``step``."""
+        counts = [tokens_per_layer(plan, len(self.layers), count) for count in visual or [self.visual]]
+        return [text_tokens + images * sum(pictures) for pictures in zip(*counts, strict=True)]
+
+    def decoder(
+        self, lengths: list[float], phase: str = "instruct", checkpointing: bool = False, lora_rank: int = 0
+    ) -> tuple[Passes, Passes]:
+        """(linear, attention) of decoder layers that work on ``lengths`` tokens, a number a layer."""
+        sized = list(zip(self.layers, lengths, strict=True))
+        linear = sum(2 * layer.linear * length for layer, length in sized)
+        attention = sum(4 * layer.queries * length**2 for layer, length in sized)
+        again = checkpointing and phase != "forward"
+        first = _passes(linear, phase, trains=not lora_rank)
+        if phase == "instruct":
+            adapters = sum(2 * lora_rank * layer.sides * length for layer, length in sized)
+            first = Passes(linear + adapters, first.backward + 2 * adapters)
+        second = Passes(attention, 0.0 if phase == "forward" else 2 * attention)
+        return tuple(Passes(part.forward, part.backward, part.forward if again else 0.0) for part in (first, second))
+
+    @property
+    def visual(self) -> int:
+        """Visual tokens of one image; for towers that take whole images of one size."""
+        return self._square(False, False)[2]
+
+    @lru_cache(8)  # noqa: B019  the models are cached themselves
+    def _square(self, train_projector: bool, train_tower: bool) -> tuple[Passes, Passes, int]:
+        vision = self.config.vision_config
+        size = getattr(vision, "image_size", None)
+        size = size[0] if isinstance(size, list | tuple) else size
+        problem = f"{type(self.config).__name__} cuts its images into parts itself; give pictures"
+        if not isinstance(size, int):
+            raise UnsupportedModel(problem)
+        square = {"pixel_values": torch.zeros(1, getattr(vision, "num_channels", 3), size, size)}
+        try:
+            return self._encoder(square, train_projector, train_tower)
+        except (ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
+            raise UnsupportedModel(f"{problem} ({type(error).__name__}: {error})") from None
+
+    def _encoder(self, pictures: dict, train_projector: bool, train_tower: bool) -> tuple[Passes, Passes, int]:
+        """(tower, projector, visual tokens) of ``pictures``."""
+        forward, inside, backward, tokens = self._run(pictures, train_projector, train_tower)
+        behind = self._run(pictures, train_projector, False)[2] if train_tower else backward
+        return Passes(forward - inside, backward - behind), Passes(inside, behind), tokens
+
+    def _run(self, pictures: dict, train_projector: bool, train_tower: bool) -> tuple[int, int, int, int]:
+        """FLOPs of the encoder: forward, of that in the projector, backward; and the visual tokens that it makes."""
+        try:  # without any numbers, if the tower's course does not depend on them
+            return self._run_on("meta", pictures, train_projector, train_tower)
+        except (NotImplementedError, RuntimeError):
+            return self._run_on("cpu", pictures, train_projector, train_tower)
+
+    def _run_on(self, device: str, pictures: dict, train_projector: bool, train_tower: bool):
+        base = copy.deepcopy(self._encoder_alone)
+        projector = _projector(base)
+        for parameter in base.parameters():
+            parameter.requires_grad_(train_tower)
+        for parameter in projector.parameters() if projector is not None else ():
+            parameter.requires_grad_(train_projector)
+        if device == "cpu":  # buffers stay as they are
+            for module in base.modules():
+                for name, old in module._parameters.items():
+                    if old is not None:
+                        module._parameters[name] = nn.Parameter(torch.zeros(old.shape), old.requires_grad)
+        else:
+            base.to(device)
+        inputs = {name: value.to(device) if value.is_floating_point() else value for name, value in pictures.items()}
+        marks: list[int] = []
+        with _NoProducts(), FlopCounterMode(display=False) as counter:
+            if projector is not None:
+                projector.register_forward_pre_hook(lambda *_: marks.append(-counter.get_total_flops()))
+                projector.register_forward_hook(lambda *_: marks.append(counter.get_total_flops()))
+            with torch.set_grad_enabled(train_projector or train_tower):
+                encoded = encode_pictures(base, (), inputs).get("mm_encoder_outputs", {})
+            forward = counter.get_total_flops()
+            features = [feature for output in encoded.values() for feature in output.pooler_output]
+            if not features:
+                raise UnsupportedModel("the pictures hold no pixel_values or pixel_values_videos")
+            # What reaches the decoder: the features, and those for its later layers (deep-stack).
+            deep = tree_leaves([getattr(output, "deepstack_features", None) for output in encoded.values()])
+            reaching = [feature for feature in [*features, *deep] if feature is not None and feature.requires_grad]
+            if reaching:
+                sum(feature.sum() for feature in reaching).backward()
+        tokens = sum(len(feature) for feature in features)
+        return forward, sum(marks), counter.get_total_flops() - forward, tokens
+
+    @cached_property
+    def _encoder_alone(self) -> nn.Module:
+        """The base model without its decoder."""
+        base = copy.copy(self._parts.base)
+        base._modules = {n: m for n, m in base._modules.items() if m is not self._parts.decoder}
+        return base
+
+    # --- memory ---
+
+    def activation_bytes(self, lengths: list[float], element: int = 2, checkpointing: bool = False) -> float:
+        """Bytes that the decoder keeps for the backward pass of one example with ``lengths`` tokens, a number a layer.
+
+        For layers of Llama's make (two norms, gated MLP) with attention that keeps no map (sdpa, flash). element: bytes
+        of an activation; norms compute in 4. With checkpointing each layer keeps its input, and the largest layer is
+        whole while it is computed again.
+        """
+        norm = 4 + 2 * element  # its input in float32, its result before and after the weight
+        kept = [
+            length * (2 * norm * self.width + 8 + element * (3 * s.queries + 2 * s.keys + 4 * s.inner) + 4 * s.heads)
+            for s, length in zip(self.layers, lengths, strict=True)
+        ]
+        return sum(length * self.width * element for length in lengths) + max(kept) if checkpointing else sum(kept)
+
+    def cache_bytes(self, lengths: list[float], element: int = 2) -> float:
+        """Bytes of the key-value cache of one example whose layers hold ``lengths`` tokens."""
+        return sum(2 * layer.keys * length * element for layer, length in zip(self.layers, lengths, strict=True))
+
+    def state_bytes(
+        self, phase: str = "instruct", train_tower: bool = False, lora_rank: int = 0, element: int = 2
+    ) -> dict[str, int]:
+        """Bytes of "weights", "gradients" and "optimizer" (AdamW's moments, and a master copy where element < 4)."""
+        adapters = lora_rank * sum(layer.sides for layer in self.layers) if phase == "instruct" else 0
+        trained = 0 if phase == "forward" else self.parameters["projector"]
+        if phase == "instruct":
+            trained += (adapters or self.parameters["decoder"]) + train_tower * self.parameters["tower"]
+        return {
+            "weights": element * (sum(self.parameters.values()) + adapters),
+            "gradients": element * trained,
+            "optimizer": (8 if element >= 4 else 12) * trained,
+        }
+
+
+class _NoProducts(TorchDispatchMode):
+    """Matrix products and convolutions give zeros of the right shape at once."""
+
+    NAMES = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+    COSTLY = frozenset(getattr(torch.ops.aten, name) for name in NAMES)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._overloadpacket not in self.COSTLY:
+            return func(*args, **(kwargs or {}))
+        if any(isinstance(x, Tensor) and x.is_meta for x in args):
+            return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs or {}))
+        return tree_map(
+            lambda x: torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x, func(*args, **kwargs)
+        )
+
+
+def _passes(forward: float, phase: str, trains: bool) -> Passes:
+    """Backward costs the forward once for the gradients of activations, and once more for those of trained weights."""
+    return Passes(forward, forward * {"forward": 0, "align": 1, "instruct": 1 + trains}[phase])
+
+
+def _layer_sizes(layer: nn.Module, heads: int) -> LayerSizes:
+    maps = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    if any(parameter.dim() > 2 for parameter in layer.parameters()):
+        raise UnsupportedModel(f"{type(layer).__name__} holds experts; its cost depends on the tokens")
+    return LayerSizes(
+        linear=sum(module.weight.numel() for module in maps),
+        sides=sum(module.in_features + module.out_features for module in maps),
+        queries=layer.self_attn.o_proj.in_features,
+        keys=layer.self_attn.k_proj.out_features,
+        heads=heads,
+        inner=layer.mlp.down_proj.in_features,
+    )
+
+
+def _projector(base: nn.Module) -> nn.Module | None:
+    found = dict(base.named_modules())
+    return next(
+        (found[name] for name in ("multi_modal_projector", "connector", "visual.merger") if name in found), None
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _is_inside(parameter: Tensor, module: nn.Module) -> bool:
+    return any(parameter is other for other in module.parameters())

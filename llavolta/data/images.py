@@ -1,0 +1,110 @@
+"""Pictures and clips as a viewer shows them: found below their folder, upright, RGB."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from llavolta.data.video import read_frames
+from llavolta.errors import DataError
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")  # no reader that starts other programs
+
+
+def find_file(folder: Path, path: str, name: str, medium: str = "image") -> Path:
+    """The file at ``path`` below ``folder``. Raises DataError if there is none, or if it, or its link, leads out."""
+    try:
+        full = (folder / path).resolve()
+        inside, found = full.is_relative_to(folder.resolve()), full.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a loop of links
+        raise DataError(f"{name}: {medium} path {path!r} cannot be followed ({error})") from None
+    if not inside:
+        raise DataError(f"{name}: {medium} path {path!r} leads out of the {medium} folder {folder}; move the file in")
+    if not found:
+        raise DataError(f"{name}: no {medium} {path!r} in {folder}; check the {medium} folder or fetch the file")
+    return full
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened picture upright (by its EXIF orientation) and in RGB, 8 bits a channel, as a viewer shows it.
+
+    ============================== =================================================================
+    1, L, P, RGB, CMYK, YCbCr, HSV converted; of several frames, the first
+    with transparency              composed on white (RGBA, RGBa, LA, La, PA; a transparent colour)
+    I;16 and its byte orders, I    of 16 bits: 65535 is white
+    F                              from 0 to 1 where 1 is white, or from 0 to 255
+    others; I and F beyond these   ValueError
+    ============================== =================================================================
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float64)
+        low, high = values.min(), values.max()
+        white = 65535 if image.mode != "F" else 1 if high <= 1 else 255
+        if not 0 <= low <= high <= white:  # NaN, too
+            raise ValueError(
+                f"its {image.mode} values from {low:g} to {high:g} have no known white; save it with 8 bits"
+            )
+        return Image.fromarray((values * (255 / white)).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBa", "La"):  # premultiplied
+        image = image.convert(image.mode.upper())
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def open_image(
+    folder: Path, path: str, name: str, pad: tuple[int, int, int] | None = None, eighth: bool = False
+) -> Image.Image:
+    """The picture at ``path`` below ``folder``, RGB. Raises DataError, naming the entry ``name``.
+
+    eighth: a JPEG at an eighth of its size, which is decoded faster and breaks at the same faults. A picture of more
+    than PIL.Image.MAX_IMAGE_PIXELS is refused, as its decoded form may not fit in memory.
+    """
+    full = find_file(folder, path, name)
+    try:
+        with Image.open(full, formats=FORMATS) as opened:
+            if Image.MAX_IMAGE_PIXELS and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels are too many")
+            if eighth:
+                opened.draft("RGB", (1, 1))
+            image = to_rgb(opened)
+    except Exception as error:  # Pillow raises whatever a broken file makes of its readers
+        raise DataError(f"{name}: image {path!r} cannot be read ({error}); fetch it again or drop the entry") from None
+    return pad_to_square(image, pad)
+
+
+def open_video(folder: Path, path: str, name: str, frames: int) -> list[Image.Image]:
+    """``frames`` frames of the clip at ``path`` below ``folder``; see video.read_frames. Raises DataError."""
+    return read_frames(find_file(folder, path, name, "video"), frames, f"{name}: video {path!r}")
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int] | None) -> Image.Image:
+    """``image`` in the middle of a square of ``colour`` (RGB), as LLaVA-1.5 sees it; None leaves it as it is."""
+    if colour is None or image.width == image.height:
+        return image
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def padding_colour(processor) -> tuple[int, int, int]:
+    """The colour (RGB) that ``processor`` normalises to 0, which LLaVA-1.5 pads with."""
+    return tuple(round(255 * mean) for mean in processor.image_processor.image_mean)
+
+
+def image_size(folder: Path, path: str, name: str, pad: tuple[int, int, int] | None = None) -> tuple[int, int]:
+    """(width, height) of a picture as ``open_image`` gives it, from the head of its file. Raises DataError."""
+    try:
+        with Image.open(find_file(folder, path, name), formats=FORMATS) as opened:
+            size, turned = opened.size, opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except DataError:
+        raise
+    except Exception as error:  # as in open_image
+        raise DataError(f"{name}: image {path!r} cannot be read ({error}); fetch it again or drop the entry") from None
+    width, height = size[::-1] if turned else size
+    return (width, height) if pad is None else (max(size), max(size))

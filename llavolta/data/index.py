@@ -1,0 +1,111 @@
+"""Where the entries of a data file are: one pass over it, kept for the next time."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import sys
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llavolta.data.entries import as_llava, check_entry, media_paths_of
+from llavolta.data.jsonlist import WrongFormat, scan
+from llavolta.errors import DataError
+from llavolta.paths import DATA
+
+CACHE = DATA / "cache" / "llava"
+KEPT_FROM = 1 << 25  # bytes of a data file whose index is kept: a smaller one is indexed in a second
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where the n entries of a data file are, and what is known of them. Arrays (n,); bad: reasons by entry."""
+
+    start: np.ndarray  # first byte
+    stop: np.ndarray
+    medium: np.ndarray  # 0 text alone, 1 with images, 2 with a video
+    media: np.ndarray  # how many of them
+    lengths: np.ndarray  # words, about: blanks are counted
+    bad: dict[int, str]
+    version: list[int]  # of the file: bytes and time
+
+
+def read_index(file: Path) -> Index:
+    """The index of a data file: one pass over it, kept in data/cache for a large one. Raises DataError."""
+    if not file.is_file():
+        raise DataError(f"no data file {file}; give the path of a JSON list of conversations")
+    version, kept = file_version(file), kept_path(file, "npz")
+    if kept.exists():
+        try:
+            held = dict(np.load(kept))
+            index = Index(**{**held, "bad": read_reasons(held["bad"].item()), "version": held["version"].tolist()})
+            if index.version == version:
+                return index
+        except Exception:  # whatever numpy makes of a damaged file; it is made again
+            kept.unlink(missing_ok=True)
+    index = _scan_index(file, version)
+    if version[0] >= KEPT_FROM:
+        archive = io.BytesIO()
+        np.savez(archive, **{**vars(index), "bad": json.dumps(index.bad)})
+        keep(kept, archive.getvalue())
+    return index
+
+
+def _scan_index(file: Path, version: list[int]) -> Index:
+    starts, stops, words, medium, media, bad = array("q"), array("q"), array("q"), array("b"), array("q"), {}
+    try:
+        for start, stop, entry in scan(file):
+            try:
+                entry = as_llava(entry)
+                text = check_entry(entry, f"{file.name} entry {len(starts)}")
+                words.append(text.count(" ") + text.count("\n") + 1)
+                images, videos = len(media_paths_of(entry)), len(media_paths_of(entry, "video"))
+                medium.append(2 if videos else 1 if images else 0)
+                media.append(images + videos)
+            except DataError as error:
+                bad[len(starts)] = str(error)
+                for values in (words, medium, media):
+                    values.append(0)
+            starts.append(start)
+            stops.append(stop)
+    except WrongFormat as error:
+        raise DataError(f"{file} {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is not JSON that holds a list ({error}); the download may be cut off") from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error})") from None
+    if not starts:
+        raise DataError(f"{file} must hold a JSON list with at least one conversation")
+    return Index(*map(np.array, (starts, stops, medium, media, words)), bad, version)
+
+
+def file_version(file: str | Path | int) -> list[int]:
+    """What changes when a file does."""
+    stat = os.stat(file)
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def kept_path(file: Path, suffix: str, *more: object) -> Path:
+    """Where something about ``file`` (and ``more``) is kept."""
+    key = hashlib.sha256(repr([str(part) for part in (file.resolve(), *more)]).encode()).hexdigest()[:16]
+    return CACHE / f"{file.stem}-{key}.{suffix}"
+
+
+def keep(kept: Path, content: bytes) -> None:
+    """Write ``content`` at once, whatever other processes do; where that cannot be, say so and go on without."""
+    part = kept.with_name(f"{kept.name}.part{os.getpid()}")
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        part.replace(kept)
+    except OSError as error:
+        print(f"note: {kept} cannot be kept ({error}); it will be made again next time", file=sys.stderr)
+
+
+def read_reasons(text: str) -> dict[int, str]:
+    return {int(index): reason for index, reason in json.loads(text).items()}

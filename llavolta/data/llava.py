@@ -1,0 +1,151 @@
+"""LLaVA's training data: a JSON list of conversations and a folder of pictures and clips."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from reprlib import repr as short
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from llavolta.data.entries import MEDIA, PLACEHOLDER, as_llava, chat_messages, media_paths_of, plain_text
+from llavolta.data.images import open_image, open_video
+from llavolta.data.index import file_version, read_index
+from llavolta.data.video import FRAMES
+from llavolta.errors import DataError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation. messages: transformers' chat format. images: the opened pictures, RGB, in their order. videos:
+    the frames of each clip."""
+
+    messages: list[dict]
+    images: list[Image.Image]
+    name: str
+    videos: list[list[Image.Image]] = field(default_factory=list)
+
+    @property
+    def looks(self) -> list:
+        """Pictures, then clips, as ``evaluate.prompts`` takes them."""
+        return [*self.images, *self.videos]
+
+
+class LlavaData(Dataset):
+    """Conversations in LLaVA's format: ``id``, ``image`` and ``video`` (each a path, a list of paths or none),
+    ``conversations``.
+
+    file: the JSON list. images: the folder that the image paths are relative to (default: the JSON's own folder).
+    pad: pad images to squares with this RGB colour, as LLaVA-1.5 does; None leaves them, and clips always are, as
+    they are. frames: of each clip; see video.read_frames.
+    skip: entries of the file to leave out, besides those of a wrong structure (see ``find_bad``, whose reasons are told
+    if no entry is left); None: none are.
+
+    The structure of every entry is checked on opening, each picture when it is read. Entries, pictures and frames are
+    read from their files when asked for; none stay in memory. medium, has_image, lengths: arrays (n,); medium: 0 for
+    text alone, 1 with images, 2 with a video, which has_image counts, too; lengths are in words. skipped: the entries
+    of the file that are left out. Raises DataError.
+    """
+
+    def __init__(
+        self,
+        file: str | Path,
+        images: str | Path | None = None,
+        pad: tuple[int, int, int] | None = None,
+        skip: Collection[int] | None = None,
+        frames: int = FRAMES,
+    ):
+        self.file = Path(file)
+        self.folder = Path(images) if images else self.file.parent
+        self.pad, self.frames = pad, frames
+        self.index = read_index(self.file)
+        if not self.folder.is_dir():
+            raise DataError(f"no image folder {self.folder}; give the folder that the image paths are relative to")
+        bad = self.index.bad
+        if bad and skip is None:
+            raise DataError(
+                f"{next(iter(bad.values()))}. Entries that are bad: {len(bad)} of {len(self.index.start)}; "
+                f"'python -m llavolta.data check {self.file}' names them, 'bad_entries: skip' trains without them"
+            )
+        self.skipped = sorted({*bad, *(skip or ())})
+        self.rows = np.setdiff1d(np.arange(len(self.index.start)), self.skipped)  # entries of the file
+        if not len(self.rows):
+            reasons = {**(skip if isinstance(skip, dict) else {}), **bad}
+            first = f"; the first: {next(iter(reasons.values()))}" if reasons else ""
+            raise DataError(f"{self.file}: all of its {len(self.index.start)} entries are bad{first}")
+        self.medium, self.lengths = self.index.medium[self.rows], self.index.lengths[self.rows]
+        self.has_image = self.medium > 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        entry = self.entry(index)
+        name = self._name(index, entry)
+        images = [open_image(self.folder, path, name, self.pad) for path in media_paths_of(entry)]
+        videos = [open_video(self.folder, path, name, self.frames) for path in media_paths_of(entry, "video")]
+        return Example(chat_messages(entry), images, name, videos)
+
+    def without(self, reasons: dict[int, str]) -> LlavaData:
+        """This data set without the entries of the file that ``reasons`` names. Raises DataError if none is left."""
+        return LlavaData(self.file, self.folder, self.pad, {**reasons, **dict.fromkeys(self.skipped)}, self.frames)
+
+    def entry(self, index: int) -> dict:
+        """The entry, in LLaVA's format."""
+        row = self.rows[index]
+        start, stop = int(self.index.start[row]), int(self.index.stop[row])
+        try:
+            with self.file.open("rb") as source:
+                if file_version(source.fileno()) != self.index.version:
+                    raise DataError(f"{self.file} has changed since it was opened; start again")
+                source.seek(start)
+                return as_llava(json.loads(source.read(stop - start)))
+        except OSError as error:
+            raise DataError(f"{self.file} can no longer be read ({error})") from None
+
+    def _name(self, index: int, entry: dict) -> str:
+        return f"{self.file.name} entry {self.rows[index]} (id {short(entry.get('id'))})"
+
+    def media_paths(self, index: int) -> list[Path]:
+        """The files of an entry's pictures and clips."""
+        entry = self.entry(index)
+        return [self.folder / path for medium in MEDIA for path in media_paths_of(entry, medium)]
+
+    def questions(self) -> Iterator[dict]:
+        """Every turn as a question of its own: index (of the entry), type, question, answer."""
+        return chain.from_iterable(map(self.questions_of, range(len(self))))
+
+    def questions_of(self, index: int) -> list[dict]:
+        """The ``questions`` of one entry; no other is opened."""
+        entry = self.entry(index)
+        texts = [turn["value"] for turn in entry["conversations"] if turn["from"] != "system"]
+        types = entry.get("types") or ["all"] * (len(texts) // 2)
+        return [
+            {
+                "index": index,
+                "type": kind,
+                "question": PLACEHOLDER.sub("", plain_text(entry, asked)).strip(),
+                "answer": answered,
+            }
+            for asked, answered, kind in zip(texts[::2], texts[1::2], types, strict=True)
+        ]
+
+    def texts(self) -> Iterator[str]:
+        """Every turn's text, without placeholders."""
+        for index in range(len(self)):
+            for turn in self.entry(index)["conversations"]:
+                yield PLACEHOLDER.sub(" ", turn["value"])
+
+    def check_media(self, index: int) -> None:
+        """Raise DataError unless each picture and clip of an entry can be decoded."""
+        entry = self.entry(index)
+        name = self._name(index, entry)
+        for path in media_paths_of(entry):
+            open_image(self.folder, path, name, eighth=True)
+        for path in media_paths_of(entry, "video"):
+            open_video(self.folder, path, name, self.frames)

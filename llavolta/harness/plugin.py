@@ -1,0 +1,190 @@
+"""The model ``llavolta`` of lmms-eval: ``--model llavolta --model_args pretrained=PATH,plan=2:avgpool:8``.
+
+lmms-eval splits model_args at "," and each part at its first "=", so a plan with options or several entries passes
+as it is; quote it in the shell for its ";": ``--model_args "pretrained=PATH,plan=8:fastv:keep=0.5;16:fastv:0.5"``.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from itertools import groupby
+
+import torch
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from PIL import Image
+from tqdm.auto import tqdm
+
+from llavolta.compression.patch import compress
+from llavolta.compression.plan import format_plan, parse_plan
+from llavolta.data import Collator, Example, pad_to_square, to_rgb
+from llavolta.data.video import read_frames
+from llavolta.errors import UserError
+from llavolta.studies.evaluation import greedy, prompts
+from llavolta.studies.opening import trained_padding
+from llavolta.train.models import load_model
+
+MAX_NEW_TOKENS = 1024  # of tasks that name no limit
+IGNORED_OPTIONS = ("temperature", "top_p", "do_sample", "image_aspect_ratio")  # of sampling, and of LLaVA's own code
+
+
+class Llavolta(lmms):
+    """Any supported vision-language model answering under a compression plan, greedily and in batches.
+
+    pretrained: folder or hub name, "embedded", or a folder of adapters. plan: see ``llavolta.compression.plan``.
+    dtype: "float32", "bfloat16" or "float16"; float32 on a CPU and bfloat16 elsewhere unless given.
+    frames: of a clip, taken uniformly; a model without a video processor sees them as that many pictures.
+    pad_to_square: True for LLaVA-1.5; default: as the model was trained, if its folder is a run's of ours.
+    Under torchrun or accelerate every process loads the model and answers its share.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str,
+        plan: str = "none",
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        frames: int = 8,
+        pad_to_square: bool | None = None,
+    ):
+        super().__init__()
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise UserError(f"batch_size must be a whole number from 1, not {batch_size!r}; 'auto' is not supported")
+        self.plan = format_plan(parse_plan(plan))
+        self.batch_size = int(batch_size)
+        self.frames = frames
+        self.device = _device(device)
+        dtype = dtype or ("float32" if self.device.type == "cpu" else "bfloat16")
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise UserError(f"unknown dtype {dtype!r}; float32, bfloat16 or float16")
+        model, self.processor = load_model(pretrained, dtype=getattr(torch, dtype))
+        self.model = model.to(self.device).eval()
+        self.pad = trained_padding(self.processor, pretrained, pad_to_square)
+        with compress(self.model, self.plan):
+            pass  # a plan that does not fit the model is refused before any data is read
+
+    def generate_until(self, requests) -> list[str]:
+        """An answer for each request, in their order."""
+        answers, started = [], time.perf_counter()
+        with compress(self.model, self.plan):
+            for batch in self._batches(requests):
+                options = batch[0].args[1]
+                asked = [(text, self._look(see, *doc)) for text, _, see, *doc in (request.args for request in batch)]
+                answers += self._answer(asked, options)
+        self._log(answers, started)
+        return answers
+
+    def generate_until_multi_round(self, requests) -> list[list[str]]:
+        """The answers of every round of each request; the task makes each round's question from those before."""
+        return [self._rounds(*request.args) for request in tqdm(requests, disable=self.rank != 0)]
+
+    def _rounds(self, text, options, see, ask, *doc) -> list[str]:
+        looks, answers, told, number = self._look(see, *doc), [], None, 0
+        row = self._doc(*doc)
+        with compress(self.model, self.plan):
+            while True:
+                answers = [*answers, *self._answer([(text, looks)], options)]
+                number += 1
+                visuals, text, ended, answers, told = ask(
+                    row, previous_output=answers, round_idx=number, previous_round_info=told
+                )
+                if ended:
+                    return list(answers)
+                looks = self._open(visuals)
+
+    def loglikelihood(self, requests) -> list[tuple[float, bool]]:
+        """Per request the mean negative log likelihood of its continuation, and whether greedy decoding gives it.
+
+        lmms-eval takes the choice of the smallest value: a loss, whatever the method is called.
+        """
+        with compress(self.model, self.plan), torch.no_grad():
+            return [self._likelihood(*request.args) for request in tqdm(requests, disable=self.rank != 0)]
+
+    def _likelihood(self, text, continuation, see, *doc) -> tuple[float, bool]:
+        answer = (continuation if isinstance(continuation, str) else continuation(self._doc(*doc))).strip()
+        looks = self._look(see, *doc)
+        if any(isinstance(look, list) for look in looks):
+            raise UserError("likelihoods of answers about clips are not supported; use a task that generates")
+        question = [{"type": "image"}] * len(looks) + [{"type": "text", "text": _plain(text)}]
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        batch = Collator(self.processor, max_length=1_000_000)([Example(messages, looks, str(doc))])
+        labelled = int((batch["labels"] != -100).sum())
+        batch = {name: _to(value, self.model) for name, value in batch.items()}
+        loss = self.model(**batch).loss.item()
+        asked = prompts(self.model, self.processor, [(_plain(text), looks)])
+        said = self._decode(greedy(self.model, self.processor, asked, labelled), asked)
+        return loss, said[0].strip() == answer
+
+    def _batches(self, requests) -> Iterator[list]:
+        """Runs of requests with the same options, cut to the batch size."""
+        with tqdm(total=len(requests), desc="answering", disable=self.rank != 0) as progress:
+            for _, run in groupby(requests, key=lambda request: json.dumps(request.args[1], sort_keys=True)):
+                run = list(run)
+                for start in range(0, len(run), self.batch_size):
+                    yield run[start : start + self.batch_size]
+                    progress.update(len(run[start : start + self.batch_size]))
+
+    def _answer(self, asked: list[tuple[str, list]], options: dict) -> list[str]:
+        options = dict(options)
+        if options.get("do_sample"):
+            raise UserError("the task asks for sampled answers (do_sample); llavolta decodes greedily")
+        until = options.pop("until", None) or []
+        length = options.pop("max_new_tokens", MAX_NEW_TOKENS)
+        options = {name: value for name, value in options.items() if name not in IGNORED_OPTIONS}
+        batch = prompts(self.model, self.processor, [(_plain(text), looks) for text, looks in asked])
+        answers = self._decode(greedy(self.model, self.processor, batch, length, **options), batch)
+        for stop in [until] if isinstance(until, str) else until:
+            answers = [answer.split(stop)[0] if stop else answer for answer in answers]
+        return answers
+
+    def _decode(self, ids, batch) -> list[str]:
+        return self.processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def _doc(self, number, task, split) -> dict:
+        return self.task_dict[task][split][number]
+
+    def _look(self, see, *doc) -> list:
+        return self._open(see(self._doc(*doc)) if see else None)
+
+    def _open(self, visuals) -> list:
+        """Pictures and clips (lists of frames) from what a task shows: opened pictures and paths of clips."""
+        looks = []
+        for visual in visuals or []:
+            if isinstance(visual, Image.Image):
+                looks.append(pad_to_square(to_rgb(visual), self.pad))
+            elif isinstance(visual, str):
+                clip = [pad_to_square(frame, self.pad) for frame in read_frames(visual, self.frames)]
+                looks += [clip] if getattr(self.processor, "video_processor", None) else clip
+            else:
+                raise UserError(f"the task shows a {type(visual).__name__}; only pictures and paths of clips are known")
+        return looks
+
+    def _log(self, answers: list[str], started: float) -> None:
+        """Time and tokens, into the result file's "throughput"."""
+        seconds = time.perf_counter() - started
+        tokens = sum(map(len, self.processor.tokenizer(answers, add_special_tokens=False)["input_ids"]))
+        log_metrics(seconds, tokens, tokens / seconds, {"num_requests": len(answers)})
+
+
+def _plain(text: str) -> str:
+    """The question alone: pictures go before the text, as in LLaVA."""
+    return text.replace("<image>", "").replace("<video>", "").strip()
+
+
+def _to(value: torch.Tensor, model) -> torch.Tensor:
+    return value.to(model.device, model.dtype if value.is_floating_point() else None)
+
+
+def _device(name: str | None) -> torch.device:
+    from accelerate import PartialState
+
+    return torch.device(name) if name else PartialState().device

@@ -1,0 +1,133 @@
+"""The papers' tables from what lmms-eval wrote: scheme by benchmark, average, training time, CR; nothing is made up."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from llavolta.errors import UserError
+from llavolta.harness.run import read_results
+from llavolta.paths import PUBLISHED
+from llavolta.train.trainer import read_metrics
+
+# Column: lmms-eval's task, its metric, and what to multiply that by for percent. MME's perception score is of 2000.
+IMAGE = {
+    "GQA": ("gqa", "exact_match", 100),
+    "MM-Vet": ("mmvet", "gpt_eval_score", 1),
+    "SQA-I": ("scienceqa_img", "exact_match", 100),
+    "MME": ("mme", "mme_perception_score", 0.05),
+    "TextVQA": ("textvqa_val", "exact_match", 100),
+    "POPE": ("pope", "pope_f1_score", 100),
+    "MMBench": ("mmbench_en_dev_static", "gpt_eval_score", 1),
+    "MMBench-CN": ("mmbench_cn_dev", "gpt_eval_score", 1),
+    "VQAv2": ("vqav2_val", "exact_match", 100),
+    "LLaVA-W": ("llava_in_the_wild", "gpt_eval_llava_all", 1),
+    "VizWiz": ("vizwiz_vqa_val", "exact_match", 100),
+    "SEED-I": ("seedbench", "seed_image", 100),
+}
+VIDEO = {
+    "MSVD-QA": ("msvd_qa", "exact_match", 100),
+    "MSRVTT-QA": ("msrvtt_qa", "exact_match", 100),
+    "ActivityNet-QA": ("activitynetqa", "gpt_eval_accuracy", 1),
+}
+DIGITS = {
+    "digits as GQA": ("gqa_digits", "exact_match", 100),
+    "digits as VQAv2": ("vqav2_digits", "exact_match", 100),
+    "digits as POPE": ("pope_digits", "pope_f1_score", 100),
+}
+COLUMNS = IMAGE | VIDEO | DIGITS
+AVERAGE, HOURS, RATIO = "average", "training hours", "CR"
+
+
+class TableError(UserError, ValueError):
+    """Result files that do not make a table."""
+
+
+def paper_table(runs: Mapping[str, Sequence[str | Path]], columns: Sequence[str] = tuple(COLUMNS)) -> pd.DataFrame:
+    """A row for each of ``runs``: {its name: folders that ``llavolta.harness run`` wrote}. Percent; NaN: not run.
+
+    average: over the columns that every row has, so that rows compare. training hours, CR: of the model's own run
+    folder, where it is one of ours. Raises TableError if a row's folders are of two models or plans, or give one
+    benchmark twice.
+    """
+    rows = {name: _row(name, [Path(folder) for folder in folders], columns) for name, folders in runs.items()}
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=[*columns, AVERAGE, HOURS, RATIO], dtype=float)
+    common = [column for column in columns if len(table) and table[column].notna().all()]
+    if common:
+        table[AVERAGE] = table[common].mean(axis=1)
+    return table
+
+
+def _row(name: str, folders: list[Path], columns: Sequence[str]) -> dict:
+    missing = [str(folder) for folder in folders if not folder.is_dir()]
+    if missing:
+        raise TableError(f"{name}: no folder {', '.join(missing)}; run python -m llavolta.harness run first")
+    found = pd.concat([read_results(folder) for folder in folders])
+    if len(kinds := found[["model", "plan"]].drop_duplicates()) > 1:
+        raise TableError(f"{name} mixes {' and '.join(f'{m} under {p}' for m, p in kinds.to_numpy())}; a row is one")
+    values: dict[str, float] = {}
+    for column in columns:
+        task, metric, scale = COLUMNS[column]
+        score = found[(found.task == task) & (found.metric == metric)].value.dropna()
+        if len(score) > 1:
+            raise TableError(f"{name} has {column} {len(score)} times; name one folder for it")
+        values[column] = score.item() * scale if len(score) else math.nan
+    return values | training(Path(found.model.iloc[0]))
+
+
+def training(model: Path) -> dict[str, float]:
+    """Hours that the run folder ``model`` took to train, by its metrics, and its scheme's CR; NaN where unknown."""
+    rows, steps, hours = read_metrics(model / "metrics.jsonl"), 0, 0.0
+    for row in rows:
+        hours += row["seconds"] * (row["step"] - steps) / 3600
+        steps = row["step"]
+    if not rows or not (model / "config.yaml").exists():
+        return {HOURS: math.nan, RATIO: math.nan}
+    stages = yaml.safe_load((model / "config.yaml").read_text())["resolved_stages"]
+    by_plan = {row["plan"]: row["tokens_per_layer"] for row in rows}
+    if set(by_plan) != {stage["plan"] for stage in stages}:  # stages still to come, or by ranges that log_steps skips
+        return {HOURS: hours, RATIO: math.nan}
+    used = sum(stage["share"] * sum(by_plan[stage["plan"]]) for stage in stages)
+    whole = next((row["visual_tokens"] for row in rows if "visual_tokens" in row), math.nan)
+    for plan, tokens in by_plan.items():  # logs of before: known where a plan leaves the first layer all tokens
+        if math.isnan(whole) and not any(part.strip().startswith(("0:", "vision:")) for part in plan.split(";")):
+            whole = tokens[0]
+    return {HOURS: hours, RATIO: whole * len(rows[0]["tokens_per_layer"]) / used if used else math.nan}
+
+
+def published() -> pd.DataFrame:
+    """What LLaVolta publishes of such a row: averages over its 13 image benchmarks, and hours on 8 A100."""
+    held = pd.read_csv(PUBLISHED).set_index(["claim", "quantity"]).value
+    time = held["training time"]
+    return pd.DataFrame(
+        {
+            AVERAGE: {
+                "published: no compression": math.nan,
+                "published: four stages": held["accuracy", "four-stage average over 13 benchmarks"],
+            },
+            HOURS: {
+                "published: no compression": time["LLaVA-1.5-7B without compression"],
+                "published: four stages": time["four-stage scheme"],
+            },
+        }
+    ).astype(float)
+
+
+def show(table: pd.DataFrame):
+    """``table`` styled: what was not run says so."""
+    return table.style.format("{:.1f}", na_rep="not run").format("{:.2f}", na_rep="", subset=[HOURS, RATIO])
+
+
+def runs_in(folder: str | Path) -> dict[str, list[Path]]:
+    """{"model, plan": [folder]} of every folder of results below ``folder``; none if there is none."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(Path(folder).glob("*/**/*_results.json")):
+        arguments = dict(part.split("=", 1) for part in json.loads(file.read_text())["config"]["model_args"].split(","))
+        run = Path(folder) / file.relative_to(folder).parts[0]
+        found.setdefault(f"{Path(arguments['pretrained']).name}, {arguments.get('plan', 'none')}", []).append(run)
+    return found

@@ -1,0 +1,1 @@
+"""What is seen: plots, widgets and the notebooks' parameters."""

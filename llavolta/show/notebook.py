@@ -1,0 +1,122 @@
+"""What the notebooks share: the parameters that papermill injects, converted to their types or refused."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Sequence
+
+from llavolta.errors import UserError
+from llavolta.train.config import parse_yaml
+
+# What a parameter may be, in the order of trying, and how an error calls it.
+KINDS = {
+    "bool": "true or false",
+    "int": "a whole number of at least 0",
+    "float": "a number",
+    "list": "a list such as [1, 2]",
+    "dict": "a mapping such as {name: value}",
+    "plan": "a plan such as 1:avgpool:4, or none",  # which is a plan, too
+    "str": "text (papermill's -r gives text that looks like a number)",
+}
+
+
+class ParameterError(UserError, ValueError):
+    """A notebook parameter that does not exist or cannot be used."""
+
+
+def check_parameters() -> dict:
+    """The notebook's parameters, converted to their types; call it below the parameters cell, as
+    ``globals().update(check_parameters())``. Raises ParameterError, also for a misspelt name.
+
+    papermill itself only warns of a misspelt name, and all but numbers that ``-p`` gives is text: "false" is true. A
+    parameter's type is its default's, or what a comment says, as papermill reads it: ``plan = None  # type: str``,
+    ``layers = []  # type: list[int]``, ``hours = 6.0  # type: float|None``. Where the default is None or empty, "none"
+    stands for it.
+    """
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    names = shell.user_ns if shell is not None else {}
+    return converted(names.get("In", []), names)
+
+
+def converted(cells: Sequence[str], values: dict) -> dict:
+    """``check_parameters`` where ``cells`` have run and variables have these ``values``."""
+    injected = {name for cell in cells if _is_injected(cell) for name in _assigned(cell)}
+    declared = max((_declared(cell) for cell in cells if not _is_injected(cell)), key=len, default={})
+    if not declared:
+        raise ParameterError("the parameters cell has not run; run the notebook's cells in their order")
+    if unknown := sorted(injected - declared.keys()):
+        raise ParameterError(f"unknown parameter {', '.join(map(repr, unknown))}; known: {', '.join(declared)}")
+    return {name: convert(name, values[name], *how) for name, how in declared.items()}
+
+
+def convert(name: str, value, kinds: str, default=None):
+    """``value`` of the parameter ``name`` as one of ``kinds`` ("int", "list[int]|None", ...). Raises ParameterError."""
+    wanted = kinds.split("|")
+    nothing = value is None or isinstance(value, str) and value.lower() in ("none", "null") and "plan" not in wanted
+    if nothing and ("None" in wanted or default in ("", [], {})):
+        return None if "None" in wanted else default
+    for kind in sorted(set(wanted) - {"None"}, key=lambda kind: list(KINDS).index(kind.split("[")[0])):
+        try:
+            return _read(value, *kind.removesuffix("]").split("["), alone=len(wanted) == 1)
+        except ValueError:
+            continue
+    ways = [KINDS[kind.split("[")[0]] if kind != "None" else "none" for kind in wanted]
+    if "[" in kinds:
+        ways[0] += f", each {KINDS[kinds.split('[')[1].split(']')[0]]}"
+    raise ParameterError(f"{name} must be {' or '.join(ways)}, not {value!r}")
+
+
+def _read(value, kind: str, each: str | None = None, alone: bool = True):
+    """``value`` as ``kind``, an element of a list as ``each``; ``alone``, one element makes a list. Or ValueError."""
+    if kind in ("list", "dict"):
+        if isinstance(value, str) and value.strip().startswith("[" if kind == "list" else "{"):
+            value = parse_yaml(value, "text")
+        if kind == "list" and alone and isinstance(value, str | int | float):
+            value = [value]
+        if type(value).__name__ == kind:
+            return [_read(element, each) for element in value] if each else value
+    elif kind == "bool" and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    elif kind in ("plan", "str") and isinstance(value, str):
+        return value
+    elif kind in ("int", "float") and isinstance(value, str | int | float) and not isinstance(value, bool):
+        number = float(value)
+        if kind == "float" and math.isfinite(number):
+            return number
+        if kind == "int" and number.is_integer() and number >= 0:
+            return int(number)
+    raise ValueError
+
+
+def _is_injected(cell: str) -> bool:
+    return cell.lstrip().startswith("# Parameters")  # papermill's own mark
+
+
+def _assigned(cell: str) -> dict[str, ast.expr]:
+    """What a cell assigns to which names, if it does nothing else."""
+    try:
+        body = ast.parse(cell).body
+    except SyntaxError:  # such as a magic
+        return {}
+    plain = all(isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) for node in body)
+    return {node.targets[0].id: node.value for node in body} if plain else {}
+
+
+def _declared(cell: str) -> dict[str, tuple[str, object]]:
+    """By parameter its kinds and default, if ``cell`` is a parameters cell: nothing but names and literal values."""
+    found = {}
+    for name, node in _assigned(cell).items():
+        try:
+            default = ast.literal_eval(node)
+        except ValueError:
+            return {}
+        written = re.search(r"#\s*type:\s*(\S+)", cell.splitlines()[node.end_lineno - 1])
+        kinds = written[1] if written else type(default).__name__
+        if isinstance(default, list) and default and not written:
+            kinds = f"list[{type(default[0]).__name__}]"
+        found[name] = kinds + "|None" * (default is None), default
+    return found

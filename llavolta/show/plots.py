@@ -1,0 +1,536 @@
+"""Pictures: colour-blind-safe, labelled, readable in print. Every function returns what it drew."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from llavolta.cost.flops import PARTS
+from llavolta.train.schemes import Scheme
+
+COLOURS = sns.color_palette("colorblind")
+LINES = ("-", "--", ":", "-.")
+THEME = sns.plotting_context("notebook") | sns.axes_style("whitegrid") | {"axes.prop_cycle": plt.cycler(color=COLOURS)}
+
+
+def themed(draw: Callable) -> Callable:
+    """``draw`` under this module's theme; the caller's matplotlib settings stay as they are.
+
+    Not by plt.rc_context: that would also take back what a notebook's backend sets when the first figure loads it, and
+    no figure would be shown.
+    """
+
+    @functools.wraps(draw)
+    def drawn(*args, **kwargs):
+        held = {name: plt.rcParams[name] for name in THEME}
+        plt.rcParams.update(THEME)
+        try:
+            return draw(*args, **kwargs)
+        finally:
+            plt.rcParams.update(held)
+
+    return drawn
+
+
+@themed
+def scheme_diagram(
+    scheme: Scheme, num_layers: int, num_tokens: int, total_steps: int, current: int | None = None
+) -> Figure:
+    """Visual tokens per decoder layer in each stage (LLaVolta, figure 1), for the actual numbers.
+
+    A panel a stage, four a row; the bar of a layer is as long as its visual tokens are many. num_tokens: of an image;
+    0 where they vary, which draws an image of 576. current: the stage (from 1) to mark.
+    """
+    of = num_tokens or 576
+    steps = np.diff([0, *scheme.boundaries(total_steps)])
+    columns = min(len(steps), 4)
+    rows = -(-len(steps) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(10, 3.2 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for number, (ax, stage) in enumerate(zip(axes.flat, scheme.stages, strict=False), start=1):
+        counts = stage.tokens_per_layer(num_layers, of)
+        colour = COLOURS[0] if current in (None, number) else "0.7"
+        ax.barh(range(num_layers), counts, color=colour, height=0.8)
+        ax.set_title(
+            f"Stage {number}: {stage}\n{steps[number - 1]} steps, CR {num_layers * of / sum(counts):.2f}", fontsize=11
+        )
+        ax.set_xlabel("visual tokens" if num_tokens else f"visual tokens of {of}")
+        ax.set_xlim(0, of * 1.05)
+        ax.grid(axis="y", visible=False)
+    for ax in axes.flat[len(steps) :]:
+        ax.set_visible(False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("decoder layer")
+    axes[0][0].set_yticks(range(0, num_layers, max(1, num_layers // 8)))
+    return figure
+
+
+@themed
+def example(conversation) -> Figure:
+    """The first picture, or else the frames of the first clip, of a data.Example."""
+    pictures = conversation.images[:1] or conversation.videos[0]
+    size = (2.6, 2.6) if len(pictures) == 1 else (1.3 * len(pictures), 1.6)
+    figure, axes = plt.subplots(1, len(pictures), figsize=size, squeeze=False, layout="constrained")
+    for ax, picture in zip(axes[0], pictures, strict=True):
+        ax.imshow(picture, interpolation="nearest")
+        ax.set(xticks=[], yticks=[])
+    figure.suptitle(conversation.name, fontsize=8)
+    return figure
+
+
+@themed
+def loss_curve(metrics: pd.DataFrame, title: str = "") -> Figure:
+    """Training loss against the optimizer step; each stage in its colour and named in the legend."""
+    figure, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for number, (stage, part) in enumerate(metrics.groupby("stage")):
+        label = f"stage {stage} ({part.plan.iloc[0]})"
+        style = LINES[number // len(COLOURS) % len(LINES)]
+        colour = COLOURS[number % len(COLOURS)]
+        ax.plot(part.step, part.loss, color=colour, linestyle=style, label=label, marker=".", markersize=4)
+    ax.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    few = len(ax.lines) <= 6
+    ax.legend(**{} if few else dict(loc="upper left", bbox_to_anchor=(1, 1), ncols=-(-len(ax.lines) // 13), fontsize=7))
+    return figure
+
+
+@themed
+def training_logs(logs: dict[str, pd.DataFrame]) -> Figure:
+    """For each named log: the loss and the accuracy column (its last) against the step."""
+    figure, axes = plt.subplots(1, len(logs), figsize=(5 * len(logs), 3.2), squeeze=False, layout="constrained")
+    for ax, (name, log) in zip(axes[0], logs.items(), strict=True):
+        accuracy = log.columns[-1]
+        ax.plot(log.step, 100 * log[accuracy], color=COLOURS[0], label=accuracy.replace("_", " "))
+        ax.set(title=name, xlabel="step", ylabel="accuracy (%)", ylim=(0, 102))
+        loss = ax.twinx()
+        loss.plot(log.step, log.loss, color=COLOURS[1], linestyle="--", label="loss")
+        loss.set(ylabel="loss (nats)", ylim=(0, None))
+        loss.grid(visible=False)
+        ax.legend(handles=[*ax.lines, *loss.lines], loc="center right")
+    return figure
+
+
+@themed
+def scene_grid(pictures: np.ndarray) -> Figure:
+    """Pictures (N, H, W, 3) in one row."""
+    figure, axes = plt.subplots(1, len(pictures), figsize=(1.6 * len(pictures), 1.7), layout="constrained")
+    for ax, picture in zip(np.atleast_1d(axes), pictures, strict=True):
+        ax.imshow(picture, interpolation="nearest")
+        ax.set_axis_off()
+    return figure
+
+
+@themed
+def accuracy_bars(table: pd.DataFrame, title: str = "") -> Figure:
+    """Accuracy per question type with its 95% interval, beside the best constant answer (see accuracy_table)."""
+    figure, ax = plt.subplots(figsize=(8.5, 3.4), layout="constrained")
+    place = np.arange(len(table))
+    error = np.abs(100 * table[["low", "high"]].to_numpy().T - 100 * table.accuracy.to_numpy())
+    bars = ax.bar(place - 0.2, 100 * table.accuracy, 0.4, yerr=error, capsize=3, label="model", color=COLOURS[0])
+    ax.bar(place + 0.2, 100 * table.constant, 0.4, label="best constant answer", color="0.75", hatch="//")
+    ax.bar_label(bars, fmt="%.0f", padding=3, fontsize=9)
+    ax.set_xticks(place, [f"{name}\n(n={count})" for name, count in table.questions.items()])
+    ax.set(ylabel="accuracy (%)", ylim=(0, 112), title=title)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+@themed
+def step_time_bars(times: pd.DataFrame, labels: Sequence[str] | None = None) -> Figure:
+    """Measured step time relative to no compression, beside what the FLOPs promise (see bench.step_times)."""
+    figure, ax = plt.subplots(figsize=(8.5, 3.2), layout="constrained")
+    place = np.arange(len(times))
+    for shift, column, label, colour, hatch in (
+        (-0.2, "ratio", "measured", COLOURS[0], ""),
+        (0.2, "flops_ratio", "FLOPs imply", "0.75", "//"),
+    ):
+        bars = ax.bar(place + shift, times[column], 0.4, label=label, color=colour, hatch=hatch)
+        ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
+    crowded = len(times) > 5
+    ax.set_xticks(place, labels or times.plan, rotation=30 if crowded else 0, ha="right" if crowded else "center")
+    ax.set(ylabel="step time relative\nto no compression", ylim=(0, 1.2))
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+@themed
+def token_map(picture: np.ndarray, groups: np.ndarray, ax=None, title: str = "", shared: np.ndarray | None = None):
+    """A picture, (H, W, 3) or PIL's, under its patch grid, tinted by the token that each patch ends in.
+
+    groups: (rows, columns) for each patch the number of its output token; -1 where it was dropped (drawn dark).
+    shared: those of the whole clip that the picture is a frame of.
+    """
+    ax = ax or plt.subplots(figsize=(3.4, 3.4), layout="constrained")[1]
+    rows, columns = groups.shape
+    extent = (0, columns, rows, 0)
+    ax.imshow(picture, extent=extent, interpolation="nearest")
+    tint = np.array([COLOURS[number % len(COLOURS)] for number in groups.ravel()]).reshape(rows, columns, 3)
+    numbers, count = np.unique(groups if shared is None else shared, return_counts=True)
+    merged = count[np.searchsorted(numbers, groups)] > 1  # a token of one patch keeps the picture's own colours
+    alpha = np.where(groups < 0, 0.85, np.where(merged, 0.4, 0.0))
+    ax.imshow(np.where(groups[..., None] < 0, 0.0, tint), extent=extent, alpha=alpha, interpolation="nearest")
+    # A border wherever two neighbouring patches end in different tokens.
+    row, column = np.nonzero(groups[:, 1:] != groups[:, :-1])
+    ax.vlines(column + 1, row, row + 1, color="white", linewidth=1)
+    row, column = np.nonzero(groups[1:] != groups[:-1])
+    ax.hlines(row + 1, column, column + 1, color="white", linewidth=1)
+    ax.set(xticks=[], yticks=[], title=title)
+    ax.grid(visible=False)
+    return ax
+
+
+@themed
+def stage_token_maps(picture: np.ndarray, maps: dict[str, np.ndarray]) -> Figure:
+    """Token maps of several plans side by side on one picture, five a row; groups as in ``token_map``."""
+    columns = min(len(maps), 5)
+    rows = -(-len(maps) // columns)
+    size, dpi = (2.7 * columns, 3.1 * rows), 100 if rows == 1 else 70  # many maps make a large file
+    figure, axes = plt.subplots(rows, columns, figsize=size, dpi=dpi, squeeze=False, layout="constrained")
+    for ax, (name, groups) in zip(axes.flat, maps.items(), strict=False):
+        token_map(picture, groups, ax, f"{name}\n{_left(groups)} of {groups.size} tokens")
+        ax.title.set_fontsize(11)
+    for ax in axes.flat[len(maps) :]:
+        ax.set_axis_off()
+    return figure
+
+
+@themed
+def clip_token_maps(frames: Sequence, maps: dict[str, np.ndarray]) -> Figure:
+    """A row for each plan: the frames of a clip under its token map (frames, rows, columns), see ``token_map``.
+
+    Patches of one colour in one row of pictures, also in different frames, may have ended in one token.
+    """
+    size = (1.4 * len(frames), 1.75 * len(maps))  # tall enough for a plan's text beside its row
+    figure, axes = plt.subplots(len(maps), len(frames), figsize=size, dpi=100, squeeze=False, layout="constrained")
+    for row, (name, groups) in zip(axes, maps.items(), strict=True):
+        for ax, frame, part in zip(row, frames, groups, strict=True):
+            token_map(frame, part, ax, shared=groups)
+        row[0].set_ylabel(f"{name}\n{_left(groups)} tokens", fontsize=8)
+    for number, ax in enumerate(axes[0], start=1):
+        ax.set_title(f"frame {number}", fontsize=9)
+    return figure
+
+
+LAYER_MARKERS = "osD^vP*X"
+
+
+@themed
+def accuracy_curves(table: pd.DataFrame, constant: pd.Series | None = None) -> Figure:
+    """Accuracy against the share of visual tokens kept, a curve per layer, a point per stride, a panel per type.
+
+    table: from studies.sweep_table. constant: per type, the accuracy of the best constant answer, drawn as a line.
+    """
+    kinds = ["overall", *sorted(set(table.type) - {"overall"})]
+    kinds = kinds[:1] if len(kinds) == 2 else kinds  # one type is the whole
+    figure, axes = plt.subplots(1, len(kinds), figsize=(1 + 3 * len(kinds), 3.6), sharey=True, layout="constrained")
+    layers = sorted(set(table.layer))
+    for ax, kind in zip(np.atleast_1d(axes), kinds, strict=True):
+        for number, layer in enumerate(layers):
+            part = table.query("type == @kind and layer == @layer").sort_values("kept")
+            middle = 100 * part.accuracy.to_numpy()
+            error = np.abs(100 * part[["low", "high"]].to_numpy().T - middle)
+            ax.errorbar(
+                100 * part.kept,
+                middle,
+                yerr=error,
+                color=COLOURS[number % len(COLOURS)],
+                marker=LAYER_MARKERS[number % len(LAYER_MARKERS)],
+                markersize=5,
+                linewidth=1.5,
+                capsize=2,
+                elinewidth=1,
+                label=f"layer {layer}",
+            )
+        if constant is not None:
+            ax.axhline(100 * constant[kind], color="0.5", linestyle=":", label="best constant answer")
+        ax.set_xscale("log")
+        ticks = sorted({round(100 * kept, 1) for kept in table.kept})
+        ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], fontsize=8)
+        ax.set_xticks([], minor=True)
+        ax.set(title=f"{kind} (n={part.questions.iloc[0]})", xlabel="visual tokens kept (%)", ylim=(0, 102))
+    np.atleast_1d(axes)[0].set_ylabel("accuracy (%)")
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), frameon=False)
+    return figure
+
+
+@themed
+def attention_lines(table: pd.DataFrame) -> Figure:
+    """The share of the answer position's attention per kind of token against the layer; see studies.attention_table.
+
+    Dotted: the share of the prompt's tokens that are of the kind.
+    """
+    figure, ax = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    for number, (kind, part) in enumerate(table.groupby("kind", sort=False)):
+        colour, marker = COLOURS[number % len(COLOURS)], LAYER_MARKERS[number % len(LAYER_MARKERS)]
+        ax.plot(part.layer, 100 * part.share, color=colour, marker=marker, label=kind)
+        ax.fill_between(part.layer, 100 * part.low, 100 * part.high, color=colour, alpha=0.2)
+        ax.axhline(100 * part.tokens_share.mean(), color=colour, linestyle=":", linewidth=1.2)
+    ax.plot([], [], color="0.4", linestyle=":", label="share of the tokens")
+    ax.set(xlabel="decoder layer", ylabel="share of the answer\nposition's attention (%)", ylim=(0, 102))
+    ax.set_xticks(sorted(set(table.layer))[:: max(1, table.layer.nunique() // 16)])
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+@themed
+def picture_with_tokens(picture, view) -> Figure:
+    """What the first explorer shows: the token map of a studies.View over its picture, and the model's guesses."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.4), layout="constrained", width_ratios=(1, 1.1))
+    _view_map(picture, view, left)
+    words, chances = list(view.guesses), [100 * chance for chance in view.guesses.values()]
+    bars = right.barh(range(len(words)), chances, color=COLOURS[0])
+    right.bar_label(bars, fmt="%.0f", padding=3, fontsize=9)
+    right.set_yticks(range(len(words)), words)
+    right.invert_yaxis()
+    right.set(xlim=(0, 112), xlabel="probability (%)", title="first token of the answer")
+    right.grid(axis="y", visible=False)
+    return figure
+
+
+@themed
+def picture_with_layers(picture, view) -> Figure:
+    """What the second explorer shows: the token map of a studies.View, and the tokens that each layer works on."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.4), layout="constrained", width_ratios=(1, 1.1))
+    _view_map(picture, view, left)
+    right.barh(range(len(view.tokens)), view.tokens, color=COLOURS[0], height=0.8)
+    right.set_yticks(range(0, len(view.tokens), max(1, len(view.tokens) // 8)))
+    right.set(
+        xlabel="visual tokens", ylabel="decoder layer", xlim=(0, view.grid().size * 1.05), title=f"CR {view.ratio:.2f}"
+    )
+    right.grid(axis="y", visible=False)
+    return figure
+
+
+def _view_map(picture, view, ax) -> None:
+    groups = view.grid()
+    token_map(picture, groups, ax, f"{view.plan}\n{_left(groups)} of {groups.size} tokens")
+    ax.title.set_fontsize(11)
+
+
+def _left(groups: np.ndarray) -> int:
+    return len(np.unique(groups[groups >= 0]))
+
+
+@themed
+def layer_maps(picture, view) -> Figure:
+    """The token map of a studies.View behind each layer that compresses."""
+    return stage_token_maps(picture, {f"from layer {layer} on": view.grid(layer) for layer in view.maps})
+
+
+@themed
+def design_grid(table: pd.DataFrame) -> Figure:
+    """Compression ratio and training FLOPs by layer K and stride S as two heat maps; see studies.design_table."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for ax, column, title, form in (
+        (axes[0], "ratio", "compression ratio", ".2f"),
+        (axes[1], "flops", "training FLOPs (% of no compression)", ".0f"),
+    ):
+        grid = table.pivot(index="layer", columns="stride", values=column) * (100 if column == "flops" else 1)
+        sns.heatmap(grid, annot=True, fmt=form, cmap="cividis", ax=ax, annot_kws={"size": 9}, cbar=False)
+        ax.set(title=title, xlabel="stride S (wider: to the left)", ylabel="layer K (deeper: down)")
+        ax.tick_params(axis="y", rotation=0)
+    return figure
+
+
+@themed
+def accuracy_against_cost(table: pd.DataFrame, baseline: str) -> Figure:
+    """Each scheme's accuracy, with its 95% interval, against its training time; table: see compare.table.
+
+    The dotted line is the baseline's accuracy.
+    """
+    figure, ax = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
+    for number, (name, row) in enumerate(table.iterrows()):
+        error = 100 * np.array([[row.accuracy - row.low], [row.high - row.accuracy]])
+        ax.errorbar(
+            100 * row.time,
+            100 * row.accuracy,
+            yerr=error,
+            color=COLOURS[number % len(COLOURS)],
+            marker=LAYER_MARKERS[number % len(LAYER_MARKERS)],
+            markersize=8,
+            capsize=3,
+            linestyle="none",
+            label=name,
+        )
+    ax.axhline(100 * table.accuracy[baseline], color="0.5", linestyle=":")
+    low, high = ax.get_ylim()
+    ax.set(xlabel="training time (% of no compression)", ylabel="accuracy (%)", ylim=(max(low, 0), min(high, 102)))
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+@themed
+def differences(table: pd.DataFrame, baseline: str) -> Figure:
+    """Each scheme's accuracy less the baseline's, with the 95% interval of the difference; see compare.table."""
+    rest = table.drop(index=baseline)
+    figure, ax = plt.subplots(figsize=(7.5, 1 + 0.4 * len(rest)), layout="constrained")
+    place, middle = np.arange(len(rest)), 100 * rest.difference
+    error = np.abs(100 * rest[["difference_low", "difference_high"]].to_numpy().T - middle.to_numpy())
+    ax.errorbar(middle, place, xerr=error, color=COLOURS[0], marker="o", capsize=3, linestyle="none")
+    ax.axvline(0, color="0.5", linestyle=":")
+    ax.set_yticks(place, rest.index)
+    ax.invert_yaxis()
+    ax.set_xlabel(f"accuracy less that of {baseline} (points)")
+    return figure
+
+
+@themed
+def loss_curves(curves: pd.DataFrame, columns: int = 4) -> Figure:
+    """Training loss against the step, a panel per scheme, a line per seed; see compare.curves."""
+    names = list(dict.fromkeys(curves.scheme))
+    columns = min(columns, len(names))
+    figure, axes = plt.subplots(
+        -(-len(names) // columns),
+        columns,
+        figsize=(2.8 * columns, 2.3 * -(-len(names) // columns)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for number, ax in enumerate(axes.flat):
+        ax.set_visible(number < len(names))
+        if number >= len(names):
+            continue
+        runs = curves[curves.scheme == names[number]]
+        for _, run in runs.groupby("seed"):
+            ax.plot(run.step, run.loss, color=COLOURS[0], linewidth=1, alpha=0.7)
+        for step in runs.groupby("stage").step.max().iloc[:-1]:  # where a stage ends
+            ax.axvline(step, color="0.6", linestyle=":", linewidth=1)
+        ax.set_title(names[number], fontsize=10)
+    axes.flat[0].set_yscale("log")
+    axes.flat[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.flat[0].yaxis.set_major_formatter("{x:g}")
+    axes.flat[0].yaxis.set_minor_formatter(NullFormatter())
+    figure.supxlabel("optimizer step", fontsize=11)
+    figure.supylabel("loss (nats per token)", fontsize=11)
+    return figure
+
+
+@themed
+def _stacked(table: pd.DataFrame, labels: Sequence[str], xlabel: str, title: str = "") -> Figure:
+    """A horizontal bar a row of ``table``, its columns stacked; values at the end."""
+    figure, ax = plt.subplots(figsize=(8.5, 1.2 + 0.45 * len(table)), layout="constrained")
+    left, hatches = np.zeros(len(table)), ("", "//", "..", "xx", "--", "\\\\")
+    for number, column in enumerate(table):
+        colour = COLOURS[number % len(COLOURS)]
+        ax.barh(labels, table[column], left=left, label=column, color=colour, hatch=hatches[number % 6])
+        left += table[column].to_numpy()
+    for place, total in enumerate(left):
+        ax.annotate(f"{total:.3g}", (total, place), (3, 0), textcoords="offset points", va="center", fontsize=9)
+    ax.invert_yaxis()
+    ax.set(xlabel=xlabel, title=title, xlim=(0, 1.12 * left.max()))
+    ax.grid(axis="y", visible=False)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+@themed
+def step_cost_bars(costs: dict, title: str = "") -> Figure:
+    """FLOPs of one example's training step by part, a bar a plan; costs: {plan: cost.StepCost}."""
+    parts = {plan: {part: getattr(cost, part).total / 1e12 for part in PARTS} for plan, cost in costs.items()}
+    names = ["vision tower", "projector", "decoder, linear", "decoder, attention", "head"]
+    table = pd.DataFrame.from_dict(parts, orient="index").set_axis(names, axis=1)
+    return _stacked(table, list(costs), "operations per example and step (TFLOP)", title)
+
+
+@themed
+def memory_bars(table: pd.DataFrame, limit: float | None = None) -> Figure:
+    """Memory of one GPU by part, a bar a plan; table: see planner.memory_table. limit: GB that the GPU has."""
+    figure = _stacked(table[["weights", "gradients", "optimizer", "activations"]], list(table.index), "memory (GB)")
+    if limit is not None:
+        figure.axes[0].axvline(limit, color="0.3", linestyle=":")
+        figure.axes[0].set_xlim(0, max(figure.axes[0].get_xlim()[1], 1.1 * limit))
+    return figure
+
+
+@themed
+def hours_bars(table: pd.DataFrame, budget: float | None = None) -> Figure:
+    """Hours of training, a bar a scheme; table: see planner.scheme_table. budget: hours at hand, a dotted line."""
+    figure, ax = plt.subplots(figsize=(8.5, 1.2 + 0.4 * len(table)), layout="constrained")
+    fits = table.hours <= (budget or np.inf)
+    bars = ax.barh(table.index, table.hours, color=[COLOURS[0] if fit else "0.7" for fit in fits])
+    ax.bar_label(bars, fmt="%.3g", padding=3, fontsize=9)
+    if budget is not None:
+        ax.axvline(budget, color="0.3", linestyle=":")
+    ax.invert_yaxis()
+    ax.set(xlabel="hours of training", xlim=(0, 1.12 * max(table.hours.max(), budget or 0)))
+    ax.grid(axis="y", visible=False)
+    return figure
+
+
+@themed
+def measured_and_predicted(table: pd.DataFrame) -> Figure:
+    """Training time relative to no compression, measured and predicted; table: see bench.scheme_times."""
+    figure, ax = plt.subplots(figsize=(8.5, 3.2), layout="constrained")
+    place = np.arange(len(table))
+    for shift, column, colour, hatch in ((-0.2, "measured", COLOURS[0], ""), (0.2, "predicted", "0.75", "//")):
+        bars = ax.bar(place + shift, table[column], 0.4, label=column, color=colour, hatch=hatch)
+        ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
+    ax.set_xticks(place, table.index)
+    ax.set(ylabel="training time relative\nto no compression", ylim=(0, 1.2))
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+@themed
+def budget_curves(table: pd.DataFrame, kinds: Sequence[str] = ("overall", "difficult")) -> Figure:
+    """Accuracy against the budget, a line per method, a panel per kind of question; table: see budgets.accuracy."""
+    figure, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 4.4), squeeze=False, layout="constrained")
+    methods = list(dict.fromkeys(table.method))
+    for ax, kind in zip(axes[0], kinds, strict=True):
+        for number, method in enumerate(methods):
+            part = table.query("type == @kind and method == @method").sort_values("budget")
+            middle = 100 * part.accuracy.to_numpy()
+            ax.errorbar(
+                100 * part.budget,
+                middle,
+                yerr=np.abs(100 * part[["low", "high"]].to_numpy().T - middle),
+                color=COLOURS[number % len(COLOURS)],
+                marker=LAYER_MARKERS[number % len(LAYER_MARKERS)],
+                linestyle="--" if number >= len(COLOURS) else "-",
+                markersize=5,
+                linewidth=1.5,
+                capsize=2,
+                elinewidth=0.8,
+                label=method,
+            )
+        ticks = sorted({100 * budget for budget in table.budget})
+        ax.set_xscale("log")
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.set_xticks([], minor=True)
+        ax.set(title=kind, xlabel="visual tokens left, mean over layers (%)", ylabel="accuracy (%)", ylim=(0, 102))
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=10)
+    return figure
+
+
+@themed
+def benchmark_table(table: pd.DataFrame) -> Figure:
+    """Percent per row and benchmark (see benchmarks.table.paper_table); hatched where nothing was run."""
+    figure, ax = plt.subplots(figsize=(1.5 + 0.62 * table.shape[1], 1.6 + 0.42 * len(table)), layout="constrained")
+    ax.set_facecolor("0.92")
+    ax.patch.set(hatch="//", edgecolor="0.75")
+    sns.heatmap(
+        table.astype(float),
+        annot=True,
+        fmt=".1f",
+        cmap="cividis",
+        vmin=0,
+        vmax=100,
+        ax=ax,
+        annot_kws={"size": 8},
+        cbar_kws={"label": "score (%)"},
+    )
+    ax.set(xlabel="benchmark (hatched: not run, or not given)", ylabel="model, plan")
+    ax.tick_params(axis="x", rotation=60, labelsize=9)
+    ax.tick_params(axis="y", rotation=0, labelsize=9)
+    ax.grid(visible=False)
+    return figure

@@ -1,0 +1,318 @@
+"""Sliders for JupyterLab: one question about one picture, under whatever compressor the registry knows.
+
+An explorer only collects a plan, a picture and a question. What it shows comes from ``inspect.view`` and a function
+of ``plots``, which can be called without it just as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+import typing
+from collections.abc import Callable
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+
+import ipywidgets as ui
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import display
+from PIL import Image
+
+from llavolta.compression.compressors import COMPRESSORS
+from llavolta.compression.families import find_parts
+from llavolta.compression.plan import VISION, Layer
+from llavolta.cost.flops import CostModel
+from llavolta.cost.planner import Speed, scheme_table
+from llavolta.data import LlavaData, open_image, to_rgb
+from llavolta.errors import UserError
+from llavolta.show import plots
+from llavolta.studies import inspect, redundancy
+from llavolta.train.schemes import Scheme, SchemeError, Stage
+
+WIDE = ui.Layout(width="420px")
+STYLE = {"description_width": "90px"}
+
+
+class Explorer:
+    """Controls of one plan, picture and question, and what the model makes of them; display it, or its ``box``.
+
+    layer, compressor, options (name -> widget), entry, question, path, upload: the controls. view: the inspect.View on
+    show, None while ``message`` shows an error. draw: (picture, view) -> figure.
+    """
+
+    def __init__(self, model, processor, data: LlavaData, draw: Callable, layer: Layer, compressor: str, **options):
+        self.model, self.processor, self.data, self.draw = model, processor, data, draw
+        self.view: inspect.View | None = None
+        self._own: list[Image.Image] = []  # pictures that are not of ``data``; the last is in use while ``_use_own``
+        self._use_own = False
+        self._quiet = False
+        self._compute = lru_cache(256)(self._view)
+
+        parts = find_parts(model)
+        places = [VISION] * (parts.projector is not None) + list(range(len(parts.layers)))
+        layer = layer if layer in places else places[-1]
+        self.layer = ui.SelectionSlider(
+            options=places, value=layer, continuous_update=False, description="layer K", layout=WIDE, style=STYLE
+        )
+        names = sorted(COMPRESSORS)
+        self.compressor = ui.Dropdown(options=names, value=compressor, description="compressor", style=STYLE)
+        self.options: dict[str, ui.Widget] = {}
+        self._option_box = ui.VBox()
+        self.entry = ui.Dropdown(options=self._entries(), description="picture", layout=WIDE, style=STYLE)
+        self.question = ui.Combobox(description="question", layout=WIDE, style=STYLE, continuous_update=False)
+        self.path = ui.Text(
+            description="image path", placeholder="a picture file", layout=WIDE, style=STYLE, continuous_update=False
+        )
+        self.upload = ui.FileUpload(accept="image/*", description="upload a picture", layout=ui.Layout(width="180px"))
+        self.message = ui.HTML()
+        self.image = ui.Image(format="png", layout=ui.Layout(max_width="100%", object_fit="contain"))
+        controls = [self.compressor, self.layer, self._option_box, self.entry, self.question, self.path, self.upload]
+        self.box = ui.HBox(
+            [ui.VBox([*controls, self.message]), self.image],
+            layout=ui.Layout(flex_flow="row wrap", align_items="flex-start"),
+        )
+
+        self._show_options(**options)
+        self._choose_entry()
+        self.refresh()
+        self.compressor.observe(self._on_compressor, "value")
+        self.layer.observe(self.refresh, "value")
+        self.entry.observe(self._on_entry, "value")
+        self.question.observe(self.refresh, "value")
+        self.path.observe(self._on_path, "value")
+        self.upload.observe(self._on_upload, "value")
+
+    def _ipython_display_(self) -> None:
+        display(self.box)
+
+    @property
+    def plan(self) -> str:
+        """The plan that the controls say."""
+        values = {name: control.value for name, control in self.options.items()}
+        given = [f"{name}={value}" for name, value in values.items() if value is not False]  # a switch that is off
+        return ":".join([str(self.layer.value), self.compressor.value, *given])
+
+    @property
+    def picture(self) -> Image.Image:
+        """One's own picture, or the entry's first: of a clip its first frame."""
+        look = self._looks(self.entry.value, self._own_number)[0]
+        return look[0] if isinstance(look, list) else look
+
+    def _looks(self, entry: int, own: int | None) -> list:
+        """What is asked about: pictures, or clips as lists of frames."""
+        if own is not None:
+            return [self._own[-1]]
+        example = self.data[entry]
+        return [*example.images, *example.videos]
+
+    def refresh(self, change=None) -> None:
+        """Compute and draw what the controls say, or say in one line why that cannot be."""
+        if self._quiet:
+            return
+        try:
+            self.view = self._compute(self.plan, self.question.value, self.entry.value, self._own_number)
+        except (UserError, ValueError) as error:
+            self.view = None
+            self.message.value = f"<b style='color:#a00'>{type(error).__name__}: {escape(str(error))}</b>"
+            self.image.value = b""
+            return
+        self.message.value = self._text(self.view)
+        self.image.value = png(self.draw(self.picture, self.view))
+
+    @property
+    def _own_number(self) -> int | None:
+        return len(self._own) if self._use_own else None
+
+    def _view(self, plan: str, question: str, entry: int, own: int | None) -> inspect.View:
+        if found := re.search("<image>|<video>", question):
+            raise redundancy.StudyError(
+                f"the question holds the placeholder {found[0]}; leave it out, the picture is put in"
+            )
+        return inspect.view(self.model, self.processor, question, self._looks(entry, own), plan)
+
+    def _text(self, view: inspect.View) -> str:
+        truth = (
+            ""
+            if self._use_own
+            else next((q["answer"] for q in self._here() if q["question"] == self.question.value), "")
+        )
+        rows = {
+            "answer": f"<b>{escape(view.answer)}</b>" + (f" (right: {escape(truth)})" if truth else ""),
+            "compression ratio": f"{view.ratio:.3f}",
+            "training FLOPs": f"{view.flops:.1%} of no compression",
+        }
+        return "<br>".join(f"{name}: {value}" for name, value in rows.items())
+
+    def _here(self) -> list[dict]:
+        return self.data.questions_of(self.entry.value)
+
+    def _entries(self, most: int = 200) -> list[tuple[str, int]]:
+        """The first entries with a picture, by id."""
+        pictured = np.flatnonzero(self.data.has_image)[:most].tolist()
+        if not pictured:
+            raise redundancy.StudyError(f"{self.data.file.name} has no entry with a picture to explore")
+        return [(str(self.data.entry(index).get("id", index)), index) for index in pictured]
+
+    def _choose_entry(self) -> None:
+        asked = [question["question"] for question in self._here()]
+        self.question.options = list(dict.fromkeys(asked))
+        if self.question.value not in asked:
+            self.question.value = asked[0]
+
+    def _show_options(self, **values) -> None:
+        kind = COMPRESSORS[self.compressor.value]
+        types = typing.get_type_hints(kind)
+        tokens = getattr(self.model.config, "image_seq_length", None) or 576
+        self.options = {}
+        for option in dataclasses.fields(kind):
+            default = None if option.default is dataclasses.MISSING else option.default
+            control = _control(option.name, types.get(option.name), values.get(option.name, default), tokens)
+            control.observe(self.refresh, "value")
+            self.options[option.name] = control
+        self._option_box.children = list(self.options.values())
+
+    def _on_compressor(self, change) -> None:
+        self._show_options()
+        if "tower" in COMPRESSORS[self.compressor.value].needs and VISION in self.layer.options:
+            self._quiet, self.layer.value = True, VISION
+            self._quiet = False
+        self.refresh()
+
+    def _on_entry(self, change) -> None:
+        self._use_own, self._quiet = False, True
+        self._choose_entry()
+        self._quiet = False
+        self.refresh()
+
+    def _on_path(self, change) -> None:
+        try:
+            file = Path(self.path.value.strip()).expanduser()
+            self._show_own(open_image(file.parent, file.name, "image path") if self.path.value.strip() else None)
+        except UserError as error:
+            self.message.value = f"<b style='color:#a00'>{escape(str(error))}</b>"
+        except (RuntimeError, ValueError, OSError) as error:  # no such user's home, or no path at all
+            self.message.value = f"<b style='color:#a00'>image path: {escape(str(error))}</b>"
+
+    def _on_upload(self, change) -> None:
+        if not self.upload.value:
+            return
+        try:
+            self._show_own(to_rgb(Image.open(io.BytesIO(self.upload.value[0]["content"]))))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            self.message.value = f"<b style='color:#a00'>the upload is no picture: {escape(str(error))}</b>"
+
+    def _show_own(self, picture: Image.Image | None) -> None:
+        self._use_own = picture is not None
+        if picture is not None:
+            self._own.append(picture)
+        self.refresh()
+
+
+def redundancy_explorer(
+    model, processor, data: LlavaData, layer: Layer = 2, compressor: str = "avgpool", **options
+) -> Explorer:
+    """Sliders for layer and compressor; shows token map, ratio, FLOPs, answer and how sure the model is of it.
+
+    options: of the compressor, such as ``stride=8``.
+    """
+    return Explorer(model, processor, data, plots.picture_with_tokens, layer, compressor, **options)
+
+
+def design_explorer(
+    model, processor, data: LlavaData, layer: Layer = 2, compressor: str = "avgpool", **options
+) -> Explorer:
+    """The same controls; shows token map, ratio, FLOPs, answer and the tokens that each layer works on."""
+    return Explorer(model, processor, data, plots.picture_with_layers, layer, compressor, **options)
+
+
+class CostExplorer:
+    """Sliders of a scheme of three stages, and what it costs; display it, or its ``box``.
+
+    layer, stride, share: of the first stage; the second pools at half the depth with the same stride; light: its
+    share; the rest is not compressed. table: planner.scheme_table of "yours" and no compression.
+    """
+
+    def __init__(self, model: CostModel, speed: Speed, examples: int, **step):
+        self.model, self.speed, self.examples, self.step = model, speed, examples, step
+        depth, tokens = len(model.layers), model.visual
+
+        def slider(kind, value, low, high, text, **more):
+            return kind(value, min=low, max=high, description=text, continuous_update=False, style=STYLE, **more)
+
+        self.layer = slider(ui.IntSlider, max(1, depth // 16), 0, depth - 1, "layer K")
+        self.stride = slider(ui.IntSlider, 8, 1, tokens, "stride S")
+        self.share = slider(ui.FloatSlider, 0.33, 0, 1, "share", step=0.01)
+        self.light = slider(ui.FloatSlider, 0.33, 0, 1, "light share", step=0.01)
+        self.message = ui.HTML()
+        self.image = ui.Image(format="png", layout=ui.Layout(max_width="100%", object_fit="contain"))
+        sliders = [self.layer, self.stride, self.share, self.light]
+        self.box = ui.HBox([ui.VBox([*sliders, self.message]), self.image], layout=ui.Layout(flex_flow="row wrap"))
+        for control in sliders:
+            control.observe(self.refresh, "value")
+        self.refresh()
+
+    def _ipython_display_(self) -> None:
+        display(self.box)
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme that the sliders say; shares that exceed 1 together are an error."""
+        rest = 1 - self.share.value - self.light.value
+        half = len(self.model.layers) // 2
+        stride = self.stride.value
+        parts = [
+            (f"{self.layer.value}:avgpool:{stride}", self.share.value),
+            (f"{half}:avgpool:{stride}", self.light.value),
+        ]
+        if rest < -1e-9:
+            raise SchemeError(f"the shares sum to {1 - rest:.2f}, above 1; lower one of them")
+        stages = [Stage(plan, share) for plan, share in [*parts, ("none", rest)] if share > 1e-9]
+        return Scheme("yours", tuple(stages))
+
+    def refresh(self, change=None) -> None:
+        """Compute and draw what the sliders say, or say in one line why that cannot be."""
+        try:
+            schemes = {"no compression": Scheme.equal("none", "none"), "yours": self.scheme}
+            self.table = scheme_table(self.model, schemes, self.examples, self.speed, **self.step)
+        except (UserError, ValueError) as error:
+            self.message.value = f"<b style='color:#a00'>{type(error).__name__}: {escape(str(error))}</b>"
+            self.image.value = b""
+            return
+        row = self.table.loc["yours"]
+        stages = "; ".join(f"{stage.plan} ({stage.share:.0%})" for stage in schemes["yours"].stages)
+        self.message.value = (
+            f"{escape(stages)}<br>compression ratio: {row.ratio:.2f}<br>training FLOPs: {row.flops_ratio:.1%}<br>"
+            f"hours: {row.hours:.2f} of {self.table.hours.iloc[0]:.2f}"
+        )
+        costs = {"none": "none"} | {stage.plan: stage.plan for stage in schemes["yours"].stages}
+        self.image.value = png(
+            plots.step_cost_bars({plan: self.model.step(plan, **self.step) for plan in costs}, "training step")
+        )
+
+
+def _control(name: str, kind, value, tokens: int) -> ui.Widget:
+    """The control for one option of a compressor, from its type and default; whole numbers run up to ``tokens``."""
+    common = dict(description=name, layout=WIDE, style=STYLE)
+    if typing.get_origin(kind) is typing.Literal:
+        return ui.Dropdown(options=typing.get_args(kind), value=value, **common)
+    if kind is bool:
+        return ui.Checkbox(bool(value), **common)
+    if kind is int:
+        least = 0 if value == 0 else 1
+        start = min(8, tokens) if value is None else value
+        return ui.IntSlider(start, least, max(tokens, start), continuous_update=False, **common)
+    if kind is float:
+        start = 0.5 if value is None else value
+        return ui.FloatSlider(start, min=0.01, max=max(1.0, start), step=0.01, continuous_update=False, **common)
+    return ui.Text("" if value is None else str(value), continuous_update=False, **common)
+
+
+def png(figure) -> bytes:
+    """A figure as PNG; the figure is closed, so that the notebook does not show it once more."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=80)
+    plt.close(figure)
+    return out.getvalue()

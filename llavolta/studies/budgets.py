@@ -1,0 +1,225 @@
+"""Compressors at equal budgets: every method leaves the same average number of visual tokens per layer.
+
+The budget of a plan is ``(K L + (N - K) L_out) / (N L)``, the share of token-layers that is left: what FLOPs and cache
+follow. A method that works before the decoder keeps that share of the tokens; one that works inside it has spent K of N
+layers on all tokens and keeps fewer behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from llavolta.compression.families import find_parts
+from llavolta.compression.plan import VISION, PlanError, tokens_per_layer
+from llavolta.cost.bench import prefill_times
+from llavolta.data import LlavaData
+from llavolta.errors import UnsupportedModel, UserError
+from llavolta.studies import inspect
+from llavolta.studies.compare import BASELINE
+from llavolta.studies.evaluation import evaluate, pictured, prompts
+from llavolta.studies.opening import device
+from llavolta.studies.statistics import interval
+from llavolta.train import build
+from llavolta.train.config import TrainConfig
+from llavolta.train.models import load_model
+from llavolta.train.schemes import NEIGHBOURS, SCHEMES, Scheme, scale_layer, scale_plan
+
+FULL, DOWNSAMPLE = "no compression", "downsampling"
+METHODS = {
+    "random drop": (VISION, "random:{keep}"),
+    DOWNSAMPLE: (VISION, "downsample:{keep}"),
+    "average pooling": (0, "avgpool:{stride}"),
+    "k-means": (VISION, "kmeans:{keep}"),
+    "PruMerge": (VISION, "prumerge:{keep}"),
+    "PruMerge+": (VISION, "prumerge+:{keep}"),
+    "average pooling, layer 2": (2, "avgpool:{stride}"),
+    "FastV": (2, "fastv:{keep}"),
+    "PyramidDrop": ((8, 16, 24), "pyramiddrop:{keep}"),
+}
+"""By method: where it stands in a model of 32 layers, and its text; the budget sets {keep} or {stride}."""
+PYRAMIDDROP = "8:pyramiddrop:0.5;16:pyramiddrop:0.5;24:pyramiddrop:0.5"  # as published
+
+
+class BudgetError(UserError, ValueError):
+    """A budget or method that does not exist."""
+
+
+def plan_at(method: str, budget: float, num_layers: int, num_tokens: int) -> str | None:
+    """The plan under which ``method`` leaves the share ``budget`` (0 to 1) of all token-layers; None if it cannot."""
+    if method not in METHODS:
+        raise BudgetError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+    if not 0 < budget <= 1:
+        raise BudgetError(f"a budget is a share of the tokens, above 0 and at most 1, not {budget!r}")
+    places, text = METHODS[method]
+    places = places if isinstance(places, tuple) else (places,)
+    layers = [place if place == VISION else scale_layer(place, num_layers) for place in places]
+    # What is left rises with what each entry keeps, so halving the interval finds the budget.
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _left(layers, middle, num_layers) < budget else (low, middle)
+    if high * num_tokens < 1:
+        return None
+    entry = text.format(keep=round(high, 4), stride=round(1 / high))
+    return ";".join(f"{layer}:{entry}" for layer in layers)
+
+
+def _left(layers: list, keep: float, num_layers: int) -> float:
+    """The share of token-layers that is left if an entry at each of ``layers`` keeps ``keep`` of what it gets."""
+    before = [sum(place == VISION or place <= layer for place in layers) for layer in range(num_layers)]
+    return sum(keep**entries for entries in before) / num_layers
+
+
+def plans_at(
+    budgets: Sequence[float], num_layers: int, num_tokens: int, methods: Sequence[str] = tuple(METHODS)
+) -> pd.DataFrame:
+    """One row per budget and method that can meet it: budget, method, plan, share (what the plan really leaves)."""
+    rows = []
+    for budget in budgets:
+        for method in methods:
+            plan = plan_at(method, budget, num_layers, num_tokens)
+            if plan is not None:
+                share = sum(tokens_per_layer(plan, num_layers, num_tokens)) / (num_layers * num_tokens)
+                rows.append(dict(budget=budget, method=method, plan=plan, share=share))
+    return pd.DataFrame(rows)
+
+
+def training_free(
+    model,
+    processor,
+    data: LlavaData,
+    plans: pd.DataFrame,
+    questions: int | None = None,
+    progress: bool = True,
+    max_new_tokens: int | None = None,
+) -> pd.DataFrame:
+    """Answers of one model under every plan of ``plans_at``, at test time only.
+
+    One row per budget, method and question: see evaluate.evaluate; and ``difficult``, where the question is one that
+    downsampling to the same budget gets wrong (VTC-Bench, arXiv 2510.07143). The model without compression is the
+    method FULL in every budget. Methods that the model cannot do are left out, with a message.
+    """
+    asked = dict(limit=questions, progress=False, max_new_tokens=max_new_tokens)
+    full = evaluate(model, processor, data, **asked)
+    frames = []
+    bar = tqdm(plans.itertuples(), total=len(plans), desc="methods", disable=not progress, leave=False)
+    for row in bar:
+        bar.set_postfix_str(row.plan)
+        try:
+            answers = evaluate(model, processor, data, row.plan, **asked)
+        except (UnsupportedModel, PlanError) as error:
+            print(f"left out: {row.method}: {error}")
+            continue
+        frames.append(answers.assign(budget=row.budget, method=row.method))
+    for budget in dict.fromkeys(plans.budget):
+        frames.append(full.assign(budget=budget, method=FULL))
+    answers = pd.concat(frames, ignore_index=True)
+    answers["number"] = answers.groupby(["budget", "method"]).cumcount()
+    down = answers[answers.method == DOWNSAMPLE].set_index(["budget", "number"]).correct
+    answers["difficult"] = [not down.get(key, True) for key in zip(answers.budget, answers.number, strict=True)]
+    return answers
+
+
+def accuracy(answers: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy and its 95% bootstrap interval per budget, method and type ("overall" and "difficult" among them)."""
+    views = [answers.assign(type="overall"), answers[answers.difficult].assign(type="difficult"), answers]
+    rows = []
+    for view in views:
+        for (budget, method, kind), part in view.groupby(["budget", "method", "type"], sort=False):
+            low, high = interval(part.correct)
+            row = dict(budget=budget, method=method, type=kind, questions=len(part))
+            rows.append({**row, "accuracy": part.correct.mean(), "low": low, "high": high})
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def prefill(
+    model, processor, data: LlavaData, plans: pd.DataFrame, batch: int = 32, rounds: int = 5, progress: bool = True
+) -> pd.DataFrame:
+    """``plans`` with the time of reading a prompt, pictures encoded along, and the cache's size, relative to FULL."""
+    asked = pictured(data, [question for _, question in zip(range(batch), data.questions(), strict=False)])
+    inputs = prompts(model, processor, asked)
+    times = prefill_times(model, inputs, list(plans.plan), rounds, progress).set_index("plan")
+    return plans.assign(
+        time=[times.ratio[plan] for plan in plans.plan], cache=[times.cache_ratio[plan] for plan in plans.plan]
+    )
+
+
+def headline(table: pd.DataFrame) -> str:
+    """(a) in words: per budget the best method, and random drop beside it; table: from ``accuracy``."""
+    overall = table[table.type == "overall"]
+    lines = []
+    for budget, part in overall.groupby("budget"):
+        by_method = part.set_index("method")
+        rest = by_method.drop(index=FULL)
+        best = rest.accuracy.idxmax()
+        lines.append(
+            f"- {budget:.0%} of the tokens: best without training is {best} with {_share_text(rest.loc[best])}"
+        )
+        if "random drop" in rest.index and best != "random drop":
+            lines[-1] += f"; random drop has {_share_text(rest.loc['random drop'])}"
+    full = overall[overall.method == FULL].iloc[0]
+    return "\n".join([f"Without compression: {_share_text(full)}.", "", *lines])
+
+
+def _share_text(row: pd.Series) -> str:
+    return f"{row.accuracy:.1%} ({row.low:.1%} to {row.high:.1%})"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A method to train with. scheme: its stages; plan: in force while answering; changes: to the configuration."""
+
+    scheme: Scheme
+    plan: str = "none"
+    changes: dict = field(default_factory=dict)
+
+
+def trained_methods(num_layers: int, num_tokens: int, budget: float = 0.25) -> dict[str, Trained]:
+    """What (b) trains: every method of METHODS that can meet ``budget``, published settings, projectors, staging."""
+    plans = {method: plan_at(method, budget, num_layers, num_tokens) for method in METHODS if method != "PruMerge"}
+    plans["PruMerge (adaptive)"] = "vision:prumerge"
+    plans["PyramidDrop (published)"] = scale_plan(PYRAMIDDROP, num_layers)
+    chosen = {BASELINE: Trained(SCHEMES[BASELINE]), "three-stage": Trained(SCHEMES["three-stage"].scaled(num_layers))}
+    chosen["DualSpeed"] = Trained(NEIGHBOURS["dualspeed"].scaled(num_layers))
+    chosen |= {name: Trained(Scheme.equal(name, plan), plan) for name, plan in plans.items() if plan is not None}
+    for name, projector in (("STF", "stf:2"), ("MBTF + STF", "mbtf+stf:2")):
+        chosen[name] = Trained(Scheme.equal(name, "none"), changes={"projector": projector})
+    return chosen
+
+
+@torch.no_grad()
+def tokens_left(folder: str | Path, data: LlavaData, plan: str, full: int, pictures: int = 64) -> float:
+    """Visual tokens per layer under ``plan`` as a share of ``full``, counted on the first pictures of ``data``."""
+    model, processor = load_model(str(folder))
+    model.to(device())
+    questions = list(islice((q for q in data.questions() if q["question"]), pictures))
+    batch = prompts(model, processor, pictured(data, questions))
+    depth, tokens = depth_and_tokens(model)
+    counts = np.full(depth, float(tokens))
+    for layer, groups in inspect.token_map(model, batch, plan).items():
+        mean = np.mean([len(np.unique(row[row >= 0])) for row in groups])
+        counts[0 if layer == VISION else layer :] = mean
+    return float(counts.mean() / full)
+
+
+def sizes(config: TrainConfig) -> tuple[int, int]:
+    """Decoder layers, and visual tokens of an image, of the model that ``config`` trains."""
+    setup = build.prepare(config)
+    return setup.num_layers, setup.num_tokens
+
+
+def depth_and_tokens(model) -> tuple[int, int]:
+    """Decoder layers, and visual tokens of an image, of a model with images of one size."""
+    tokens = getattr(find_parts(model).base.config, "image_seq_length", None)
+    if not tokens:
+        raise BudgetError("budgets need a model whose images all have the same number of visual tokens")
+    return len(find_parts(model).layers), tokens

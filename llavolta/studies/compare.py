@@ -1,0 +1,347 @@
+"""Schemes side by side: trained with the same seeds, data order and number of steps, then asked the same questions.
+
+Every run is a folder of ``llavolta.train``; what is finished is not done again, so an interrupted comparison goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from itertools import islice
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from tqdm.auto import tqdm
+
+from llavolta.compression.plan import check_layers, parse_plan
+from llavolta.cost import bench
+from llavolta.data import Collator, GroupedSampler, LlavaData
+from llavolta.errors import UserError
+from llavolta.studies.evaluation import asked_digest, evaluate
+from llavolta.studies.opening import device, trained_padding
+from llavolta.studies.statistics import interval
+from llavolta.train import build, config, models, run, trainer
+from llavolta.train.projectors import OWN
+from llavolta.train.schemes import NAMED, SCHEMES, Scheme
+
+BASELINE = "single-stage"
+_three = SCHEMES["three-stage"]
+CONTROLS = {
+    scheme.name: scheme
+    for scheme in (
+        _three.reversed("three-stage-reversed"),
+        _three.shuffled("three-stage-shuffled"),
+        Scheme.equal("constant", "16:avgpool:8"),
+        Scheme.equal("three-stage-pruned", "2:pyramiddrop:0.125", "16:pyramiddrop:0.125", "none"),
+    )
+}
+"""What staged pooling is held against: other orders of the same stages at the same cost, one light plan to the end, and
+pruning by attention to the same number of tokens in place of pooling. For 32 layers, as SCHEMES."""
+
+
+class CompareError(UserError, ValueError):
+    """A comparison that cannot be made; the message says why."""
+
+
+def contestants(names: Sequence[str], own: Mapping[str, Sequence], num_layers: int) -> dict[str, Scheme]:
+    """Schemes by name, for a model of ``num_layers`` layers, the baseline first.
+
+    names: of schemes.NAMED and CONTROLS, scaled to the model's depth. own: more, each a list of plans (equal
+    shares) or of {plan, share}, taken as they are.
+    """
+    known = {**NAMED, **CONTROLS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise CompareError(f"unknown scheme {', '.join(map(repr, unknown))}; choose from {', '.join(known)}")
+    chosen = {name: known[name].scaled(num_layers) for name in dict.fromkeys([BASELINE, *names])}
+    for name, stages in own.items():
+        if name in known:
+            raise CompareError(f"a scheme of your own cannot be called {name!r}; that one exists")
+        chosen[name] = Scheme.of(name, stages)
+        for stage in chosen[name].stages:
+            check_layers(parse_plan(stage.plan), num_layers)
+    return chosen
+
+
+def compare(
+    schemes: Mapping[str, Scheme],
+    seeds: Mapping[str, Sequence[int]],
+    config: config.TrainConfig,
+    heldout: str | Path | None = None,
+    questions: int = 1200,
+    workers: int = 1,
+    progress: bool = True,
+    plans: Mapping[str, str] | None = None,
+    changes: Mapping[str, dict] | None = None,
+    max_new_tokens: int | None = None,
+) -> pd.DataFrame:
+    """Train every scheme with its ``seeds`` and ask each model the first ``questions`` held-out questions.
+
+    config: what the runs share; its output is the folder that holds them all, as ``<seed>/<scheme>``. Projector
+    alignment is done once a seed. heldout: LLaVA JSON; None: that of the generated data trained on. workers: runs at
+    a time, each in a process of its own (on the CPU with its share of the cores). plans: by scheme, the plan in force
+    while answering (default: none). changes: by scheme, what differs in its configuration: ``{"projector": "stf:2"}``.
+    max_new_tokens: see evaluate.evaluate; pictures are padded as the runs pad them.
+    Returns one row per scheme, seed and question: see evaluate.evaluate. Raises what ``train`` raises, at once; what is
+    finished stays.
+    """
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise CompareError(f"workers must be a whole number of at least 1, not {workers!r}")
+    setup = build.prepare(_any(config))  # builds the data once, before the workers need it
+    heldout = Path(heldout) if heldout else build.heldout_file(config)
+    LlavaData(heldout)  # refuses what cannot be asked, before anything is trained
+    root, plans, changes = Path(config.output), plans or {}, changes or {}
+    aligned, runs = {}, {}
+    for seed, name in sorted((number, key) for key in schemes for number in seeds[key]):
+        own = replace(config, seed=seed, **changes.get(name, {}))
+        start = {}
+        if own.aligns:
+            kind = "" if own.projector == OWN else "-" + own.projector.replace(":", "-")
+            first = root / f"{seed}" / f"{build.ALIGN}{kind}"
+            aligned[first] = replace(_any(own), output=str(first), stage=0)
+            start = dict(model=str(first), align_steps=0, align_epochs=None, projector=OWN)
+        run = replace(own, output=str(root / f"{seed}" / name), stage=None, plan=None, **start)
+        runs[name, seed] = replace(
+            run, scheme=schemes[name].written, pivots=None, max_steps=setup.total_steps, epochs=None
+        )
+    if workers == 1:
+        for first in aligned.values():
+            run.train(first, progress=False)
+        bar = tqdm(runs.items(), desc="runs", disable=not progress)
+        frames = {key: _run(run, heldout, questions, plans.get(key[0], "none"), max_new_tokens) for key, run in bar}
+    else:
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_worker, initargs=(threads,)) as pool:
+            frames = _in_pool(pool, aligned, runs, heldout, questions, plans, max_new_tokens, progress)
+    order = [(name, seed) for name in schemes for seed in seeds[name]]
+    return pd.concat([frames[name, seed].assign(scheme=name, seed=seed) for name, seed in order], ignore_index=True)
+
+
+def _any(config: config.TrainConfig) -> config.TrainConfig:
+    """``config`` with a scheme that fits any number of steps; its own plays no part here."""
+    return replace(config, scheme=["none"], stage=None, plan=None)
+
+
+def _begin_worker(threads: int) -> None:
+    """Use so many threads, and end with the parent: a worker left alone would train on into the next run's folders."""
+    torch.set_num_threads(threads)
+
+    def end_with_parent() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _in_pool(pool, aligned: dict, runs: dict, heldout: Path, questions: int, plans, max_new_tokens, progress) -> dict:
+    """The answers of every run; what cannot start any more after a failure is given up."""
+    frames = {}
+    with tqdm(total=len(aligned) + len(runs), desc="runs", disable=not progress) as bar:
+        try:
+            for done in as_completed([pool.submit(run.train, config, False) for config in aligned.values()]):
+                done.result()
+                bar.update()
+            waiting = {
+                pool.submit(_run, run, heldout, questions, plans.get(key[0], "none"), max_new_tokens): key
+                for key, run in runs.items()
+            }
+            for done in as_completed(waiting):
+                frames[waiting[done]] = done.result()
+                bar.set_postfix_str(" ".join(map(str, waiting[done])))
+                bar.update()
+        except BaseException as error:
+            pool.shutdown(cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                raise CompareError("a run was killed, perhaps for want of memory; lower workers and go on") from None
+            raise
+    return frames
+
+
+def _run(
+    config: config.TrainConfig, heldout: Path, questions: int, plan: str, max_new_tokens: int | None = None
+) -> pd.DataFrame:
+    """Train ``config`` unless its folder holds the trained model already, and its answers under ``plan`` likewise."""
+    output = Path(config.output)
+    run.train(config, progress=False)  # which refuses another run's folder, and does nothing for a finished one
+    data = LlavaData(heldout)
+    asked = asked_digest(data, list(islice(data.questions(), questions)))
+    depends = repr([plan, max_new_tokens, config.pad_to_square]).encode()
+    file = output / f"answers-{hashlib.blake2b(depends + asked, digest_size=6).hexdigest()}.csv"
+    if file.exists():
+        return pd.read_csv(file, dtype=_TEXT, keep_default_na=False)
+    model, processor = models.load_model(str(output))
+    data.pad = trained_padding(processor, "", config.pad_to_square)
+    answers = evaluate(
+        model.to(device()), processor, data, plan, questions, progress=False, max_new_tokens=max_new_tokens
+    )
+    part = file.with_suffix(".part")
+    answers.to_csv(part, index=False)
+    part.replace(file)
+    for checkpoint in output.glob("checkpoint-*"):  # the finished model stands beside them
+        shutil.rmtree(checkpoint)
+    return answers
+
+
+_TEXT = {"question": str, "answer": str, "prediction": str}
+
+
+def costs(
+    schemes: Mapping[str, Scheme],
+    config: config.TrainConfig,
+    model: str | Path,
+    rounds: int = 5,
+    progress: bool = True,
+    batches: int = 2,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What the schemes cost relative to no compression, and the steps that this is summed from.
+
+    The first table has one row per scheme: time and flops (1 for no compression), each the mean over its stages by
+    their shares. The second is ``bench.step_times`` of all their plans, timed in turn on the same ``batches``, as
+    training has them, so that the noise of the machine cancels. model: a trained one of them.
+    """
+    setup = build.prepare(_any(config))
+    trained, processor = models.load_model(str(model))
+    collate = Collator(processor, config.max_length)
+    data = build.open_data(config, setup.data, setup.images, collate, progress)
+    order, size = list(GroupedSampler(data.lengths, data.medium, config.batch_size, config.seed)), config.batch_size
+    parts = [[order[i % len(order)] for i in range(k * size, (k + 1) * size)] for k in range(batches)]
+    seen = [collate([data[i] for i in part]) for part in parts]
+    stages = [stage for scheme in schemes.values() for stage in scheme.stages]
+    steps = bench.step_times(trained.to(device()), seen, stages, rounds, progress=progress)
+    by_plan = steps.set_index("plan")
+    rows = []
+    for name, scheme in schemes.items():
+        share = pd.Series([stage.share for stage in scheme.stages], list(map(str, scheme.stages)))
+        mean = (by_plan.loc[share.index, ["ratio", "flops_ratio"]].mul(share.to_numpy(), axis=0)).sum()
+        rows.append(dict(scheme=name, time=mean.ratio, flops=mean.flops_ratio))
+    return pd.DataFrame(rows).set_index("scheme"), steps
+
+
+def accuracies(answers: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy per scheme, seed and question type ("overall" among them); answers: from ``compare``."""
+    both = pd.concat([answers.assign(type="overall"), answers])
+    return both.groupby(["scheme", "seed", "type"], sort=False).correct.mean().rename("accuracy").reset_index()
+
+
+def table(runs: pd.DataFrame, cost: pd.DataFrame | None = None, kind: str = "overall") -> pd.DataFrame:
+    """Per scheme: accuracy, its difference to the baseline's, and their 95% intervals; beside it ``cost``.
+
+    runs: from ``accuracies``, at least two seeds. Intervals are Student's t over seeds; differences are paired by seed,
+    as two runs of one seed share their initial weights and the order of their data.
+    """
+    wide = runs.query("type == @kind").pivot(index="seed", columns="scheme", values="accuracy")
+    return _against_baseline(wide[list(dict.fromkeys(runs.scheme))], mean_interval, cost)
+
+
+def table_of_one_seed(answers: pd.DataFrame, cost: pd.DataFrame | None = None) -> pd.DataFrame:
+    """As ``table``, from the answers of a single seed: intervals are bootstrapped over the questions, paired."""
+    wide = answers.assign(number=answers.groupby("scheme").cumcount())
+    wide = wide.pivot(index="number", columns="scheme", values="correct").astype(float)
+    return _against_baseline(wide[list(dict.fromkeys(answers.scheme))], interval, cost)
+
+
+def _against_baseline(wide: pd.DataFrame, interval_of, cost: pd.DataFrame | None) -> pd.DataFrame:
+    rows = {}
+    for name in wide:
+        row = {}
+        for prefix, values in (("", wide[name]), ("difference_", wide[name] - wide[BASELINE])):
+            values = values.dropna()  # a scheme may have fewer seeds than others
+            low, high = interval_of(values)
+            row |= {prefix.rstrip("_") or "accuracy": values.mean(), f"{prefix}low": low, f"{prefix}high": high}
+        rows[name] = row
+    result = pd.DataFrame.from_dict(rows, orient="index").rename_axis("scheme")
+    return result if cost is None else result.join(cost)
+
+
+def paired(runs: pd.DataFrame, first: str, second: str, value: str = "accuracy") -> tuple[float, float, float]:
+    """Mean over seeds of ``first`` less ``second``, paired by seed, and its 95% interval.
+
+    runs: a row per scheme and seed, such as one type of ``accuracies``, or ``roughness``.
+    """
+    wide = runs.pivot(index="seed", columns="scheme", values=value)[[first, second]].dropna()
+    difference = wide[first] - wide[second]
+    return float(difference.mean()), *mean_interval(difference)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of the mean of ``values``, by Student's t."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        raise CompareError("an interval over seeds needs at least two seeds")
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def curves(seeds: Mapping[str, Sequence[int]], config: config.TrainConfig) -> pd.DataFrame:
+    """The rows of every run's metrics.jsonl (step, stage, plan, loss, grad_norm, ...), by scheme and seed."""
+    frames = []
+    for name, numbers in seeds.items():
+        for seed in numbers:
+            rows = trainer.read_metrics(Path(config.output) / f"{seed}" / name / "metrics.jsonl")
+            frames.append(pd.DataFrame(rows).assign(scheme=name, seed=seed))
+    return pd.concat(frames, ignore_index=True)
+
+
+def roughness(curves: pd.DataFrame) -> pd.DataFrame:
+    """How unsteadily each run trained: one row per scheme and seed.
+
+    loss: the standard deviation of the change of the logged loss from one log to the next, nats per token, within
+    stages (the jump between two stages is no unrest). grad_norm: the mean gradient norm before clipping.
+    """
+    steps = curves.sort_values(["scheme", "seed", "step"])
+    change = steps.groupby(["scheme", "seed", "stage"], sort=False).loss.diff()
+    return (
+        steps.assign(change=change)
+        .groupby(["scheme", "seed"], sort=False)
+        .agg(loss=("change", "std"), grad_norm=("grad_norm", "mean"))
+        .reset_index()
+    )
+
+
+def seed_lists(seeds: int | Mapping[str, int], schemes: Iterable[str]) -> dict[str, list[int]]:
+    """0, 1, ... of so many ``seeds`` for each of ``schemes``; a mapping gives some of them a number of their own.
+
+    The baseline has as many as any, because every other scheme is compared with it seed by seed.
+    """
+    given = dict(seeds) if isinstance(seeds, Mapping) else {}
+    counts = {name: given.get(name, 1) if given else seeds for name in schemes}
+    unknown = given.keys() - counts.keys()
+    if unknown or any(isinstance(count, bool) or not isinstance(count, int) or count < 1 for count in counts.values()):
+        raise CompareError(f"seeds must be a whole number of at least 1, or one for each scheme, not {seeds!r}")
+    if BASELINE in counts:
+        counts[BASELINE] = max(counts.values())
+    return {name: list(range(count)) for name, count in counts.items()}
+
+
+def record(folder: Path, runs: pd.DataFrame, cost: pd.DataFrame, steps: pd.DataFrame, curves: pd.DataFrame) -> None:
+    """Write a comparison's figures to ``folder`` as CSV: what ``papers.claims`` is made from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runs.to_csv(folder / "compare-runs.csv", index=False, float_format="%.6f")
+    cost.to_csv(folder / "compare-costs.csv", float_format="%.4f")
+    steps.to_csv(folder / "compare-steps.csv", index=False, float_format="%.4f")
+    columns = ["scheme", "seed", "step", "stage", "plan", "loss", "grad_norm"]
+    curves[columns].to_csv(folder / "compare-curves.csv", index=False, float_format="%.4f")
+
+
+def headline(table: pd.DataFrame, seeds: Mapping[str, Sequence[int]]) -> str:
+    """The comparison in words: what each scheme saves and what it changes."""
+    lines = ["Against training without compression:"]
+    for name, row in table.drop(index=BASELINE).iterrows():
+        verdict = "no loss shown" if row.difference_high >= 0 else "a loss"
+        count = f"{len(seeds[name])} seed{'s' if len(seeds[name]) > 1 else ''}"
+        lines.append(
+            f"- `{name}` ({count}): {1 - row.time:.0%} less training time, accuracy {100 * row.difference:+.1f} points "
+            f"({100 * row.difference_low:+.1f} to {100 * row.difference_high:+.1f}): {verdict}"
+        )
+    return "\n".join(lines)

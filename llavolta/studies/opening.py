@@ -1,0 +1,60 @@
+"""Models and data opened for asking, as they were trained."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from llavolta.data import padding_colour
+from llavolta.errors import UserError
+from llavolta.paths import RUNS
+from llavolta.train.checkpoints import RECORD
+from llavolta.train.config import TrainConfig, run_settings
+from llavolta.train.run import train
+
+
+class StudyError(UserError, ValueError):
+    """A study that cannot be made with these settings or data."""
+
+
+def device() -> torch.device:
+    """Where models answer and are timed: the accelerator, or the CPU where there is none."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def embedded_llava() -> Path:
+    """The folder of the embedded LLaVA trained without compression (scheme "single-stage"), a plain LLaVA.
+
+    Trained on first use, about 3 minutes on 2 cores: the shipped parts alone have an untrained projector.
+    """
+    folder = RUNS / "single-stage"
+    RUNS.mkdir(parents=True, exist_ok=True)
+    with FileLock(RUNS / ".single-stage.lock"):  # a second notebook waits for the first
+        first_use = not (folder / RECORD).exists()
+        if first_use:
+            print("training the embedded LLaVA without compression, once; about 3 minutes on 2 cores", flush=True)
+        config = TrainConfig.from_preset("embedded", output=str(folder), scheme="single-stage")  # as 03 trains it
+        return train(config, progress=first_use)
+
+
+@contextmanager
+def answering(model):
+    """``model`` in evaluation mode; the mode of each of its modules is back afterwards, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def trained_padding(processor, model: str | Path, wanted: bool | None = None) -> tuple[int, int, int] | None:
+    """The colour that pads pictures to squares before the model in the folder ``model`` is asked, None for no padding:
+    as it was trained, by its run's own config.yaml, unless ``wanted`` says. A model without one is not padded for."""
+    if wanted is None:
+        wanted = run_settings(model).get("pad_to_square", False)
+    return padding_colour(processor) if wanted else None

@@ -1,0 +1,1 @@
+"""Training by stages: schemes, configurations, models and their trainer."""

@@ -1,0 +1,72 @@
+"""``python -m llavolta.train CONFIG.yaml``: a stage or a scheme without a notebook, alone or under a launcher."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from llavolta.errors import Stopped, UserError
+from llavolta.train.config import PRESETS, ConfigError, TrainConfig, parse_yaml
+from llavolta.train.launch import launch
+from llavolta.train.run import WANTED_PROCESSES, train
+
+
+def _leave() -> None:
+    """Close the process group, if there is one: gloo's threads abort a process that ends with them at work."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m llavolta.train", description="Train a stage or a scheme.")
+    parser.add_argument("config", help=f"YAML file of TrainConfig's parameters, or a preset: {', '.join(PRESETS)}")
+    parser.add_argument("--stage", type=int, help="overrides the file's stage")
+    parser.add_argument("--output", help="overrides the file's output")
+    parser.add_argument("--num-processes", type=int, metavar="N", help="processes of this machine, by torchrun")
+    parser.add_argument("--torchrun", default="", metavar="OPTIONS", help="its options for several machines")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher gives it
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="overrides any other parameter")
+    options = parser.parse_args(arguments)
+    try:
+        changes = {key: getattr(options, key) for key in ("stage", "output") if getattr(options, key) is not None}
+        for change in options.set:
+            name, equals, value = change.partition("=")
+            if not equals:
+                raise ConfigError(f"--set takes NAME=VALUE, not {change!r}")
+            changes[name] = parse_yaml(value, f"--set {name}")
+        if options.config in PRESETS:
+            config = TrainConfig.from_preset(options.config, **changes)
+        else:
+            try:
+                text = Path(options.config).read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{options.config} is not UTF-8 text ({error})") from None
+            values = parse_yaml(text, options.config)
+            if not isinstance(values, dict):
+                raise ConfigError(f"{options.config} must hold 'name: value' lines")
+            config = TrainConfig.from_dict(values | changes)
+        if options.num_processes and "WORLD_SIZE" in os.environ:  # under a launcher
+            os.environ[WANTED_PROCESSES] = str(options.num_processes)
+            train(config)
+            _leave()
+        elif options.num_processes or options.torchrun:
+            launch(config, options.num_processes or 1, options.torchrun)
+        else:
+            train(config)
+            _leave()
+    except Stopped as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    except (UserError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""Checkpoints that are whole or not there, and the lock that keeps two trainings out of one run folder.
+
+A checkpoint is written aside, sealed with the size and CRC-32 of every file, flushed to disk and only then moved to its
+name; one that was damaged later is found by its seal. The finished model is copied from the checkpoint at the end of
+its stage, scheme.json last: a run folder whose scheme.json says so holds that model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from llavolta.errors import UserError
+from llavolta.train.schemes import ISOLATOR
+
+STAGING = ".saving"
+SEAL = "seal.json"
+RECORD = "scheme.json"
+LOCK = ".lock"
+# What resuming needs and the finished model does not; none of a model's own files ends on these.
+_ENDINGS = (".pt", ".pth", ".bin")
+_REFUSED = r"inline_container|PytorchStreamWriter|write\(\): fd"  # how torch.save says that a file could not be written
+_RUN = {"config.yaml", "metrics.jsonl", "skipped.json", LOCK}  # a run folder's own files
+_RESUMING = {SEAL, RECORD, "trainer_state.json", "latest", "zero_to_fp32.py", f"{ISOLATOR}.safetensors"}
+
+
+class SaveError(UserError, OSError):
+    """A checkpoint or model that could not be written; what was saved before it is untouched."""
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step that ``checkpoint`` was saved after."""
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of the folder ``run``, newest first."""
+    prefix = PREFIX_CHECKPOINT_DIR + "-"
+    found = [path for path in run.glob(prefix + "*") if path.is_dir() and path.name.removeprefix(prefix).isdigit()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def newest(run: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest sound checkpoint of ``run``; damaged ones are renamed to damaged-checkpoint-N and told of."""
+    for folder in checkpoints(run):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder
+        aside = run / f"damaged-{folder.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        say(f"{folder} is damaged ({damage}) and is now {aside.name}; going on from the checkpoint before it")
+    return None
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What differs from the checkpoint's seal, or None."""
+    try:
+        sealed = json.loads((checkpoint / SEAL).read_text())
+    except OSError:
+        return f"it has no {SEAL}"
+    except ValueError:
+        return f"its {SEAL} cannot be read"
+    found = _sums(checkpoint)
+    return next((f"{name} is not as it was saved" for name in sealed if found.get(name) != sealed[name]), None)
+
+
+def publish(staged: Path, target: Path) -> None:
+    """Seal the folder ``staged``, flush it and move it to ``target``, in place of what is there."""
+    (staged / SEAL).write_text(json.dumps(_sums(staged)))
+    for path in (*staged.rglob("*"), staged):
+        _flush(path)
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(staged, target)
+    _flush(target.parent)
+
+
+def prune(run: Path, keep: int, always: set[int]) -> None:
+    """Remove the checkpoints of ``run`` but the newest ``keep`` and those at the steps ``always``."""
+    for folder in [folder for folder in checkpoints(run) if step_of(folder) not in always][keep:]:
+        shutil.rmtree(folder)
+
+
+def export(source: Path, target: Path) -> None:
+    """Put the model of the checkpoint or run ``source`` into the run folder ``target``, whole or not at all.
+
+    A checkpoint's own files stay behind. Raises SaveError.
+    """
+    staging = target / STAGING
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        for file in source.iterdir():
+            if file.is_file() and file.name not in _RESUMING | _RUN and file.suffix not in _ENDINGS:
+                shutil.copyfile(file, staging / file.name)
+        install(staging, source / RECORD, target)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise _save_error(error, f"the model of {source.name}", target) from error
+
+
+def install(staging: Path, record: Path, target: Path) -> None:
+    """Move the model files in ``staging`` into ``target``, then copy ``record``, which says that they are there."""
+    (target / RECORD).unlink(missing_ok=True)
+    for file in staging.iterdir():
+        _flush(file)
+        os.replace(file, target / file.name)
+    shutil.copyfile(record, staging / RECORD)
+    _flush(staging / RECORD)
+    os.replace(staging / RECORD, target / RECORD)
+    staging.rmdir()
+    _flush(target)
+
+
+def finished(run: Path, name: str, stages: list[dict], total: int) -> int:
+    """The optimizer step whose model ``run`` holds, of the scheme ``name`` with ``stages``; 0 for none or another's."""
+    try:
+        held = json.loads((run / RECORD).read_text())
+    except (OSError, ValueError):
+        return 0
+    same = (held["scheme"], held["stages"], held["total_steps"]) == (name, stages, total)
+    return held["step"] if same else 0
+
+
+@contextmanager
+def saving(run: Path, name: str):
+    """The errors of a full disk and its like as a SaveError that says what is safe."""
+    try:
+        yield
+    except Exception as error:
+        # Safetensors and torch.save have errors of their own for what the file system refused; another RuntimeError is
+        # none of it, such as a process that died while the others were saving.
+        refused = isinstance(error, RuntimeError) and re.search(_REFUSED, str(error))
+        if not (refused or isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
+            raise
+        shutil.rmtree(run / STAGING, ignore_errors=True)
+        raise _save_error(error, name, run) from error
+
+
+def _save_error(error: Exception, name: str, run: Path) -> SaveError:
+    free = shutil.disk_usage(run).free / 1e9
+    safe = next((f"{folder.name} is safe" for folder in checkpoints(run)), "no checkpoint was saved before")
+    return SaveError(
+        f"{name} could not be written to {run} ({str(error).splitlines()[0]}; {free:.1f} GB free); {safe}. "
+        "Make room and run again: training goes on from there"
+    )
+
+
+@contextmanager
+def lock(run: Path):
+    """Hold ``run`` against another training. Raises UserError if one is at work in it."""
+    run.mkdir(parents=True, exist_ok=True)
+    held = FileLock(run / LOCK)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another training is at work in {run}; wait for it, stop it, or name another output") from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _sums(folder: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file below ``folder`` but the seal."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    with ThreadPoolExecutor() as pool:  # zlib lets go of Python's lock
+        return {str(file.relative_to(folder)): sums for file, sums in zip(files, pool.map(_sum, files), strict=True)}
+
+
+def _sum(file: Path) -> list[int]:
+    total = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 24):
+            total = zlib.crc32(block, total)
+        return [stream.tell(), total]
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

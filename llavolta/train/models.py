@@ -1,0 +1,303 @@
+"""Loading a model, making one of its parts, and saying what of it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PretrainedConfig,
+)
+
+from llavolta.compression.families import find_parts, towers, unwrap
+from llavolta.data.video import FrameProcessor, VideoLlavaProcessor
+from llavolta.errors import UserError
+from llavolta.train.config import ConfigError, TrainConfig
+from llavolta.worlds import MODELS
+
+PROJECTOR, TOWER = "multi_modal_projector", "_tower"
+TOWERS = tuple(kind + TOWER for kind in ("vision", "image", "video"))  # Video-LLaVA has one each of the last two
+
+# The conversation of Vicuna v1.5 and LLaVA-1.5: a system message, theirs unless there is one, then the turns.
+VICUNA_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. {% endif %}"
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'][0]['text'] }} {% else %}"
+    "{{ message['role'].upper() }}: "
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<{{ part['type'] }}>\n{% endif %}{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def model_path(name: str) -> str:
+    """The folder or hub name that ``name`` stands for. Raises ConfigError if it can be neither."""
+    path = str(MODELS[name]()) if name in MODELS else name
+    if not Path(path).exists() and (path.startswith((".", "/")) or path.count("/") != 1):
+        raise ConfigError(f"no model folder {path}; give a Hugging Face folder, a hub name or 'embedded'")
+    return path
+
+
+def read_config(name: str):
+    """The configuration of the vision-language model ``name``. Raises ConfigError if it is none, or unreadable."""
+    path = model_path(name)
+    try:
+        if "mm_vision_tower" in PretrainedConfig.get_config_dict(path)[0]:
+            raise ConfigError(
+                f"{name} is in LLaVA's original format; use a converted one, such as llava-hf/llava-1.5-7b-hf"
+            )
+        config = AutoConfig.from_pretrained(path)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {name!r} cannot be read: {str(error).splitlines()[0]}") from None
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        raise ConfigError(
+            f"{name} is a {config.model_type}, a model without pictures; give a vision-language model, or make one "
+            "with vision_tower and language_model"
+        )
+    return config
+
+
+def load_model(name: str, quantize: str | None = None, dtype: torch.dtype = torch.float32) -> tuple:
+    """(model, processor) of a Hugging Face folder or hub name; "embedded" is the one in data/.
+
+    A folder of adapters is loaded with the model that they were trained on, and merged into it. quantize: "nf4".
+    Raises ConfigError when weights are missing, which ``from_pretrained`` would fill with random numbers.
+    """
+    path = model_path(name)
+    if (Path(path) / "adapter_config.json").exists():
+        return _with_its_adapters(path, dtype)
+    read_config(name)
+    options = {"quantization_config": _four_bits()} if quantize else {}
+    model = _whole(AutoModelForImageTextToText, path, dtype=dtype, **options)
+    return model, _processor(model, path)
+
+
+def _with_its_adapters(path: str, dtype: torch.dtype) -> tuple:
+    """The model that the adapters in the folder ``path`` were trained on, with them merged in, and its processor."""
+    try:
+        base = PeftConfig.from_pretrained(path).base_model_name_or_path
+        beside = Path(path).parent / Path(base).name  # where the run's own base is after the run was moved
+        if Path(base).is_absolute() and not Path(base).exists():
+            if not beside.exists():
+                raise ConfigError(f"{path} holds adapters of {base}, which is gone; put it there or at {beside}")
+            base = str(beside)
+        model, processor = load_model(base, dtype=dtype)
+        return PeftModel.from_pretrained(model, path).merge_and_unload(), processor
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(f"the adapters in {path} cannot be read ({why}); the folder is damaged") from None
+
+
+def _processor(model: nn.Module, path: str):
+    """The processor at ``path``; that of Video-LLaVA, of which transformers' own needs torchvision, by ours."""
+    if model.config.model_type != "video_llava":
+        processor = AutoProcessor.from_pretrained(path)
+        if getattr(processor, "patch_size", 0) is None:  # with which it counts a picture's tokens
+            size = getattr(getattr(model.config, "vision_config", None), "patch_size", "...")
+            raise ConfigError(f'{path}/processor_config.json has no patch_size; add "patch_size": {size}')
+        return processor
+    from transformers import CLIPImageProcessor  # warns of a missing torchvision as soon as it is imported
+
+    images = CLIPImageProcessor.from_pretrained(path)  # the one of its own that some have calls pixel_values otherwise
+    settings, _ = VideoLlavaProcessor.get_processor_dict(path)
+    parts = [images, FrameProcessor(images), AutoTokenizer.from_pretrained(path)]
+    return VideoLlavaProcessor.from_args_and_dict(parts, settings)
+
+
+def _whole(kind: type, path: str, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
+    try:
+        model, info = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+    except SafetensorError as error:
+        raise ConfigError(f"the weights in {path} cannot be read ({error}); the file is damaged") from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"{path} lacks {len(missing)} weights of its model, such as {missing[0]}; the folder is damaged"
+        )
+    return model
+
+
+def _four_bits():
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise ConfigError("quantize 'nf4' needs the package bitsandbytes; pip install bitsandbytes")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head", f"model.{PROJECTOR}", *(f"model.{tower}" for tower in TOWERS)],
+    )
+
+
+def join(vision_tower: str, language_model: str) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A LLaVA-1.5 of two trained parts and a new projector, and its processor; float32.
+
+    vision_tower: folder or hub name of a CLIP model, of which the penultimate layer is read and CLS dropped.
+    language_model: of a causal language model with a tokenizer; <image> and a padding token are added to its words.
+    """
+    check_tower(vision_tower, AutoConfig.from_pretrained(model_path(vision_tower)))
+    tower = AutoModel.from_pretrained(model_path(vision_tower), dtype=torch.float32)
+    tower = getattr(tower, "vision_model", tower)  # CLIP's checkpoint holds a text model, too
+    language = _whole(AutoModelForCausalLM, model_path(language_model))
+    tokenizer = AutoTokenizer.from_pretrained(model_path(language_model), padding_side="left")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    language.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64 if len(tokenizer) > 1000 else None)
+
+    vision = tower.config
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=language.config,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=language.config.tie_word_embeddings,
+    )
+    model = LlavaForConditionalGeneration(config)
+    _copy(tower, model.model.vision_tower, vision_tower)
+    _copy(language.model, model.model.language_model, language_model)
+    _copy(language.lm_head, model.lm_head, language_model)
+    processor = LlavaProcessor(
+        AutoImageProcessor.from_pretrained(model_path(vision_tower)),
+        tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=_multimodal_template(tokenizer, language_model),
+    )
+    return model, processor
+
+
+def check_tower(name: str, config) -> None:
+    """Raise ConfigError unless the model ``name`` of this ``config`` can be the vision tower of ``join``."""
+    kind = config.model_type
+    if not kind.startswith("clip"):
+        raise ConfigError(f"vision_tower {name}: a {kind} has no class token as CLIP's has; give a CLIP model")
+
+
+# Before a template that takes a message's content for text: the text that its parts come to.
+_PARTS_TO_TEXT = (
+    "{% set told = namespace(messages=[]) %}{% for message in messages %}{% set text %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<{{ part['type'] }}>\n{% endif %}{% endfor %}"
+    "{% endif %}{% endset %}{% set told.messages = told.messages + [dict(message, content=text)] %}{% endfor %}"
+    "{% set messages = told.messages %}"
+)
+
+
+def _multimodal_template(tokenizer, name: str) -> str:
+    """The tokenizer's own chat template, made to take pictures where it takes text alone; Vicuna's if it has none.
+
+    Raises ConfigError if neither way a picture and the words beside it are written in their order.
+    """
+    own = tokenizer.chat_template
+    if not own:
+        return VICUNA_TEMPLATE
+    looked, said = [{"type": "image"}, {"type": "text", "text": "what"}], [{"type": "text", "text": "this"}]
+    messages = [{"role": "user", "content": looked}, {"role": "assistant", "content": said}]
+    for template in (own, _PARTS_TO_TEXT + own):
+        try:
+            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        except Exception:  # Jinja raises whatever a template makes of a list
+            continue
+        places = [text.find(part) for part in ("<image>", "what", "this")]
+        if -1 < places[0] < places[1] < places[2] and "'type'" not in text:  # which a printed list would hold
+            return template
+    raise ConfigError(f"the chat template of {name} writes no pictures; give its tokenizer one that does")
+
+
+def _copy(source: nn.Module, target: nn.Module, name: str) -> None:
+    """Weights by name, whatever of them is wrapped in ``vision_model``."""
+    plain = {key.removeprefix("vision_model."): value for key, value in source.state_dict().items()}
+    wanted = list(target.state_dict())
+    renamed = {key: plain.get(key.removeprefix("vision_model.")) for key in wanted}
+    missing = [key for key, value in renamed.items() if value is None]
+    if missing:
+        raise ConfigError(f"{name} lacks {len(missing)} weights that LLaVA needs, such as {missing[0]}")
+    target.load_state_dict(renamed)
+
+
+def set_trainable(model, phase: str, train_tower: bool = False) -> None:
+    """Freeze what LLaVA freezes: in "align" all but the projector, in "instruct" the tower unless ``train_tower``."""
+    names = [name for name, _ in unwrap(model).named_parameters()]
+    for part in (PROJECTOR, TOWER):
+        if not any(part in name for name in names):
+            raise ConfigError(
+                f"{type(unwrap(model)).__name__} has no {part.strip('_')}; training is for models of LLaVA's make"
+            )
+    for name, parameter in unwrap(model).named_parameters():
+        trains = PROJECTOR in name if phase == "align" else TOWER not in name or train_tower
+        if parameter.is_floating_point():
+            parameter.requires_grad_(trains)
+
+
+def with_adapters(model, config: TrainConfig, base: str) -> PeftModel:
+    """``model`` with LoRA in the linear layers of its decoder; the projector (and tower) train whole. See TrainConfig.
+
+    base: the folder of ``model``, which the adapters' folder will name.
+    """
+    if config.quantize:
+        model = prepare_model_for_kbit_training(model, config.gradient_checkpointing)
+    prefix = next(name for name, module in model.named_modules() if module is find_parts(model).decoder)
+    inside = find_parts(model).layers.named_modules()
+    linear = [f"{prefix}.layers.{name}" for name, module in inside if isinstance(module, nn.Linear)]
+    model.name_or_path = model.config.name_or_path = base
+    adapters = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+        lora_dropout=0.05,
+        target_modules=linear,
+        modules_to_save=[PROJECTOR, *TOWERS] if config.train_tower else [PROJECTOR],
+    )
+    return get_peft_model(model, adapters)
+
+
+def parameter_groups(model, weight_decay: float, decayed: set[str], rates: dict[str, float | None]) -> list[dict]:
+    """Groups for the optimizer: the parameters whose names hold a key of ``rates`` get that learning rate.
+
+    decayed: names of the parameters that weight decay applies to.
+    """
+    groups: dict[tuple, dict] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = next((rate for part, rate in rates.items() if part in name and rate is not None), None)
+            decay = weight_decay if name in decayed else 0.0
+            group = groups.setdefault((rate, decay), {"params": [], "weight_decay": decay})
+            group["params"].append(parameter)
+            if rate is not None:
+                group["lr"] = rate
+    return list(groups.values())
+
+
+def spare_frozen_towers(model) -> None:
+    """No checkpointing in towers that do not train: no backward pass comes there, and on a GPU its bookkeeping takes
+    longer than the tower's layers do (twice the time of a CLIP ViT-L/14-336 on an H100)."""
+    for tower in towers(find_parts(model)).values():
+        if not any(parameter.requires_grad for parameter in tower.parameters()):
+            for module in tower.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing = False

@@ -1,0 +1,298 @@
+"""Projectors for LLaVA that fuse visual tokens on their way into the decoder, and the model that holds them.
+
+*Learning Compact Vision Tokens for Efficient Large Multimodal Models* (LLaVA-STF, arXiv 2506.07138). A projector is
+named by text: ``"stf:2"`` fuses windows of 2 x 2 tokens, ``"mbtf:-2,21,18"`` reads several blocks of the vision tower
+(with LLaVA's MLP behind), ``"mbtf+stf:2"`` does both, ``"mlp"`` is the model's own. Options are those of plans: in
+order, or as ``option=value``.
+
+A block is numbered as in the tower's ``hidden_states``: 0 is what enters the first block, i the output of the i-th of N
+blocks, and from the end -1 is block N, -2 the block before it, which LLaVA reads.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from llavolta.compression.plan import parse_options
+from llavolta.errors import UserError
+
+OWN = "mlp"  # the projector that the model comes with
+
+NOTE = """# A LLaVA with fused visual tokens
+
+The projector of this model is not LLaVA's: it fuses visual tokens (`llava_stf`; arXiv 2506.07138). transformers loads
+it once the package llavolta is imported:
+
+```python
+import llavolta
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(FOLDER)
+processor = AutoProcessor.from_pretrained(FOLDER)
+```
+"""
+
+
+class ProjectorError(UserError, ValueError):
+    """A projector that cannot be read from its text, or that does not fit the model; the message says why."""
+
+
+def _mlp(*widths: int, bias: bool = True) -> nn.Sequential:
+    """Linear, GELU, Linear of three ``widths``, which keeps the scale of what enters it."""
+    layers = nn.Sequential(nn.Linear(*widths[:2], bias=bias), nn.GELU(), nn.Linear(*widths[1:], bias=bias))
+    for linear in layers[::2]:
+        nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        if bias:
+            nn.init.zeros_(linear.bias)
+    return layers
+
+
+class MultiBlockTokenFusion(nn.Module):
+    """Fuses what ``blocks`` blocks of the vision tower say of each patch (MBTF): (I, L, blocks C_v) -> (I, L, C_v).
+
+    Linear n C_v -> n/2 C_v (rounded up), GELU, Linear -> C_v: the published widths at n = 8, 8 C_v -> 4 C_v -> C_v.
+    """
+
+    def __init__(self, width: int, blocks: int = 8, bias: bool = True):
+        super().__init__()
+        self.mlp = _mlp(blocks * width, -(-blocks // 2) * width, width, bias=bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.mlp(features)
+
+
+class SpatialTokenFusion(nn.Module):
+    """Fuses each ``window`` x ``window`` tokens of a square grid into one (STF): (I, L, C_v) -> (I, L/window², C).
+
+    The tokens of a window are joined on the channel axis, row by row; then Linear window² C_v -> expansion window² C_v,
+    GELU, Linear -> C: the published widths at window 2, 4 C_v -> 16 C_v -> C. Raises ProjectorError for L tokens that
+    are no square, or one that the window does not divide.
+    """
+
+    def __init__(self, width: int, out: int, window: int = 2, expansion: int = 4, bias: bool = True):
+        super().__init__()
+        self.window = window
+        joined = window**2 * width
+        self.mlp = _mlp(joined, expansion * joined, out, bias=bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        pictures, length, width = features.shape
+        side, k = math.isqrt(length), self.window
+        if side**2 != length:
+            raise ProjectorError(f"stf needs a square grid of tokens, not {length}; drop CLS and compress behind it")
+        n = _windows(side, k)
+        grid = features.unflatten(1, (n, k, n, k))  # (I, n, k, n, k, C_v)
+        return self.mlp(grid.transpose(2, 3).reshape(pictures, n * n, k * k * width))
+
+
+def _windows(side: int, window: int) -> int:
+    """Windows along the side of a grid. Raises ProjectorError if they do not fill it."""
+    if side % window:
+        fit = [k for k in range(1, side + 1) if side % k == 0]
+        raise ProjectorError(f"windows of {window} x {window} do not fill a grid of {side} x {side}; choose from {fit}")
+    return side // window
+
+
+@dataclass(frozen=True)
+class ProjectorSpec:
+    """What a projector's text says. window: None without STF. blocks: None without MBTF, () for the usual ones."""
+
+    window: int | None = None
+    expansion: int = 4
+    blocks: tuple[int, ...] | None = None
+
+    def num_tokens(self, side: int) -> int:
+        """Visual tokens of a ``side`` x ``side`` grid behind the projector."""
+        return _windows(side, self.window or 1) ** 2
+
+
+_PARTS = {"mbtf": {"blocks": ()}, "stf": {"window": 2, "expansion": 4}}  # their options, in order, and defaults
+
+
+def parse_projector(text: str) -> ProjectorSpec | None:
+    """What ``text`` asks for; None for "mlp", the projector that the model comes with. Raises ProjectorError."""
+    if text == OWN:
+        return None
+    if not isinstance(text, str):
+        raise ProjectorError(f"a projector is text such as 'stf:2', not {text!r}")
+    given, names = {}, []
+    for part in text.split("+"):
+        name, *options = (word.strip() for word in part.split(":"))
+        if name not in _PARTS or name in names or "stf" in names:
+            raise ProjectorError(
+                f"cannot read projector {text!r}; write 'mlp', 'stf:WINDOW', 'mbtf:BLOCK,BLOCK,...' or 'mbtf+stf'"
+            )
+        names.append(name)
+        try:
+            given |= _PARTS[name] | parse_options(name, options, list(_PARTS[name]))
+            given["blocks"] = _block_numbers(given["blocks"]) if "blocks" in given else None
+        except ValueError as error:
+            raise ProjectorError(f"projector {text!r}: {error}") from None
+    for option in {"window", "expansion"} & given.keys():
+        if isinstance(given[option], bool) or not isinstance(given[option], int) or given[option] < 1:
+            raise ProjectorError(f"projector {text!r}: {option} must be a whole number of at least 1")
+    return ProjectorSpec(**given)
+
+
+def _block_numbers(blocks) -> tuple[int, ...]:
+    if isinstance(blocks, tuple):
+        return blocks
+    try:
+        return tuple(int(number) for number in str(blocks).split(","))
+    except ValueError:
+        raise ValueError(f"blocks must be whole numbers with commas between, not {blocks!r}") from None
+
+
+def usual_blocks(depth: int) -> list[int]:
+    """The published choice for a tower of ``depth`` blocks, -2, 21, 18, ..., 3 of 24: an eighth of the depth apart."""
+    step = max(1, depth // 8)
+    return [-2, *reversed(range(step, depth - 1, step))]
+
+
+class LlavaStfConfig(LlavaConfig):
+    """LLaVA's configuration with a projector that fuses tokens.
+
+    stf_window: None: LLaVA's MLP. A list as vision_feature_layer means MBTF over these blocks. image_seq_length
+    follows from the tower's grid and the window. Raises ProjectorError for what does not fit the tower.
+    """
+
+    model_type = "llava_stf"
+    stf_window: int | None = 2
+    stf_expansion: int = 4
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        vision, blocks = self.vision_config, self.vision_feature_layer
+        spec = ProjectorSpec(self.stf_window)
+        self.image_seq_length = spec.num_tokens(vision.image_size // vision.patch_size)
+        depth = vision.num_hidden_layers
+        beyond = [
+            block for block in (blocks if isinstance(blocks, list) else [blocks]) if not -depth - 1 <= block <= depth
+        ]
+        if beyond or blocks == []:
+            raise ProjectorError(f"the tower has hidden states {-depth - 1}..{depth}, not {beyond or 'an empty list'}")
+
+
+class TokenFusionProjector(nn.Module):
+    """The ``multi_modal_projector`` of a LlavaStfConfig: (I, L, C_v), or (I, L, n C_v) of n blocks -> (I, L', C)."""
+
+    def __init__(self, config: LlavaStfConfig):
+        super().__init__()
+        width, out, bias = (
+            config.vision_config.hidden_size,
+            config.text_config.hidden_size,
+            config.multimodal_projector_bias,
+        )
+        blocks, window = config.vision_feature_layer, config.stf_window
+        self.blocks = MultiBlockTokenFusion(width, len(blocks), bias) if isinstance(blocks, list) else nn.Identity()
+        if window is None:
+            self.tokens = _mlp(width, out, out, bias=bias)
+        else:
+            self.tokens = SpatialTokenFusion(width, out, window, config.stf_expansion, bias)
+        self.merges_tokens = (window or 1) > 1
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.tokens(self.blocks(features))
+
+
+class LlavaStfForConditionalGeneration(LlavaForConditionalGeneration):
+    """LLaVA with Spatial or Multi-Block Token Fusion; everything else is stock, so whatever takes a LLaVA takes it."""
+
+    config_class = LlavaStfConfig
+
+    def __init__(self, config: LlavaStfConfig):
+        super().__init__(config)
+        self.model.multi_modal_projector = TokenFusionProjector(config)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As ever, with a README.md that says how to load the folder, unless it has one."""
+        super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
+        note = Path(save_directory) / "README.md"
+        if not note.exists():
+            note.write_text(NOTE)
+
+
+AutoConfig.register(LlavaStfConfig.model_type, LlavaStfConfig)
+AutoModelForImageTextToText.register(LlavaStfConfig, LlavaStfForConditionalGeneration)
+
+
+def with_projector(config: LlavaConfig, projector: str) -> LlavaConfig:
+    """``config`` of the same LLaVA with another ``projector``; as it is for "mlp". Raises ProjectorError."""
+    spec = parse_projector(projector)
+    if spec is None:
+        return config
+    if not isinstance(config, LlavaConfig):
+        raise ProjectorError(f"projector {projector!r} is for LLaVA-1.5 and its like, not for {config.model_type!r}")
+    blocks = config.vision_feature_layer
+    if spec.blocks is not None:
+        blocks = list(spec.blocks) or usual_blocks(config.vision_config.num_hidden_layers)
+    elif isinstance(blocks, list):
+        blocks = blocks[0]
+    kept = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
+    parts = {"vision_config": config.vision_config, "text_config": config.text_config}
+    fused = dict(vision_feature_layer=blocks, stf_window=spec.window, stf_expansion=spec.expansion)
+    return LlavaStfConfig(**{**kept, **parts, **fused})
+
+
+def replace_projector(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, projector: str
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """``model`` and ``processor`` with a new, untrained ``projector``; both as they are for "mlp".
+
+    The new model takes over the modules of ``model``, which is not to be used any more. Its visual tokens start at the
+    scale of the decoder's embeddings. The processor counts a window as one patch, and so gives the number of
+    placeholders. Raises ProjectorError.
+    """
+    config = with_projector(model.config, projector)
+    if config is model.config:
+        return model, processor
+    config._attn_implementation = model.config._attn_implementation
+    with torch.device("meta"):
+        new = LlavaStfForConditionalGeneration(config)
+    for name in ("vision_tower", "language_model"):
+        setattr(new.model, name, getattr(model.model, name))
+    new.lm_head, new.generation_config = model.lm_head, model.generation_config
+    new.model.multi_modal_projector = TokenFusionProjector(config).to(model.device, model.dtype)
+    _scale(new)
+    processor = copy.copy(processor)
+    processor.patch_size = config.vision_config.patch_size * (config.stf_window or 1)
+    return new.train(model.training), processor
+
+
+@torch.no_grad()
+def _scale(model: LlavaStfForConditionalGeneration) -> None:
+    """Scale the projector's weights, layer by layer, for a picture of noise: 1 inside, the embeddings' scale behind.
+
+    What a tower's blocks put out has no scale of its own. (Layer-sequential unit variance, arXiv 1511.06422.)
+    """
+    vision = model.config.vision_config
+    linears = [part for part in model.model.multi_modal_projector.modules() if isinstance(part, nn.Linear)]
+    targets = {part: 1.0 for part in linears} | {linears[-1]: _rms(model.get_input_embeddings().weight)}
+
+    def scale(part, args, output):
+        factor = targets[part] / _rms(output)
+        part.weight.mul_(factor)
+        return output * factor  # biases are still zero
+
+    hooks = [part.register_forward_hook(scale) for part in linears]
+    noise = torch.randn(1, vision.num_channels, *[vision.image_size] * 2, generator=torch.Generator().manual_seed(0))
+    model.get_image_features(pixel_values=noise.to(model.device, model.dtype))
+    for hook in hooks:
+        hook.remove()
+
+
+def _rms(values: Tensor) -> float:
+    return values.float().pow(2).mean().sqrt().item()

@@ -1,0 +1,374 @@
+"""Training by stages on transformers' Trainer: projector alignment, then instruction tuning under a scheme.
+
+``python -m llavolta.train CONFIG.yaml`` runs what the 03 notebook runs. One run folder holds one run:
+
+    config.yaml      the resolved configuration; another one is refused
+    metrics.jsonl    one JSON object every few steps
+    skipped.json     the entries left out, under bad_entries: skip
+    align/           projector alignment (stage 0), a run folder of its own
+    checkpoint-*/    where training can resume; one at the end of every stage (see llavolta.train.checkpoints)
+    model.safetensors, config.json, ...   the model of the newest finished stage, a plain Hugging Face folder
+    scheme.json      which stage that is
+
+Stage i of a scheme is the run from the checkpoint at the end of stage i - 1 to the one at the end of stage i, so
+stages trained one by one give the same weights as the whole scheme in one go.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.utils import DistributedType, broadcast_object_list
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from llavolta.compression.families import find_parts, unwrap
+from llavolta.data import Collator, check_words
+from llavolta.errors import Stopped
+from llavolta.train import checkpoints
+from llavolta.train.build import (
+    ALIGN,
+    Setup,
+    align_data,
+    count_steps,
+    open_data,
+    prepare,
+    record_skipped,
+    say,
+    visual_tokens,
+)
+from llavolta.train.config import ENGINES, ConfigError, TrainConfig, parse_yaml
+from llavolta.train.dualspeed import add_isolator, load_isolator
+from llavolta.train.models import PROJECTOR, TOWER, join, load_model, set_trainable, with_adapters
+from llavolta.train.projectors import replace_projector
+from llavolta.train.schemes import Scheme
+from llavolta.train.trainer import MetricsCallback, StageCallback, StageTrainer
+
+# What may differ between two calls on one run folder: how far to train, and how, not what.
+_FREE = ("output", "stage", "num_workers", "log_steps", "save_steps", "keep_checkpoints")
+WANTED_PROCESSES = "LLAVOLTA_PROCESSES"  # environment variable: so many must come up
+
+
+def train(config: TrainConfig, progress: bool = True) -> Path:
+    """Run ``config`` up to its stage, doing only what its output folder does not hold yet. Returns that folder.
+
+    Missing earlier stages, projector alignment among them, are trained first. Raises ConfigError, PlanError,
+    DataError, SaveError, FloatingPointError, and Stopped at SIGTERM; whatever was finished before stays.
+    """
+    output = Path(config.output)
+    if (config.deepspeed or config.fsdp) and "RANK" not in os.environ:
+        raise ConfigError(
+            f"{config.deepspeed or config.fsdp} needs a launcher, also for one process: --num-processes 1, or launch()"
+        )
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns on import if it has to find out itself
+    if config.deepspeed:  # it calls ninja, which pip puts beside this Python
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    state = PartialState(cpu=not torch.cuda.is_available())
+    wanted = int(os.environ.get(WANTED_PROCESSES, state.num_processes))
+    if wanted != state.num_processes:
+        raise ConfigError(f"{wanted} processes were asked for, but {state.num_processes} came up; launch with torchrun")
+    progress = progress and state.is_main_process
+    with state.main_process_first():
+        setup = prepare(config)
+        if state.is_main_process:
+            _claim(output, config, setup)
+    with checkpoints.lock(output) if state.is_main_process else nullcontext():
+        return _train(config, setup, progress)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Projector alignment or instruction tuning: what is trained on what, where, and up to the end of which stage."""
+
+    name: str  # "align" or "instruct"
+    output: Path
+    model: str
+    data: Path
+    images: Path | None
+    scheme: Scheme
+    total_steps: int
+    last: int
+    then: tuple[Path, Path | None] | None = None  # data and images that are trained on later, to be checked now
+
+    @property
+    def end(self) -> int:
+        """The optimizer step that ends stage ``last``."""
+        return self.scheme.boundaries(self.total_steps)[self.last - 1]
+
+
+def _train(config: TrainConfig, setup: Setup, progress: bool) -> Path:
+    output, model, state = Path(config.output), config.model, PartialState()
+    if config.aligns:
+        align = output / ALIGN
+        with state.main_process_first():
+            data, images = align_data(config)
+        steps = count_steps(config, "align", data, images)
+        scheme = Scheme.equal(ALIGN, config.align_plan)
+        then = (setup.data, setup.images) if config.stage != 0 else None
+        _bring(config, Phase("align", align, model, data, images, scheme, steps, 1, then), progress)
+        if config.stage == 0:
+            if state.is_main_process and checkpoints.finished(output, ALIGN, scheme.written, steps) < steps:
+                checkpoints.export(align, output)
+            return output
+        model = str(align)
+    elif config.stage == 0:
+        raise ConfigError("stage 0 is projector alignment, which align_steps 0 skips; raise align_steps")
+    last = config.stage or len(setup.scheme.stages)
+    phase = Phase("instruct", output, model, setup.data, setup.images, setup.scheme, setup.total_steps, last)
+    _bring(config, phase, progress)
+    return output
+
+
+def _bring(config: TrainConfig, phase: Phase, progress: bool) -> None:
+    """Bring the phase's folder to the model at the end of its last stage, from what it holds already."""
+    state, output, scheme = PartialState(), phase.output, phase.scheme
+    held = checkpoint = None
+    if state.is_main_process:
+        held = checkpoints.finished(output, scheme.name, scheme.written, phase.total_steps)
+        if held < phase.end:
+            checkpoint = checkpoints.newest(output, lambda text: say(text, True))
+    held, checkpoint = broadcast_object_list([held, checkpoint])
+    if held >= phase.end:
+        if phase.name == "instruct":
+            say(f"stage {phase.last} is trained already in {output.name}", progress)
+        return
+    done = checkpoints.step_of(checkpoint) if checkpoint else 0
+    if done < phase.end:
+        ends = scheme.boundaries(phase.total_steps)
+        first = sum(done >= end for end in ends) + 1
+        earlier = f" (stages {first}..{phase.last - 1} are missing and come first)" if first < phase.last else ""
+        what = f"stage {phase.last} of {len(ends)}, plan {scheme.stages[phase.last - 1].plan}"
+        what = what if phase.name == "instruct" else "stage 0, projector alignment"
+        say(f"{what}: training{earlier}", progress)
+        _run(config, phase, checkpoint, progress)
+    if state.is_main_process:
+        _finish(output, output / f"{PREFIX_CHECKPOINT_DIR}-{phase.end}")
+    state.wait_for_everyone()  # the next phase loads what the main process has just written
+
+
+def _claim(output: Path, config: TrainConfig, setup: Setup) -> None:
+    """Write config.yaml, or check that the folder's is the same run; refuse the folder of another one.
+
+    max_steps and epochs are two ways to say how many steps a run has, which is what must be the same.
+    """
+    values = {**asdict(config), "resolved_stages": setup.scheme.written}
+    file = output / "config.yaml"
+    if file.exists():
+        defaults = {field.name: field.default for field in fields(config)}  # of parameters younger than the run
+        written = parse_yaml(file.read_text(encoding="utf-8", errors="replace"), str(file))
+        if not isinstance(written, dict) or not written:
+            raise ConfigError(f"{file} holds no run's parameters; it is damaged: restore it, or name another output")
+        held = defaults | written
+        differ = [name for name in values if name not in _FREE and name != "plan" and held.get(name) != values[name]]
+        if differ and {*differ} <= {"max_steps", "epochs"}:
+            same = prepare(TrainConfig.from_dict({name: held[name] for name in defaults})).total_steps
+            differ = differ if same != setup.total_steps else []
+        if differ:
+            changes = ", ".join(f"{name} {held.get(name)!r} -> {values[name]!r}" for name in differ)
+            raise ConfigError(f"{output} holds another run ({changes}); name another output, or remove it")
+    elif output.exists() and any(path.name != checkpoints.LOCK for path in output.iterdir()):
+        raise ConfigError(f"{output} is not empty and holds no config.yaml of a run; name another output")
+    output.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: bool) -> None:
+    """Train ``phase`` from ``checkpoint``, or from its model, to the end of its last stage."""
+    set_seed(config.seed)
+    output, scheme, total, aligning = phase.output, phase.scheme, phase.total_steps, phase.name == "align"
+    if aligning and config.vision_tower is not None:
+        model, processor = join(config.vision_tower, config.language_model)
+    else:
+        model, processor = load_model(phase.model, None if aligning else config.quantize)
+    if aligning:
+        model, processor = replace_projector(model, processor, config.projector)
+    num_layers, num_tokens = len(find_parts(model).layers), visual_tokens(model.config)
+    set_trainable(model, phase.name, config.train_tower)
+    if config.lora_rank and not aligning:
+        base = Path(phase.model).resolve()  # the adapters may be loaded from elsewhere
+        model = with_adapters(model, config, str(base) if base.exists() else phase.model)
+    slow = any(stage.slow_every for stage in scheme.stages)
+    if slow:
+        add_isolator(model)
+    size, accumulated = config.batches(phase.name, int(os.environ.get("WORLD_SIZE", 1)))
+    arguments = TrainingArguments(
+        output_dir=str(output),
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulated,
+        activation_checkpointing=config.gradient_checkpointing,
+        max_steps=total,
+        learning_rate=float(config.align_learning_rate if aligning else config.learning_rate),
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(config.warmup * total),
+        weight_decay=config.weight_decay,
+        bf16=config.bf16,
+        logging_steps=config.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        dataloader_num_workers=config.num_workers,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=not progress,
+        ddp_find_unused_parameters=True if slow else None,  # the mode isolator has no part in slow steps
+        deepspeed=_engine_file(config.deepspeed),
+        fsdp=True if config.fsdp else None,
+        fsdp_config=_fsdp_config(config.fsdp, model) if config.fsdp else None,
+        seed=config.seed,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    if config.fsdp and arguments.device.type == "cpu":
+        # accelerate would leave FSDP out on a CPU, and say nothing; over gloo it works like on GPUs
+        PartialState().distributed_type = DistributedType.MULTI_GPU
+    collate = Collator(processor, config.max_length, always_picture=True)
+    dataset = open_data(config, phase.data, phase.images, collate, progress)
+    if phase.then and config.bad_entries == "fail":
+        open_data(config, *phase.then, collate, progress)  # an error is told before hours of alignment
+    if config.bad_entries == "skip":
+        record_skipped(output, dataset, progress)
+    check_words(dataset.texts(), processor.tokenizer, dataset.file.name)
+    asked = threading.Event()
+    stages = StageCallback(scheme, phase.last, lambda: _on_any_process(trainer, asked))
+    tuned = {PROJECTOR: config.projector_learning_rate, TOWER: config.tower_learning_rate}
+    trainer = StageTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=collate,
+        processing_class=processor,
+        callbacks=[stages, MetricsCallback(output / "metrics.jsonl", scheme, num_layers, num_tokens)],
+        scheme=scheme,
+        rates={} if aligning else tuned,
+        keep=config.keep_checkpoints,
+    )
+    for engine, wanted, on in (
+        ("deepspeed", config.deepspeed, trainer.is_deepspeed_enabled),
+        ("fsdp", config.fsdp, trainer.is_fsdp_enabled),
+    ):
+        if wanted and not on:
+            raise ConfigError(f"{engine} {wanted!r} was asked for, but accelerate left it out; see its warnings above")
+    trainer.remove_callback(PrinterCallback)  # metrics.jsonl holds it all
+    if checkpoint:
+        _check_checkpoint(checkpoint, trainer, config)
+        if slow:
+            load_isolator(model, checkpoint)
+    try:
+        with on_sigterm(asked.set):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        stages.release()
+    step = trainer.state.global_step
+    if step < phase.end:
+        raise Stopped(f"SIGTERM stopped training after step {step}, saved as checkpoint-{step}; run again to go on")
+
+
+@contextmanager
+def on_sigterm(act: Callable[[], None]):
+    """Call ``act`` at SIGTERM in place of ending the process; only the main thread of a process can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: act())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _on_any_process(trainer: Trainer, event: threading.Event) -> bool:
+    """Whether ``event`` is set on any process; to be asked by all of them."""
+    if trainer.args.world_size == 1:
+        return event.is_set()
+    if event.is_set():
+        trainer.accelerator.set_trigger()
+    return trainer.accelerator.check_trigger()
+
+
+def _engine_file(name: str | None) -> str | None:
+    """The configuration file of a DeepSpeed or FSDP engine: a name of ENGINES, or a file's own."""
+    return str(ENGINES.get(name, name)) if name else None
+
+
+def _fsdp_config(name: str, model) -> dict:
+    """Trainer's fsdp_config: the file's, sharding layer by layer unless it says what to wrap.
+
+    transformers' own list of LLaVA's layers names some that the model does not have, which accelerate refuses.
+    """
+    stacks = [part for part in unwrap(model).modules() if isinstance(part, torch.nn.ModuleList) and len(part)]
+    layers = sorted({type(stack[0]).__name__ for stack in stacks})
+    return {"transformer_layer_cls_to_wrap": layers} | json.loads(Path(_engine_file(name)).read_text(encoding="utf-8"))
+
+
+def _finish(output: Path, checkpoint: Path) -> None:
+    """Make the plain Hugging Face folder ``output`` of ``checkpoint``; adapters are merged, in full precision."""
+    if not (checkpoint / "adapter_config.json").exists():
+        checkpoints.export(checkpoint, output)
+        return
+    model, processor = load_model(str(checkpoint))
+    with checkpoints.saving(output, "the model"):
+        staging = output / checkpoints.STAGING
+        shutil.rmtree(staging, ignore_errors=True)
+        model.save_pretrained(staging, save_original_format=False)
+        processor.save_pretrained(staging)
+        checkpoints.install(staging, checkpoint / checkpoints.RECORD, output)
+
+
+def _check_checkpoint(checkpoint: Path, trainer: StageTrainer, config: TrainConfig) -> None:
+    """Refuse to go on from a checkpoint of another scheme, batch, or partition of the optimizer."""
+    held = json.loads((checkpoint / checkpoints.RECORD).read_text())
+    scheme, total = trainer.scheme, trainer.args.max_steps
+    if held["total_steps"] != total or held["stages"] != scheme.written:
+        raise ConfigError(
+            f"{checkpoint} belongs to scheme {held['scheme']!r} over {held['total_steps']} steps, this run is "
+            f"{scheme.name!r} over {total}; name another output"
+        )
+    processes, now = held["processes"], trainer.args.world_size
+    if held["examples_per_step"] != trainer.examples_per_step:
+        raise ConfigError(
+            f"{checkpoint} was trained on {held['examples_per_step']} examples a step in {processes} processes, "
+            f"this run has {trainer.examples_per_step} in {now}; set global_batch or batch_size"
+        )
+    if (config.deepspeed or config.fsdp) and processes != now:
+        raise ConfigError(
+            f"{checkpoint} is in parts for {processes} processes, not {now}; use as many, or begin the next stages in "
+            "another output, with this one's folder as the model"
+        )
+
+
+def summarise(config: TrainConfig, setup: Setup, table, times) -> str:
+    """A paragraph of Markdown: the stage's accuracy and the time that its compression saves.
+
+    table: from evaluate.accuracy_table. times: from bench.step_times, with the scheme's stages.
+    """
+    overall = table.loc["overall"]
+    ratio = dict(zip(times.plan, times.ratio, strict=True))
+    stages = setup.scheme.stages
+    last = len(stages) if config.stage is None else config.stage
+    accuracy = (
+        f"held-out accuracy after stage {last} of `{setup.scheme.name}`: **{overall.accuracy:.1%}** "
+        f"(95% interval {overall.low:.1%} to {overall.high:.1%}, best constant answers {overall.constant:.1%})"
+    )
+    whole = sum(stage.share * ratio[str(stage)] for stage in stages)
+    lines = [accuracy]
+    if last:
+        plan = str(stages[last - 1])
+        lines.append(
+            f"a step under this stage's plan `{plan}` takes **{1 - ratio[plan]:.0%}** less time than without it"
+        )
+    lines.append(f"the whole scheme takes **{1 - whole:.0%}** less training time than no compression")
+    return "\n".join(f"- {line}" for line in lines) + "\n"

@@ -1,0 +1,223 @@
+"""Training schemes: which plan is in force at which optimizer step (LLaVolta, section 4.2)."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from llavolta.compression.plan import VISION, PlanError, check_layers, format_plan, parse_plan, tokens_per_layer
+from llavolta.errors import UserError
+
+REFERENCE_LAYERS = 32  # the depth (Vicuna-7B) that the published layers K refer to
+ISOLATOR = "mode_isolator"  # the name of DualSpeed's, in a model and its checkpoint
+ISOLATOR_TOKENS = 4
+
+
+class SchemeError(UserError, ValueError):
+    """A stage, scheme or step that cannot be; the message says what it may be."""
+
+
+def compression_ratio(num_layers: int, num_tokens: int, layer: int, stride: int) -> float:
+    """``CR = N L / ((N - K) L_out + K L)`` for average pooling with ``stride`` at the input of decoder ``layer`` K.
+
+    N = ``num_layers``, L = ``num_tokens`` visual tokens, ``L_out = ceil(L / stride)``. Source: LLaVolta, section 4.1.
+    """
+    if not 0 <= layer < num_layers:
+        raise SchemeError(f"layer must be 0..{num_layers - 1}, not {layer}")
+    return plan_compression_ratio(f"{layer}:avgpool:{stride}", num_layers, num_tokens)
+
+
+def plan_compression_ratio(plan, num_layers: int, num_tokens: int) -> float:
+    """The same ratio for any plan: visual tokens summed over the layers without compression over those with it."""
+    return num_layers * num_tokens / sum(tokens_per_layer(plan, num_layers, num_tokens))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run of the model over a batch in a step: with ``prefix`` more tokens before each picture, and backward if it
+    ``trains``. share: in how many of the stage's steps."""
+
+    plan: str
+    share: float = 1
+    prefix: int = 0
+    trains: bool = True
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a scheme: the ``plan`` in force and its ``share`` of the optimizer steps (0 to 1).
+
+    slow_every: 0, or after how many steps there is one of DualSpeed's slow steps, on all tokens; the steps between are
+    its fast ones, on what ``plan`` leaves behind the mode isolator. See llavolta.train.dualspeed.
+    """
+
+    plan: str
+    share: float
+    slow_every: int = 0
+
+    def __post_init__(self):
+        plan = parse_plan(self.plan)
+        object.__setattr__(self, "plan", format_plan(plan))
+        if isinstance(self.share, bool) or not (isinstance(self.share, (int, float)) and 0 < self.share <= 1):
+            raise SchemeError(f"a stage's share must be above 0 and at most 1, not {self.share!r}")
+        every = self.slow_every
+        if isinstance(every, bool) or not isinstance(every, int) or every < 0 or every == 1:
+            raise SchemeError(f"slow_every must be 0 (no slow steps) or a whole number of at least 2, not {every!r}")
+        if every and not {0, VISION} & plan.keys():
+            raise SchemeError(
+                f"fast steps are shortened before the decoder: with slow_every, plan {self.plan!r} needs a compressor "
+                "at layer 0 or 'vision', such as '0:random:0.1'"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.plan}, slow every {self.slow_every}" if self.slow_every else self.plan
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """What the steps of this stage compute: a slow step asks the fast mode, too, without training it."""
+        if not self.slow_every:
+            return (Pass(self.plan),)
+        slow, fast = 1 / self.slow_every, Pass(self.plan, 1 - 1 / self.slow_every, ISOLATOR_TOKENS)
+        return (fast, Pass("none", slow), replace(fast, share=slow, trains=False))
+
+    def tokens_per_layer(self, num_layers: int, num_tokens: int) -> list[float]:
+        """As plan.tokens_per_layer: the mean over the stage's steps, of the passes that train."""
+        counts = [
+            [p.share * (count + p.prefix) for count in tokens_per_layer(p.plan, num_layers, num_tokens)]
+            for p in self.passes
+            if p.trains
+        ]
+        return [sum(layer) for layer in zip(*counts, strict=True)]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Stages in their order; their shares sum to 1. The stage is a function of the step and the total alone."""
+
+    name: str
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "stages", tuple(self.stages))
+        total = sum(stage.share for stage in self.stages)
+        if not self.stages or not math.isclose(total, 1, abs_tol=1e-6):
+            raise SchemeError(f"scheme {self.name!r}: the shares of its stages sum to {total:g}, not to 1")
+
+    @classmethod
+    def equal(cls, name: str, *plans: str) -> Scheme:
+        """A scheme whose stages share the steps equally."""
+        return cls(name, tuple(Stage(plan, 1 / len(plans)) for plan in plans))
+
+    @classmethod
+    def of(cls, name: str, stages: Sequence[str | dict]) -> Scheme:
+        """A scheme from a list as YAML holds it: plans, which share the steps equally, or Stage's fields each."""
+        try:
+            if all(isinstance(stage, str) for stage in stages):
+                return cls.equal(name, *stages)
+            return cls(name, tuple(Stage(**stage) for stage in stages))
+        except TypeError:
+            raise SchemeError(f"stages must be a list of plans or a list of {{plan, share}}, not {stages!r}") from None
+
+    @classmethod
+    def from_pivots(cls, name: str, plans: Sequence[str], pivots: Sequence[int], total_steps: int) -> Scheme:
+        """A scheme whose stage i ends before optimizer step ``pivots[i]``; the last one ends at ``total_steps``."""
+        if not all(isinstance(pivot, int) and not isinstance(pivot, bool) for pivot in pivots):
+            raise SchemeError(f"pivots must be optimizer steps, not {list(pivots)}")
+        edges = [0, *pivots, total_steps]
+        if len(plans) != len(pivots) + 1 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+            raise SchemeError(
+                f"{len(plans)} plans need {len(plans) - 1} pivots rising from 0 to {total_steps}, not {list(pivots)}"
+            )
+        shares = [(b - a) / total_steps for a, b in zip(edges, edges[1:], strict=False)]
+        return cls(name, tuple(Stage(plan, share) for plan, share in zip(plans, shares, strict=True)))
+
+    @property
+    def written(self) -> list[dict]:
+        """The stages as ``of`` reads them back, without what is not in use."""
+        stages = [asdict(stage) for stage in self.stages]
+        return [{name: value for name, value in stage.items() if value or name != "slow_every"} for stage in stages]
+
+    def reversed(self, name: str) -> Scheme:
+        """The same stages in the opposite order, at the same cost."""
+        return Scheme(name, self.stages[::-1])
+
+    def shuffled(self, name: str, blocks: int = 4, seed: int = 0) -> Scheme:
+        """Each stage cut into ``blocks`` equal parts, all parts in one random order, at the same cost."""
+        parts = [replace(stage, share=stage.share / blocks) for stage in self.stages for _ in range(blocks)]
+        return Scheme(name, tuple(random.Random(seed).sample(parts, len(parts))))
+
+    def boundaries(self, total_steps: int) -> tuple[int, ...]:
+        """The step before which each stage ends; the last is ``total_steps``. Every stage has at least one step."""
+        if total_steps < len(self.stages):
+            raise SchemeError(f"{total_steps} steps are too few for the {len(self.stages)} stages of {self.name!r}")
+        ends, share = [], 0.0
+        for number, stage in enumerate(self.stages, start=1):
+            share += stage.share
+            room = total_steps - (len(self.stages) - number)  # one step at least for each stage to come
+            ends.append(min(max(round(share * total_steps), ends[-1] + 1 if ends else 1), room))
+        return tuple(ends)
+
+    def stage_at(self, step: int, total_steps: int) -> int:
+        """The index, from 0, of the stage that trains optimizer step ``step`` (0 .. total_steps - 1)."""
+        if not 0 <= step < total_steps:
+            raise SchemeError(f"step must be 0..{total_steps - 1}, not {step}")
+        return sum(step >= end for end in self.boundaries(total_steps))
+
+    def is_slow(self, step: int, total_steps: int) -> bool:
+        """Whether optimizer step ``step`` is a slow one: see Stage."""
+        every = self.stages[self.stage_at(step, total_steps)].slow_every
+        return every > 0 and (step + 1) % every == 0
+
+    def scaled(self, num_layers: int, reference_layers: int = REFERENCE_LAYERS) -> Scheme:
+        """The scheme for a model of another depth.
+
+        Layer K of ``reference_layers`` becomes ``round(K * num_layers / reference_layers)``, halves rounded up, and
+        at least 1 where K is: a scheme that lets the first layers see every token keeps doing so.
+        """
+        return replace(
+            self, stages=tuple(replace(s, plan=scale_plan(s.plan, num_layers, reference_layers)) for s in self.stages)
+        )
+
+
+def scale_layer(layer: int, num_layers: int, reference_layers: int = REFERENCE_LAYERS) -> int:
+    """``layer`` of a model of ``reference_layers`` layers in one of ``num_layers``; see Scheme.scaled."""
+    return max(min(layer, 1), math.floor(layer * num_layers / reference_layers + 0.5))
+
+
+def scale_plan(plan: str, num_layers: int, reference_layers: int = REFERENCE_LAYERS) -> str:
+    """``plan`` moved from a model of ``reference_layers`` layers to one of ``num_layers``; see Scheme.scaled."""
+    scaled = {}
+    for layer, compressor in parse_plan(plan).items():
+        new = layer if layer == VISION else scale_layer(layer, num_layers, reference_layers)
+        if new in scaled:
+            raise PlanError(f"plan {plan!r} has two layers that both become layer {new} of {num_layers}")
+        scaled[new] = compressor
+    return format_plan(check_layers(scaled, num_layers))
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme.equal("single-stage", "none"),
+        Scheme.equal("heavy", "2:avgpool:8", "none"),
+        Scheme.equal("light", "16:avgpool:8", "none"),
+        Scheme.equal("three-stage", "2:avgpool:8", "16:avgpool:8", "none"),
+        Scheme.equal("four-stage-wider", "2:avgpool:8", "2:avgpool:2", "16:avgpool:2", "none"),
+        Scheme.equal("four-stage-deeper", "2:avgpool:8", "16:avgpool:8", "16:avgpool:2", "none"),
+    )
+}
+
+NEIGHBOURS = {"dualspeed": Scheme("dualspeed", (Stage("0:random:0.1", 1, slow_every=10),))}
+"""What others train by: DualSpeed (arXiv 2602.03815), with its numbers, and a random subset in the fast steps."""
+
+_FEW = "0:avgpool2d:2;16:avgpool:36"  # a quarter of the tokens in the first half of the layers, 1 of 144 in the other
+OURS = {
+    "two-stage": Scheme("two-stage", (Stage(_FEW, 0.875), Stage("none", 0.125))),
+    "two-stage-light": Scheme("two-stage-light", (Stage(_FEW, 0.75), Stage("16:avgpool:8", 0.25))),
+}
+"""Cheaper than what is published: first 2 x 2 pooled patches in half of the layers and next to none of them in the
+others, which need few once the text has taken up what it asks for; then all, or all in half of the layers."""
+
+NAMED = SCHEMES | NEIGHBOURS | OURS

@@ -1,0 +1,218 @@
+"""The Hugging Face Trainer of a run: the stage's compression and speed, its metrics, its memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from llavolta.compression.families import PIXELS, find_parts, unwrap
+from llavolta.compression.patch import Compression
+from llavolta.data import GroupedSampler
+from llavolta.train import checkpoints
+from llavolta.train.dualspeed import fast_mode, save_isolator, slow_mode
+from llavolta.train.models import parameter_groups, spare_frozen_towers
+from llavolta.train.schemes import ISOLATOR, Scheme
+
+
+class StageCallback(TrainerCallback):
+    """Sets the plan of the stage that the optimizer step belongs to, and stops after the last stage asked for.
+
+    In a slow step none is set: StageTrainer.compute_loss sets two in turn. stopping: asked after every step whether to
+    save and stop.
+    """
+
+    def __init__(self, scheme: Scheme, stop_after: int | None, stopping: Callable[[], bool]):
+        self.scheme, self.stop_after, self.stopping = scheme, stop_after, stopping
+        self.handle: Compression | None = None
+        self.stage: int | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        spare_frozen_towers(model)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        stage = self.scheme.stage_at(state.global_step, state.max_steps)
+        slow = self.scheme.is_slow(state.global_step, state.max_steps)
+        if self.handle is None or slow or stage != self.stage:
+            self.release()
+            self.stage = stage
+            self.handle = None if slow else fast_mode(model, self.scheme.stages[stage])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        ends = self.scheme.boundaries(state.max_steps)
+        if state.global_step in ends:
+            control.should_save = control.should_log = True
+            if self.stop_after is not None and state.global_step >= ends[self.stop_after - 1]:
+                control.should_training_stop = True
+        if self.stopping():
+            control.should_save = control.should_log = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.release()
+
+    def release(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+
+
+class MetricsCallback(TrainerCallback):
+    """Appends step, stage, plan, loss, rates, gradient norm, tokens per layer and seconds a step to metrics.jsonl."""
+
+    def __init__(self, file: Path, scheme: Scheme, num_layers: int, num_tokens: int):
+        self.file, self.scheme = file, scheme
+        self.tokens = [stage.tokens_per_layer(num_layers, num_tokens) for stage in scheme.stages]
+        self.visual_tokens = num_tokens
+        self.seconds, self.steps, self.started = 0.0, 0, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        kept = [row for row in read_metrics(self.file) if row["step"] <= state.global_step]  # a resumed run
+        self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds += time.perf_counter() - self.started
+        self.steps += 1
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "loss" not in (logs or {}):
+            return
+        stage = self.scheme.stage_at(state.global_step - 1, state.max_steps)
+        row = {
+            "step": state.global_step,
+            "stage": stage + 1,
+            "plan": self.scheme.stages[stage].plan,
+            "loss": logs["loss"],
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "visual_tokens": self.visual_tokens,
+            "tokens_per_layer": self.tokens[stage],
+            "seconds": self.seconds / max(self.steps, 1),
+        }
+        self.seconds, self.steps = 0.0, 0
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class StageTrainer(Trainer):
+    """Trainer that groups batches by modality and length, saves what resumes, and stops at a NaN loss.
+
+    keep: checkpoints to keep besides those at the ends of stages.
+    """
+
+    def __init__(self, *args, scheme: Scheme, rates: dict[str, float | None], keep: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scheme, self.rates, self.keep = scheme, rates, keep
+        self.staging: Path | None = None
+        self.media = list(find_parts(unwrap(self.model)).visual_ids)
+
+    def _get_output_dir(self, trial=None):
+        return str(self.staging or self.args.output_dir)
+
+    def _save_checkpoint(self, model, trial):
+        run, step = Path(self.args.output_dir), self.state.global_step
+        name, barrier = f"{PREFIX_CHECKPOINT_DIR}-{step}", self.accelerator.wait_for_everyone
+        self.staging = run / checkpoints.STAGING
+        if self.args.should_save:
+            shutil.rmtree(self.staging, ignore_errors=True)
+        barrier()
+        with checkpoints.saving(run, name):
+            super()._save_checkpoint(model, trial)
+            barrier()
+            if self.args.should_save:
+                checkpoints.publish(self.staging / name, run / name)
+                checkpoints.prune(run, self.keep, set(self.scheme.boundaries(self.state.max_steps)))
+        self.staging = None
+        barrier()
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None):
+        data = train_dataset if train_dataset is not None else self.train_dataset
+        return GroupedSampler(data.lengths, data.medium, self.examples_per_step, self.args.seed)
+
+    def create_optimizer(self, model=None):
+        model = self.model if model is None else model
+        if self.optimizer is None and any(self.rates.values()):
+            groups = parameter_groups(
+                model, self.args.weight_decay, set(self.get_decay_parameter_names(model)), self.rates
+            )
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = kind(groups, **options)
+        return super().create_optimizer(model)
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        if self.args.world_size == 1 or len(self.media) == 1:
+            return inputs
+        # The last batches of an epoch mix stills, clips and text: no process may need a part that another does not.
+        held = torch.tensor([int(PIXELS[name] in inputs) for name in self.media], device=self.args.device)
+        anywhere = self.accelerator.reduce(held.clone())
+        for name, here, there in zip(self.media, held.tolist(), anywhere.tolist(), strict=True):
+            if there and not here:
+                inputs = self.data_collator.with_black(inputs, name)
+        return inputs
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        step, total = self.state.global_step, self.state.max_steps
+        stage = self.scheme.stages[self.scheme.stage_at(step, total)]
+        with slow_mode(model, stage, inputs) if self.scheme.is_slow(step, total) else nullcontext():
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            stage = self.scheme.stage_at(self.state.global_step, self.state.max_steps)
+            raise FloatingPointError(
+                f"the loss became {loss.item()} at step {self.state.global_step + 1} (stage {stage + 1}, plan "
+                f"{self.scheme.stages[stage].plan}); nothing was saved over. Lower learning_rate (now "
+                f"{self.args.learning_rate}) or check the data, and run again: training resumes at the last checkpoint"
+            )
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        # Trainer would save LLaVA under its old key names, which its own resume then fails to load.
+        model = unwrap(self.model)
+        sharded = [state_dict.pop(name) for name in list(state_dict or ()) if ISOLATOR in name]  # by ZeRO-3
+        save = model.save_pretrained
+        try:
+            model.save_pretrained = lambda *args, **kwargs: save(*args, **{**kwargs, "save_original_format": False})
+            super()._save(output_dir, state_dict)
+        finally:
+            del model.save_pretrained
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        if hasattr(model, ISOLATOR) and folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            save_isolator(model, folder, *sharded)
+        step, total = self.state.global_step, self.state.max_steps
+        stages = self.scheme.written
+        stage = self.scheme.stage_at(min(step, total - 1), total) + 1
+        record = {"scheme": self.scheme.name, "stages": stages, "step": step, "total_steps": total, "next_stage": stage}
+        record |= {"examples_per_step": self.examples_per_step, "processes": self.args.world_size}
+        (folder / checkpoints.RECORD).write_text(json.dumps(record, indent=1))
+
+    @property
+    def examples_per_step(self) -> int:
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+
+def read_metrics(file: str | Path) -> list[dict]:
+    """The rows of a metrics.jsonl; none if it does not exist. A line cut off by a crash is left out."""
+    rows = []
+    for line in Path(file).read_text().splitlines() if Path(file).exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
