@@ -1,8 +1,83 @@
-"""``python -m llavolta.bench``: the command's short name; what it does is in ``llavolta.cost.bench``."""
+"""``python -m llavolta.bench``: all that is timed, as ratios side by side; the work is done in ``llavolta.cost``."""
 
+from __future__ import annotations
+
+import argparse
+import inspect
 import sys
+import tempfile
+import typing
+from pathlib import Path
 
-from llavolta.cost.bench import main
+import torch
+
+from llavolta.cost import throughput
+from llavolta.cost.bench import Sizes, compressor_times, embedded_batches, scheme_times, step_report
+from llavolta.cost.gpu_report import gpu_report
+from llavolta.errors import UserError
+from llavolta.paths import PAPERS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m llavolta.bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    compressors = commands.add_parser("compressors", help="the compressors before the projector, against the tower")
+    for name in ("images", "tower_images", "grid", "width", "layers", "rounds"):
+        default = inspect.signature(compressor_times).parameters[name].default
+        compressors.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    step = commands.add_parser("step", help="a training step and a prefill under several plans")
+    for name, kind in typing.get_type_hints(Sizes).items():
+        step.add_argument(f"--{name}", type=kind, default=getattr(Sizes, name))
+    step.add_argument("--rounds", type=int, default=7)
+    schemes = commands.add_parser("schemes", help="time of four schemes, measured and predicted; fails above 10%%")
+    schemes.add_argument("--rounds", type=int, default=5)
+    opening = commands.add_parser("data", help="opening a data set of mix665k's size; fails above 20 s or 1 GB")
+    opening.add_argument("--entries", type=int, default=sum(many for many, *_ in throughput.MIX.values()))
+    train = commands.add_parser("train", help="parts of a step, loading, memory; fails if loading is below 2x the use")
+    train.add_argument("--model", default="embedded")
+    train.add_argument("--plans", nargs="+", default=["1:avgpool:8", "4:avgpool:8"])
+    train.add_argument("--batch", type=int, default=32)
+    train.add_argument("--rounds", type=int, default=5)
+    gpu = commands.add_parser("gpu", help="everything on one GPU at the shapes of LLaVA-1.5-7B, in minutes")
+    gpu.add_argument("--folder", type=Path, default=PAPERS / "benchmarks", help="of gpu-<card>.md and .csv")
+    gpu.add_argument("--parts", nargs="+", default=[], help="some of them (default: all)")
+    gpu.add_argument("--minutes", type=float, default=8, help="no part begins after so many")
+    gpu.add_argument("--tiny", action="store_true", help="small shapes, also on a CPU: whether it all works")
+    options = vars(parser.parse_args(arguments))
+    command = options.pop("command")
+    if command == "gpu":
+        try:
+            return min(1, gpu_report(**options))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    if command == "train":
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}")
+        tables = throughput.train_report(**options)
+        for name, table in tables.items():
+            print(f"\n{name}\n{table.to_string(float_format='{:.3f}'.format)}")
+        return int(not throughput.keeps_up(tables["loading"]))
+    if command == "data":
+        with tempfile.TemporaryDirectory() as folder:
+            table = throughput.data_report(Path(folder), **options)
+        print(table.to_string(float_format="{:.1f}".format))
+        return int(table.seconds.max() > 20 or table.resident_MB.max() > 1000)
+    if command == "schemes":
+        table = scheme_times(*embedded_batches(), options["rounds"])
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}\n")
+        print(table.to_string(float_format="{:.3f}".format))
+        return int(table.error.abs().max() > 0.1)
+    if command == "compressors":
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}\n")
+        print(compressor_times(**options).to_string(index=False, float_format="{:.4f}".format))
+        return 0
+    rounds = options.pop("rounds")
+    sizes = Sizes(**options)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {sizes}")
+    for name, table in step_report(sizes, rounds).items():
+        print(f"\n{name}\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
+    return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llavolta.compression.patch import IGNORED
 from llavolta.compression.plan import tokens_per_layer
 from llavolta.cost import bench
 from llavolta.train.models import set_trainable
@@ -45,7 +46,7 @@ def test_overhead_and_memory_name_their_variants(report):
 
 def test_the_batch_is_labelled_at_its_end():
     batch = SMALL.inputs()
-    assert (batch["labels"] != bench.IGNORED).sum(1).tolist() == [4] * SMALL.batch
+    assert (batch["labels"] != IGNORED).sum(1).tolist() == [4] * SMALL.batch
     assert (batch["input_ids"] == 5).sum(1).tolist() == [16] * SMALL.batch
     with pytest.raises(ValueError, match="square number"):
         bench.Sizes(visual=17).model()

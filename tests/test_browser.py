@@ -20,7 +20,7 @@ from papermill.parameterize import parameterize_notebook
 
 from llavolta.compression.compressors import COMPRESSORS
 from llavolta.data import LlavaData
-from llavolta.show import plots, widgets
+from llavolta.show import token_maps, widgets
 from llavolta.studies import inspect
 from llavolta.train.models import load_model
 
@@ -142,13 +142,13 @@ class Page:
             "01_redundancy",
             "0:avgpool:8",
             [("layer K", "ArrowRight", "1:avgpool:8"), ("stride", "ArrowRight", "1:avgpool:9")],
-            plots.picture_with_tokens,
+            token_maps.picture_with_tokens,
         ),
         (
             "02_compressor_design",
             "2:unusual:0.25",
             [("layer K", "ArrowLeft", "1:unusual:0.25"), ("keep", "ArrowRight", "1:unusual:0.26")],
-            plots.picture_with_layers,
+            token_maps.picture_with_layers,
         ),
     ],
 )

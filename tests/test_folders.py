@@ -14,7 +14,7 @@ import pytest
 
 from llavolta import paths
 from llavolta.studies import compare, opening
-from llavolta.train import build, models, run
+from llavolta.train import build, run
 from llavolta.train.config import ConfigError, TrainConfig
 from llavolta.train.schemes import NAMED
 from llavolta.worlds import WORLDS
@@ -39,8 +39,9 @@ def opened(scenes, clip_data, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
     for name, folder in (("digits", scenes), ("clips", clip_data)):
         monkeypatch.setitem(WORLDS, name, replace(WORLDS[name], build=lambda *_, folder=folder: folder))
-    monkeypatch.setattr(opening, "train", lambda config, *_, **__: asked.append(config) or Path(config.output))
-    monkeypatch.setattr(models, "load_model", lambda *_: (_ for _ in ()).throw(Enough))
+    for module in (opening, compare):
+        monkeypatch.setattr(module, "train", lambda config, *_, **__: asked.append(config) or Path(config.output))
+    monkeypatch.setattr(opening, "load_model", lambda *_, **__: (_ for _ in ()).throw(Enough))
     monkeypatch.setattr(compare, "_run", lambda config, *_: asked.append(config) or pd.DataFrame({"correct": [True]}))
     monkeypatch.setattr(compare, "accuracies", lambda *_: (_ for _ in ()).throw(Enough))
 

@@ -6,14 +6,15 @@ import pandas as pd
 import pytest
 import torch
 
-from llavolta import compress
-from llavolta.cost import bench, gpu
+from llavolta import bench, compress
+from llavolta.cost import gpu, gpu_report
+from llavolta.cost.load import tiny_load
 
 
 @pytest.fixture
 def load(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return gpu.tiny_load()
+    return tiny_load()
 
 
 def test_every_part_is_saved_when_done(load, tmp_path):
@@ -48,7 +49,7 @@ def test_a_part_that_fails_is_told_and_the_next_one_begins(load, tmp_path, monke
     def broken(load):
         raise RuntimeError("CUDA error: something")
 
-    monkeypatch.setattr(gpu, "PARTS", {"peaks": broken, "host_reads": gpu.host_reads})
+    monkeypatch.setattr(gpu_report, "PARTS", {"peaks": broken, "host_reads": gpu.host_reads})
     assert bench.main(["gpu", "--tiny", "--folder", str(tmp_path)]) == 1
     [page] = tmp_path.glob("*.md")
     assert "peaks: RuntimeError: CUDA error: something" in page.read_text() and "## host_reads" in page.read_text()

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from llavolta.show import plots, widgets
+from llavolta.show import plots, token_maps, widgets
 from llavolta.train.schemes import Scheme
 
 
@@ -22,8 +22,8 @@ import numpy as np
 from llavolta.show import plots, widgets
 from llavolta.train.schemes import Scheme
 assert {name: value for name, value in plt.rcParams.items() if before[name] != value} == {}
-plots.scene_grid(np.zeros((2, 4, 4, 3)))
-plots.token_map(np.zeros((4, 4, 3)), np.zeros((2, 2), int))
+token_maps.scene_grid(np.zeros((2, 4, 4, 3)))
+token_maps.token_map(np.zeros((4, 4, 3)), np.zeros((2, 2), int))
 assert {name: value for name, value in plt.rcParams.items() if before[name] != value} == {}
 """
     run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"MPLBACKEND": "agg"}, capture_output=True)
@@ -71,7 +71,7 @@ def test_plots_of_twenty_five_stages():
     assert not any(one.overlaps(two) for k, one in enumerate(boxes) for two in boxes[k + 1 :])
     ax = plots.loss_curve(_metrics(25)).axes[0]
     assert len(ax.lines) == 25 and len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == 25
-    plots.stage_token_maps(np.zeros((8, 8, 3)), {plan: np.arange(4).reshape(2, 2) for plan in plans})
+    token_maps.stage_token_maps(np.zeros((8, 8, 3)), {plan: np.arange(4).reshape(2, 2) for plan in plans})
     plt.close("all")
 
 

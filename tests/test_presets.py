@@ -414,14 +414,12 @@ def test_a_preset_from_the_command_line(settings, tmp_path, capsys):
 
 def test_the_commands_of_the_reproduction_page_name_what_exists(monkeypatch):
     """Each ``python -m llavolta.train`` of papers/REPRODUCE.md comes to a configuration, and trains what it says."""
-    from llavolta.train import launch, run
-
     page = (Path(__file__).parent.parent / "papers" / "REPRODUCE.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^\s*python -m llavolta\.train (.*)$", page, re.MULTILINE)
     seen = []
-    monkeypatch.setattr(launch, "launch", lambda config, *options: seen.append((config, *options)))
+    monkeypatch.setattr("llavolta.train.__main__.launch", lambda config, *options: seen.append((config, *options)))
     for command in commands:
-        assert run.main(command.replace("$scheme", "four-stage-wider").split()) == 0
+        assert main(command.replace("$scheme", "four-stage-wider").split()) == 0
     (align, processes, _), (tuned, *_), (video, *_) = seen
     assert align.stage == 0 and align.aligns and align.deepspeed == "zero2" and processes == 8
     assert tuned.scheme == "four-stage-wider" and not tuned.aligns and tuned.vision_tower is None

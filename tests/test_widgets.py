@@ -12,7 +12,7 @@ from llavolta.compression.compressors import COMPRESSORS
 from llavolta.cost.flops import cost_model, reference_config
 from llavolta.cost.planner import Speed, scheme_table
 from llavolta.data import LlavaData
-from llavolta.show import plots, widgets
+from llavolta.show import token_maps, widgets
 from llavolta.studies import inspect
 from llavolta.train.models import load_model
 from llavolta.train.schemes import Scheme
@@ -55,7 +55,7 @@ def test_every_compressor_of_the_registry_has_its_controls(loaded, name):
     explorer = widgets.design_explorer(*loaded, layer=2)
     explorer.compressor.value = name
     place = "vision" if name.startswith("prumerge") else 2  # the only place where these can stand
-    assert explorer.view.plan.startswith(f"{place}:{name}") and explorer.draw is plots.picture_with_layers
+    assert explorer.view.plan.startswith(f"{place}:{name}") and explorer.draw is token_maps.picture_with_layers
     shown(explorer, loaded[2][0].images)
 
 

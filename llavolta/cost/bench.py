@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-import inspect
-import json
 import math
-import random
 import re
-import sys
-import tempfile
 import time
-import typing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext, suppress
@@ -36,9 +29,6 @@ from llavolta.compression.probe import TowerProbe
 from llavolta.cost.flops import cost_model
 from llavolta.cost.planner import fit_speed
 from llavolta.data import Collator, LlavaData
-from llavolta.data import index as data_index
-from llavolta.errors import UserError
-from llavolta.paths import PAPERS
 from llavolta.train.dualspeed import add_isolator, fast_mode, slow_mode
 from llavolta.train.models import load_model, set_trainable
 from llavolta.train.schemes import ISOLATOR, SCHEMES, Stage
@@ -413,130 +403,8 @@ def scheme_times(model, batches: Sequence[dict], rounds: int = 5, progress: bool
     return pd.DataFrame(rows).set_index("scheme")
 
 
-# LLaVA-1.5's mix665k: entries a folder, fewest and most rounds of an entry, most words of a turn (the mean is half).
-MIX = {
-    "coco/train2017": (364_100, 1, 8, 30),
-    "vg/VG_100K": (86_417, 6, 20, 12),
-    "gqa/images": (72_140, 4, 14, 12),
-    "ocr_vqa/images": (80_000, 3, 6, 14),
-    "textvqa/train_images": (21_953, 1, 2, 30),
-    "": (40_688, 1, 8, 200),  # text alone
-}
-
-
-def write_mix(file: Path, entries: int, seed: int = 0) -> None:
-    """A JSON list of ``entries`` random conversations, as mixed and as large as those of mix665k; no pictures."""
-    rng = random.Random(seed)
-    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyzé", k=rng.randint(1, 9))) for _ in range(5000)]
-    folders = list(MIX)
-    said = {name: [" ".join(rng.choices(words, k=rng.randint(1, MIX[name][3]))) for _ in range(2000)] for name in MIX}
-    chosen = rng.choices(folders, [MIX[name][0] for name in folders], k=entries)
-    with file.open("w") as out:
-        for number, folder in enumerate(chosen):
-            turns = rng.choices(said[folder], k=2 * rng.randint(*MIX[folder][1:3]))
-            turns[0] = f"<image>\n{turns[0]}" if folder else turns[0]
-            entry = {"id": f"{number:012d}", "image": f"{folder}/{number:012d}.jpg"} if folder else {"id": number}
-            entry["conversations"] = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
-            out.write(("[" if number == 0 else ", ") + json.dumps(entry))
-        out.write("]")
-
-
-def data_report(folder: Path, entries: int) -> pd.DataFrame:
-    """Opening a data set as large as ``entries`` of mix665k, each time in a fresh process on the CPU.
-
-    Columns: opening (the first makes the index, the second finds it), seconds, resident_MB (at most, of the process
-    with all it imports), entries_per_second (read in random order, without pictures).
-    """
-    file = folder / "mix.json"
-    write_mix(file, entries)
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        rows = [pool.submit(_open_data, file, folder / "cache").result() for _ in range(2)]
-    columns = ["seconds", "resident_MB", "entries_per_second"]
-    table = pd.DataFrame(rows, columns=columns, index=pd.Index(["first", "second"], name="opening"))
-    return table.assign(file_MB=file.stat().st_size / 1e6)
-
-
-def _open_data(file: Path, cache: Path) -> tuple[float, float, float]:
-    data_index.CACHE, start = cache, time.perf_counter()
-    opened = LlavaData(file)
-    seconds, some = time.perf_counter() - start, np.random.default_rng(0).permutation(len(opened))[:5000]
-    start = time.perf_counter()
-    for index in some:
-        opened.entry(index)
-    return seconds, peak_resident() / 1e6, len(some) / (time.perf_counter() - start)
-
-
 def embedded_batches(batch: int = 32, count: int = 2, name: str = "embedded") -> tuple:
     """(model, batches) of the embedded LLaVA, or of the model ``name``, and the first training scenes."""
     model, processor = load_model(name)
     data, collate = LlavaData(WORLDS["digits"].train()), Collator(processor)
     return model, [collate([data[i] for i in range(k * batch, (k + 1) * batch)]) for k in range(count)]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m llavolta.bench", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    compressors = commands.add_parser("compressors", help="the compressors before the projector, against the tower")
-    for name in ("images", "tower_images", "grid", "width", "layers", "rounds"):
-        default = inspect.signature(compressor_times).parameters[name].default
-        compressors.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    step = commands.add_parser("step", help="a training step and a prefill under several plans")
-    for name, kind in typing.get_type_hints(Sizes).items():
-        step.add_argument(f"--{name}", type=kind, default=getattr(Sizes, name))
-    step.add_argument("--rounds", type=int, default=7)
-    schemes = commands.add_parser("schemes", help="time of four schemes, measured and predicted; fails above 10%%")
-    schemes.add_argument("--rounds", type=int, default=5)
-    opening = commands.add_parser("data", help="opening a data set of mix665k's size; fails above 20 s or 1 GB")
-    opening.add_argument("--entries", type=int, default=sum(many for many, *_ in MIX.values()))
-    train = commands.add_parser("train", help="parts of a step, loading, memory; fails if loading is below 2x the use")
-    train.add_argument("--model", default="embedded")
-    train.add_argument("--plans", nargs="+", default=["1:avgpool:8", "4:avgpool:8"])
-    train.add_argument("--batch", type=int, default=32)
-    train.add_argument("--rounds", type=int, default=5)
-    gpu = commands.add_parser("gpu", help="everything on one GPU at the shapes of LLaVA-1.5-7B, in minutes")
-    gpu.add_argument("--folder", type=Path, default=PAPERS / "benchmarks", help="of gpu-<card>.md and .csv")
-    gpu.add_argument("--parts", nargs="+", default=[], help="some of them (default: all)")
-    gpu.add_argument("--minutes", type=float, default=8, help="no part begins after so many")
-    gpu.add_argument("--tiny", action="store_true", help="small shapes, also on a CPU: whether it all works")
-    options = vars(parser.parse_args(arguments))
-    command = options.pop("command")
-    if command == "gpu":
-        from llavolta.cost.gpu import gpu_report  # which stands on this module
-
-        try:
-            return min(1, gpu_report(**options))
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    if command == "train":
-        from llavolta.cost import throughput  # which stands on this module
-
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}")
-        tables = throughput.train_report(**options)
-        for name, table in tables.items():
-            print(f"\n{name}\n{table.to_string(float_format='{:.3f}'.format)}")
-        return int(not throughput.keeps_up(tables["loading"]))
-    if command == "data":
-        with tempfile.TemporaryDirectory() as folder:
-            table = data_report(Path(folder), **options)
-        print(table.to_string(float_format="{:.1f}".format))
-        return int(table.seconds.max() > 20 or table.resident_MB.max() > 1000)
-    if command == "schemes":
-        table = scheme_times(*embedded_batches(), options["rounds"])
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}\n")
-        print(table.to_string(float_format="{:.3f}".format))
-        return int(table.error.abs().max() > 0.1)
-    if command == "compressors":
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}\n")
-        print(compressor_times(**options).to_string(index=False, float_format="{:.4f}".format))
-        return 0
-    rounds = options.pop("rounds")
-    sizes = Sizes(**options)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {sizes}")
-    for name, table in step_report(sizes, rounds).items():
-        print(f"\n{name}\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import random
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,6 +20,7 @@ from torch.utils.data import DataLoader
 from llavolta.compression.families import find_parts, towers
 from llavolta.cost.bench import embedded_batches, forget_peak, interleaved, now, peak_resident
 from llavolta.data import Collator, LlavaData
+from llavolta.data import index as data_index
 from llavolta.train.dualspeed import fast_mode
 from llavolta.train.models import load_model, set_trainable
 from llavolta.train.schemes import Stage
@@ -170,3 +174,56 @@ def train_report(
 def keeps_up(loading: pd.DataFrame) -> bool:
     """Whether some number of workers loads at least twice as fast as the fastest plan consumes."""
     return bool(np.max(loading.times_consumption) >= 2)
+
+
+# LLaVA-1.5's mix665k: entries a folder, fewest and most rounds of an entry, most words of a turn (the mean is half).
+MIX = {
+    "coco/train2017": (364_100, 1, 8, 30),
+    "vg/VG_100K": (86_417, 6, 20, 12),
+    "gqa/images": (72_140, 4, 14, 12),
+    "ocr_vqa/images": (80_000, 3, 6, 14),
+    "textvqa/train_images": (21_953, 1, 2, 30),
+    "": (40_688, 1, 8, 200),  # text alone
+}
+
+
+def write_mix(file: Path, entries: int, seed: int = 0) -> None:
+    """A JSON list of ``entries`` random conversations, as mixed and as large as those of mix665k; no pictures."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyzé", k=rng.randint(1, 9))) for _ in range(5000)]
+    folders = list(MIX)
+    said = {name: [" ".join(rng.choices(words, k=rng.randint(1, MIX[name][3]))) for _ in range(2000)] for name in MIX}
+    chosen = rng.choices(folders, [MIX[name][0] for name in folders], k=entries)
+    with file.open("w") as out:
+        for number, folder in enumerate(chosen):
+            turns = rng.choices(said[folder], k=2 * rng.randint(*MIX[folder][1:3]))
+            turns[0] = f"<image>\n{turns[0]}" if folder else turns[0]
+            entry = {"id": f"{number:012d}", "image": f"{folder}/{number:012d}.jpg"} if folder else {"id": number}
+            entry["conversations"] = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
+            out.write(("[" if number == 0 else ", ") + json.dumps(entry))
+        out.write("]")
+
+
+def data_report(folder: Path, entries: int) -> pd.DataFrame:
+    """Opening a data set as large as ``entries`` of mix665k, each time in a fresh process on the CPU.
+
+    Columns: opening (the first makes the index, the second finds it), seconds, resident_MB (at most, of the process
+    with all it imports), entries_per_second (read in random order, without pictures).
+    """
+    file = folder / "mix.json"
+    write_mix(file, entries)
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        rows = [pool.submit(_open_data, file, folder / "cache").result() for _ in range(2)]
+    columns = ["seconds", "resident_MB", "entries_per_second"]
+    table = pd.DataFrame(rows, columns=columns, index=pd.Index(["first", "second"], name="opening"))
+    return table.assign(file_MB=file.stat().st_size / 1e6)
+
+
+def _open_data(file: Path, cache: Path) -> tuple[float, float, float]:
+    data_index.CACHE, start = cache, time.perf_counter()
+    opened = LlavaData(file)
+    seconds, some = time.perf_counter() - start, np.random.default_rng(0).permutation(len(opened))[:5000]
+    start = time.perf_counter()
+    for index in some:
+        opened.entry(index)
+    return seconds, peak_resident() / 1e6, len(some) / (time.perf_counter() - start)

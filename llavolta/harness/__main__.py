@@ -11,8 +11,6 @@ from pathlib import Path
 import datasets
 import pandas as pd
 
-from llavolta.compression.families import find_parts
-from llavolta.data import LlavaData
 from llavolta.errors import UserError
 from llavolta.harness import TASKS
 from llavolta.harness.local import DIGITS, HarnessError, write_digits
@@ -20,13 +18,11 @@ from llavolta.harness.run import read_samples, run
 from llavolta.harness.video import CLIP_NAMES, prepare
 from llavolta.paths import RUNS
 from llavolta.studies.evaluation import evaluate
-from llavolta.studies.opening import embedded_llava
+from llavolta.studies.opening import embedded_llava, open_study
 from llavolta.train.checkpoints import RECORD
 from llavolta.train.config import TrainConfig
-from llavolta.train.models import load_model
 from llavolta.train.run import train
 from llavolta.train.schemes import scale_plan
-from llavolta.worlds import WORLDS
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 STAGE_I = "2:avgpool:8"  # of a model of 32 layers
@@ -38,19 +34,18 @@ def embedded(model: str | None, output: Path, plans: list[str] | None, limit: in
     plans: without, and the paper's "2:avgpool:8" scaled to the model's depth, unless given.
     """
     model = model or str(_trained())
-    data = LlavaData(WORLDS["digits"].heldout())
     for old in (output / "tasks", output / "cache", *output.glob("plan-*")):
         shutil.rmtree(old, ignore_errors=True)
     datasets.disable_progress_bars()
-    order = write_digits(output / "tasks", data, limit)
-    loaded, processor = load_model(model)
-    plans = plans or ["none", scale_plan(STAGE_I, len(find_parts(loaded).layers))]
+    study = open_study(model)
+    order = write_digits(output / "tasks", study.data, limit)
+    plans = plans or ["none", scale_plan(STAGE_I, study.depth)]
     for number, plan in enumerate(plans):
         start, folder = time.perf_counter(), output / f"plan-{number}"
         cache = OFFLINE | {"LMMS_EVAL_DATASETS_CACHE": str(output / "cache")}
         table = run(model, list(DIGITS), folder, plan, batch_size, include=output / "tasks", environment=cache)
         samples = pd.DataFrame([sample for task in DIGITS for sample in read_samples(folder, task)])
-        own = evaluate(loaded, processor, data, plan, limit, batch_size, progress=False).iloc[order]
+        own = evaluate(study.model, study.processor, study.data, plan, limit, batch_size, progress=False).iloc[order]
         compare(samples, own)
         print(f"\nplan {plan}: {len(own)} answers agree with llavolta.studies, accuracy {own.correct.mean():.1%}")
         print(table[["task", "metric", "value", "questions"]].to_string(index=False, float_format="{:.4f}".format))

@@ -28,8 +28,8 @@ from llavolta.cost.flops import CostModel
 from llavolta.cost.planner import Speed, scheme_table
 from llavolta.data import LlavaData, open_image, to_rgb
 from llavolta.errors import UserError
-from llavolta.show import plots
-from llavolta.studies import inspect, redundancy
+from llavolta.show import plots, token_maps
+from llavolta.studies import inspect, opening
 from llavolta.train.schemes import Scheme, SchemeError, Stage
 
 WIDE = ui.Layout(width="420px")
@@ -128,7 +128,7 @@ class Explorer:
 
     def _view(self, plan: str, question: str, entry: int, own: int | None) -> inspect.View:
         if found := re.search("<image>|<video>", question):
-            raise redundancy.StudyError(
+            raise opening.StudyError(
                 f"the question holds the placeholder {found[0]}; leave it out, the picture is put in"
             )
         return inspect.view(self.model, self.processor, question, self._looks(entry, own), plan)
@@ -153,7 +153,7 @@ class Explorer:
         """The first entries with a picture, by id."""
         pictured = np.flatnonzero(self.data.has_image)[:most].tolist()
         if not pictured:
-            raise redundancy.StudyError(f"{self.data.file.name} has no entry with a picture to explore")
+            raise opening.StudyError(f"{self.data.file.name} has no entry with a picture to explore")
         return [(str(self.data.entry(index).get("id", index)), index) for index in pictured]
 
     def _choose_entry(self) -> None:
@@ -218,14 +218,14 @@ def redundancy_explorer(
 
     options: of the compressor, such as ``stride=8``.
     """
-    return Explorer(model, processor, data, plots.picture_with_tokens, layer, compressor, **options)
+    return Explorer(model, processor, data, token_maps.picture_with_tokens, layer, compressor, **options)
 
 
 def design_explorer(
     model, processor, data: LlavaData, layer: Layer = 2, compressor: str = "avgpool", **options
 ) -> Explorer:
     """The same controls; shows token map, ratio, FLOPs, answer and the tokens that each layer works on."""
-    return Explorer(model, processor, data, plots.picture_with_layers, layer, compressor, **options)
+    return Explorer(model, processor, data, token_maps.picture_with_layers, layer, compressor, **options)
 
 
 class CostExplorer:

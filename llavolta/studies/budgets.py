@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from scipy.optimize import brentq
 from tqdm.auto import tqdm
 
 from llavolta.compression.families import find_parts
@@ -25,11 +26,10 @@ from llavolta.errors import UnsupportedModel, UserError
 from llavolta.studies import inspect
 from llavolta.studies.compare import BASELINE
 from llavolta.studies.evaluation import evaluate, pictured, prompts
-from llavolta.studies.opening import device
-from llavolta.studies.statistics import interval
+from llavolta.studies.opening import open_model
+from llavolta.studies.statistics import accuracy_table
 from llavolta.train import build
 from llavolta.train.config import TrainConfig
-from llavolta.train.models import load_model
 from llavolta.train.schemes import NEIGHBOURS, SCHEMES, Scheme, scale_layer, scale_plan
 
 FULL, DOWNSAMPLE = "no compression", "downsampling"
@@ -61,14 +61,10 @@ def plan_at(method: str, budget: float, num_layers: int, num_tokens: int) -> str
     places, text = METHODS[method]
     places = places if isinstance(places, tuple) else (places,)
     layers = [place if place == VISION else scale_layer(place, num_layers) for place in places]
-    # What is left rises with what each entry keeps, so halving the interval finds the budget.
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _left(layers, middle, num_layers) < budget else (low, middle)
-    if high * num_tokens < 1:
+    if _left(layers, 1 / num_tokens, num_layers) > budget:  # with a single token each
         return None
-    entry = text.format(keep=round(high, 4), stride=round(1 / high))
+    keep = brentq(lambda keep: _left(layers, keep, num_layers) - budget, 0, 1)
+    entry = text.format(keep=round(keep, 4), stride=round(1 / keep))
     return ";".join(f"{layer}:{entry}" for layer in layers)
 
 
@@ -130,14 +126,9 @@ def training_free(
 
 def accuracy(answers: pd.DataFrame) -> pd.DataFrame:
     """Accuracy and its 95% bootstrap interval per budget, method and type ("overall" and "difficult" among them)."""
-    views = [answers.assign(type="overall"), answers[answers.difficult].assign(type="difficult"), answers]
-    rows = []
-    for view in views:
-        for (budget, method, kind), part in view.groupby(["budget", "method", "type"], sort=False):
-            low, high = interval(part.correct)
-            row = dict(budget=budget, method=method, type=kind, questions=len(part))
-            rows.append({**row, "accuracy": part.correct.mean(), "low": low, "high": high})
-    return pd.DataFrame(rows)
+    difficult = answers[answers.difficult].assign(type="difficult")
+    tables = [accuracy_table(part.drop(columns="answer"), by=("budget", "method")) for part in (answers, difficult)]
+    return pd.concat([tables[0], tables[1].query("type == 'difficult'")], ignore_index=True)
 
 
 @torch.no_grad()
@@ -199,8 +190,7 @@ def trained_methods(num_layers: int, num_tokens: int, budget: float = 0.25) -> d
 @torch.no_grad()
 def tokens_left(folder: str | Path, data: LlavaData, plan: str, full: int, pictures: int = 64) -> float:
     """Visual tokens per layer under ``plan`` as a share of ``full``, counted on the first pictures of ``data``."""
-    model, processor = load_model(str(folder))
-    model.to(device())
+    model, processor, _ = open_model(folder)
     questions = list(islice((q for q in data.questions() if q["question"]), pictures))
     batch = prompts(model, processor, pictured(data, questions))
     depth, tokens = depth_and_tokens(model)

@@ -18,10 +18,8 @@ from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from tqdm.auto import tqdm
 
 from llavolta.compression.plan import check_layers, parse_plan
@@ -29,11 +27,14 @@ from llavolta.cost import bench
 from llavolta.data import Collator, GroupedSampler, LlavaData
 from llavolta.errors import UserError
 from llavolta.studies.evaluation import asked_digest, evaluate
-from llavolta.studies.opening import device, trained_padding
-from llavolta.studies.statistics import interval
-from llavolta.train import build, config, models, run, trainer
+from llavolta.studies.opening import open_model, open_study
+from llavolta.studies.statistics import interval, mean_interval, paired_difference, with_overall
+from llavolta.train import build
+from llavolta.train.config import TrainConfig
 from llavolta.train.projectors import OWN
+from llavolta.train.run import train
 from llavolta.train.schemes import NAMED, SCHEMES, Scheme
+from llavolta.train.trainer import read_metrics
 
 BASELINE = "single-stage"
 _three = SCHEMES["three-stage"]
@@ -77,7 +78,7 @@ def contestants(names: Sequence[str], own: Mapping[str, Sequence], num_layers: i
 def compare(
     schemes: Mapping[str, Scheme],
     seeds: Mapping[str, Sequence[int]],
-    config: config.TrainConfig,
+    config: TrainConfig,
     heldout: str | Path | None = None,
     questions: int = 1200,
     workers: int = 1,
@@ -117,7 +118,7 @@ def compare(
         )
     if workers == 1:
         for first in aligned.values():
-            run.train(first, progress=False)
+            train(first, progress=False)
         bar = tqdm(runs.items(), desc="runs", disable=not progress)
         frames = {key: _run(run, heldout, questions, plans.get(key[0], "none"), max_new_tokens) for key, run in bar}
     else:
@@ -128,7 +129,7 @@ def compare(
     return pd.concat([frames[name, seed].assign(scheme=name, seed=seed) for name, seed in order], ignore_index=True)
 
 
-def _any(config: config.TrainConfig) -> config.TrainConfig:
+def _any(config: TrainConfig) -> TrainConfig:
     """``config`` with a scheme that fits any number of steps; its own plays no part here."""
     return replace(config, scheme=["none"], stage=None, plan=None)
 
@@ -149,7 +150,7 @@ def _in_pool(pool, aligned: dict, runs: dict, heldout: Path, questions: int, pla
     frames = {}
     with tqdm(total=len(aligned) + len(runs), desc="runs", disable=not progress) as bar:
         try:
-            for done in as_completed([pool.submit(run.train, config, False) for config in aligned.values()]):
+            for done in as_completed([pool.submit(train, config, False) for config in aligned.values()]):
                 done.result()
                 bar.update()
             waiting = {
@@ -169,22 +170,20 @@ def _in_pool(pool, aligned: dict, runs: dict, heldout: Path, questions: int, pla
 
 
 def _run(
-    config: config.TrainConfig, heldout: Path, questions: int, plan: str, max_new_tokens: int | None = None
+    config: TrainConfig, heldout: Path, questions: int, plan: str, max_new_tokens: int | None = None
 ) -> pd.DataFrame:
     """Train ``config`` unless its folder holds the trained model already, and its answers under ``plan`` likewise."""
     output = Path(config.output)
-    run.train(config, progress=False)  # which refuses another run's folder, and does nothing for a finished one
+    train(config, progress=False)  # which refuses another run's folder, and does nothing for a finished one
     data = LlavaData(heldout)
     asked = asked_digest(data, list(islice(data.questions(), questions)))
     depends = repr([plan, max_new_tokens, config.pad_to_square]).encode()
     file = output / f"answers-{hashlib.blake2b(depends + asked, digest_size=6).hexdigest()}.csv"
     if file.exists():
         return pd.read_csv(file, dtype=_TEXT, keep_default_na=False)
-    model, processor = models.load_model(str(output))
-    data.pad = trained_padding(processor, "", config.pad_to_square)
-    answers = evaluate(
-        model.to(device()), processor, data, plan, questions, progress=False, max_new_tokens=max_new_tokens
-    )
+    study = open_study(output, heldout, pad_to_square=config.pad_to_square)
+    limits = dict(limit=questions, progress=False, max_new_tokens=max_new_tokens)
+    answers = evaluate(study.model, study.processor, study.data, plan, **limits)
     part = file.with_suffix(".part")
     answers.to_csv(part, index=False)
     part.replace(file)
@@ -198,7 +197,7 @@ _TEXT = {"question": str, "answer": str, "prediction": str}
 
 def costs(
     schemes: Mapping[str, Scheme],
-    config: config.TrainConfig,
+    config: TrainConfig,
     model: str | Path,
     rounds: int = 5,
     progress: bool = True,
@@ -211,14 +210,14 @@ def costs(
     training has them, so that the noise of the machine cancels. model: a trained one of them.
     """
     setup = build.prepare(_any(config))
-    trained, processor = models.load_model(str(model))
+    trained, processor, _ = open_model(model)
     collate = Collator(processor, config.max_length)
     data = build.open_data(config, setup.data, setup.images, collate, progress)
     order, size = list(GroupedSampler(data.lengths, data.medium, config.batch_size, config.seed)), config.batch_size
     parts = [[order[i % len(order)] for i in range(k * size, (k + 1) * size)] for k in range(batches)]
     seen = [collate([data[i] for i in part]) for part in parts]
     stages = [stage for scheme in schemes.values() for stage in scheme.stages]
-    steps = bench.step_times(trained.to(device()), seen, stages, rounds, progress=progress)
+    steps = bench.step_times(trained, seen, stages, rounds, progress=progress)
     by_plan = steps.set_index("plan")
     rows = []
     for name, scheme in schemes.items():
@@ -230,8 +229,8 @@ def costs(
 
 def accuracies(answers: pd.DataFrame) -> pd.DataFrame:
     """Accuracy per scheme, seed and question type ("overall" among them); answers: from ``compare``."""
-    both = pd.concat([answers.assign(type="overall"), answers])
-    return both.groupby(["scheme", "seed", "type"], sort=False).correct.mean().rename("accuracy").reset_index()
+    groups = with_overall(answers).groupby(["scheme", "seed", "type"], sort=False)
+    return groups.correct.mean().rename("accuracy").reset_index()
 
 
 def table(runs: pd.DataFrame, cost: pd.DataFrame | None = None, kind: str = "overall") -> pd.DataFrame:
@@ -254,12 +253,10 @@ def table_of_one_seed(answers: pd.DataFrame, cost: pd.DataFrame | None = None) -
 def _against_baseline(wide: pd.DataFrame, interval_of, cost: pd.DataFrame | None) -> pd.DataFrame:
     rows = {}
     for name in wide:
-        row = {}
-        for prefix, values in (("", wide[name]), ("difference_", wide[name] - wide[BASELINE])):
-            values = values.dropna()  # a scheme may have fewer seeds than others
-            low, high = interval_of(values)
-            row |= {prefix.rstrip("_") or "accuracy": values.mean(), f"{prefix}low": low, f"{prefix}high": high}
-        rows[name] = row
+        values = wide[name].dropna()  # a scheme may have fewer seeds than others
+        low, high = interval_of(values)
+        rows[name] = dict(accuracy=values.mean(), low=low, high=high)
+        rows[name] |= paired_difference(wide[name], wide[BASELINE], interval_of)
     result = pd.DataFrame.from_dict(rows, orient="index").rename_axis("scheme")
     return result if cost is None else result.join(cost)
 
@@ -269,26 +266,16 @@ def paired(runs: pd.DataFrame, first: str, second: str, value: str = "accuracy")
 
     runs: a row per scheme and seed, such as one type of ``accuracies``, or ``roughness``.
     """
-    wide = runs.pivot(index="seed", columns="scheme", values=value)[[first, second]].dropna()
-    difference = wide[first] - wide[second]
-    return float(difference.mean()), *mean_interval(difference)
+    wide = runs.pivot(index="seed", columns="scheme", values=value)
+    return tuple(paired_difference(wide[first], wide[second], mean_interval).values())
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95% interval of the mean of ``values``, by Student's t."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        raise CompareError("an interval over seeds needs at least two seeds")
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean() - half), float(values.mean() + half)
-
-
-def curves(seeds: Mapping[str, Sequence[int]], config: config.TrainConfig) -> pd.DataFrame:
+def curves(seeds: Mapping[str, Sequence[int]], config: TrainConfig) -> pd.DataFrame:
     """The rows of every run's metrics.jsonl (step, stage, plan, loss, grad_norm, ...), by scheme and seed."""
     frames = []
     for name, numbers in seeds.items():
         for seed in numbers:
-            rows = trainer.read_metrics(Path(config.output) / f"{seed}" / name / "metrics.jsonl")
+            rows = read_metrics(Path(config.output) / f"{seed}" / name / "metrics.jsonl")
             frames.append(pd.DataFrame(rows).assign(scheme=name, seed=seed))
     return pd.concat(frames, ignore_index=True)
 

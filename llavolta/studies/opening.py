@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 
-from llavolta.data import padding_colour
+from llavolta.compression.families import find_parts
+from llavolta.data import LlavaData, padding_colour
 from llavolta.errors import UserError
 from llavolta.paths import RUNS
 from llavolta.train.checkpoints import RECORD
 from llavolta.train.config import TrainConfig, run_settings
+from llavolta.train.models import load_model
 from llavolta.train.run import train
+from llavolta.worlds import WORLDS
 
 
 class StudyError(UserError, ValueError):
@@ -50,6 +54,51 @@ def answering(model):
     finally:
         for module, training in modes:
             module.training = training
+
+
+def open_model(name: str | Path, dtype: torch.dtype | None = None) -> tuple:
+    """(model, processor, folder) of a run's folder, a Hugging Face folder or a hub name, on its device.
+
+    "embedded" is the embedded LLaVA trained without compression. dtype: float32 unless given.
+    """
+    folder = str(embedded_llava() if name == "embedded" else name)
+    model, processor = load_model(folder, dtype=dtype or torch.float32)
+    return model.to(device()), processor, folder
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study asks: a model on its device, its processor, questions with pictures opened as the model was trained.
+
+    depth: decoder layers. folder: of the model.
+    """
+
+    model: torch.nn.Module
+    processor: object
+    data: LlavaData
+    folder: str
+
+    @property
+    def depth(self) -> int:
+        return len(find_parts(self.model).layers)
+
+
+def open_study(
+    model: str | Path,
+    questions: str | Path | None = None,
+    images: str | Path | None = None,
+    pad_to_square: bool | None = None,
+    dtype: torch.dtype | None = None,
+    world: str = "digits",
+) -> Study:
+    """Open ``model`` (see ``open_model``) to be asked ``questions``, LLaVA JSON, about ``images``.
+
+    questions: None: those held out of ``world``. pad_to_square: see ``trained_padding``.
+    """
+    data = LlavaData(questions or WORLDS[world].heldout(), images or None)  # refused before a model is loaded
+    opened, processor, folder = open_model(model, dtype)
+    data.pad = trained_padding(processor, folder, pad_to_square)
+    return Study(opened, processor, data, folder)
 
 
 def trained_padding(processor, model: str | Path, wanted: bool | None = None) -> tuple[int, int, int] | None:

@@ -200,14 +200,10 @@ def _write_point(folder: Path | None, plan: str, answers: dict[int, str]) -> Non
 
 
 def sweep_table(sweep: pd.DataFrame) -> pd.DataFrame:
-    """Per type (and "overall"), layer and stride: kept, questions, accuracy and its 95% bootstrap interval."""
-    both = pd.concat([sweep.assign(type="overall"), sweep], ignore_index=True)
-    rows = []
-    for (kind, layer, stride), part in both.groupby(["type", "layer", "stride"]):
-        low, high = statistics.interval(part.correct)
-        row = dict(type=kind, layer=layer, stride=stride, kept=part.kept.iloc[0], questions=len(part))
-        rows.append({**row, "accuracy": part.correct.mean(), "low": low, "high": high})
-    return pd.DataFrame(rows)
+    """Per layer, stride and type (and "overall"): kept, questions, accuracy and its 95% bootstrap interval."""
+    points = sweep.drop_duplicates(["layer", "stride"])[["layer", "stride", "kept"]]
+    table = statistics.accuracy_table(sweep.drop(columns="answer"), by=("layer", "stride"))
+    return table.merge(points, how="left", on=["layer", "stride"]).sort_values(["type", "layer", "stride"])
 
 
 def accuracy_lost(sweep: pd.DataFrame, removed: float = 0.7) -> pd.DataFrame:

@@ -1,38 +1,80 @@
-"""Accuracies with their intervals: overall, by type, and paired differences."""
+"""Accuracies with their intervals: overall, by type, and paired differences. One place for all that is counted.
+
+``answers`` is always a table with a row per question: at least type and correct, such as ``evaluation.evaluate`` gives.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
+from scipy import stats
 
+from llavolta.studies.opening import StudyError
+
+OVERALL = "overall"
 DRAWN_AT_ONCE = 1 << 20  # numbers that a bootstrap holds at a time, 16 MB
 
 
-def interval(correct: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """The 95% bootstrap interval of the mean of ``correct`` (n,)."""
-    correct = np.asarray(correct, dtype=float)
-    rng, means = np.random.default_rng(seed), []
-    for rows in _parts(draws, max(1, DRAWN_AT_ONCE // max(len(correct), 1))):
-        means.append(correct[rng.integers(0, len(correct), (rows, len(correct)))].mean(1))
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return float(low), float(high)
+def with_overall(answers: pd.DataFrame) -> pd.DataFrame:
+    """``answers`` twice: as they are, and, first, all of the type "overall"."""
+    return pd.concat([answers.assign(type=OVERALL), answers], ignore_index=True)
 
 
-def _parts(total: int, size: int) -> list[int]:
-    """``total`` in parts of ``size``, the last one smaller."""
-    return [min(size, total - start) for start in range(0, total, size)]
+def accuracy_table(answers: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
+    """Per question type, and last over all: questions, accuracy, its 95% interval (low, high) and, where true answers
+    are given, constant: the accuracy of giving every question of a type that type's most frequent answer.
 
-
-def accuracy_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Per question type, and over all: questions, accuracy, its 95% interval (low, high), best constant answer.
-
-    ``constant`` is the accuracy of giving every question of a type that type's most frequent answer.
+    by: further columns to tell apart; then type is a column, too, and the types stand in the order of ``answers``.
     """
-    best = frame.groupby("type")["answer"].transform(lambda answers: answers.mode()[0])
-    frame = frame.assign(constant=frame.answer == best)
+    if "answer" in answers:
+        best = answers.groupby([*by, "type"])["answer"].transform(lambda given: given.mode()[0])
+        answers = answers.assign(constant=answers.answer == best)
     rows = []
-    for kind, part in [*frame.groupby("type"), ("overall", frame)]:
+    for key, part in with_overall(answers).groupby([*by, "type"], sort=not by):
         low, high = interval(part.correct)
-        row = dict(type=kind, questions=len(part), accuracy=part.correct.mean(), low=low, high=high)
-        rows.append({**row, "constant": part.constant.mean()})
-    return pd.DataFrame(rows).set_index("type")
+        row = dict(zip([*by, "type"], key, strict=True), questions=len(part), accuracy=part.correct.mean())
+        row |= dict(low=low, high=high) | ({"constant": part.constant.mean()} if "answer" in answers else {})
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    if by:
+        return table
+    table = table.set_index("type")
+    return table.loc[[*table.index.drop(OVERALL), OVERALL]]
+
+
+def interval(values: Sequence[float], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """The 95% interval of the mean of ``values`` (n,), by bootstrap (percentiles), in bounded memory."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2 or (values == values[0]).all():  # every draw is the same
+        return float(values[0]), float(values[0])
+    found = stats.bootstrap(
+        (values,),
+        np.mean,
+        vectorized=True,
+        n_resamples=draws,
+        batch=max(1, DRAWN_AT_ONCE // len(values)),
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of the mean of ``values``, one a seed, by Student's t. Raises StudyError for fewer than two."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        raise StudyError("an interval over seeds needs at least two seeds")
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def paired_difference(first: pd.Series, second: pd.Series, interval_of=interval) -> dict[str, float]:
+    """{"difference", "difference_low", "difference_high"} of ``first`` less ``second``, paired by their index.
+
+    interval_of: ``interval`` over questions, or ``mean_interval`` over seeds.
+    """
+    difference = (first.astype(float) - second.astype(float)).dropna()  # one may have fewer seeds
+    low, high = interval_of(difference)
+    return {"difference": float(difference.mean()), "difference_low": low, "difference_high": high}
