@@ -144,7 +144,7 @@ bfloat16. Nothing here was run on GPUs: operations are the cost model's, the spe
 {machines} of them take the paper's {hours} hours, batches are drawn by the sampler that training uses from texts as
 long as mix665k's. Assumed: {inside:.0f} GB/s a GPU within a node of {node}, {across:.0f} GB/s between nodes,
 {overlap:.0%} of the communication hidden as long as there is computation to hide it, {pictures:.0f} pictures a second
-from a CPU core. Put your own in `papers.scaling.Cluster`; `python -m llavolta.bench train` measures the speeds.
+from a CPU core. Put your own in `papers/scaling.py` (`Cluster`); `python -m llavolta.bench train` measures the speeds.
 
 ## {batch} examples a GPU, ZeRO-3
 

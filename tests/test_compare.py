@@ -32,6 +32,7 @@ from llavolta.studies.compare import (
     table,
     table_of_one_seed,
 )
+from llavolta.studies.opening import StudyError
 from llavolta.train.config import ConfigError, TrainConfig
 from llavolta.train.models import load_model
 from llavolta.worlds import WORLDS
@@ -78,7 +79,7 @@ def test_mean_interval_is_students():
     # mean 3, standard deviation sqrt(2.5), t of 4 degrees of freedom at 97.5% is 2.776445
     low, high = mean_interval([1, 2, 3, 4, 5])
     assert (low, high) == pytest.approx((3 - 2.776445 * np.sqrt(2.5 / 5), 3 + 2.776445 * np.sqrt(2.5 / 5)))
-    with pytest.raises(CompareError, match="two seeds"):
+    with pytest.raises(StudyError, match="two seeds"):
         mean_interval([1.0])
 
 
@@ -237,7 +238,7 @@ def test_models_answer_and_are_timed_on_the_accelerator(scenes, small_model, tmp
         where.append(model.device.type)
         return pd.DataFrame([dict(question="q", answer="a", prediction="a", correct=True)])
 
-    monkeypatch.setattr("llavolta.studies.compare.device", lambda: torch.device("meta"))
+    monkeypatch.setattr("llavolta.studies.opening.device", lambda: torch.device("meta"))
     monkeypatch.setattr("llavolta.studies.compare.evaluate", look)
     monkeypatch.setattr("llavolta.cost.bench.step_times", look)
     options = dict(model=str(small_model), data=str(scenes / "train.json"), align_steps=0, max_steps=1, batch_size=4)

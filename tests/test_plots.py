@@ -19,7 +19,7 @@ import matplotlib, matplotlib.pyplot as plt
 plt.rcParams.update({"axes.grid": False, "font.size": 7.5, "axes.facecolor": "black", "figure.dpi": 61})
 before = dict(plt.rcParams)
 import numpy as np
-from llavolta.show import plots, widgets
+from llavolta.show import plots, token_maps, widgets
 from llavolta.train.schemes import Scheme
 assert {name: value for name, value in plt.rcParams.items() if before[name] != value} == {}
 token_maps.scene_grid(np.zeros((2, 4, 4, 3)))
@@ -42,8 +42,9 @@ def test_what_the_backend_sets_with_the_first_figure_stays():
 def test_every_public_function_draws_under_the_theme():
     public = [
         item
-        for name, item in vars(plots).items()
-        if getattr(item, "__module__", "") == plots.__name__ and name[0] != "_"
+        for module in (plots, token_maps)
+        for name, item in vars(module).items()
+        if getattr(item, "__module__", "") == module.__name__ and name[0] != "_"
     ]
     functions = [item for item in public if callable(item) and item is not plots.themed]
     assert len(functions) > 20 and all(hasattr(item, "__wrapped__") for item in functions)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import scaling
+from scaling import Cluster, simulate
 
 from llavolta.cost import throughput
 from llavolta.data import Collator, LlavaData
 from llavolta.train.models import load_model
-from papers.scaling import Cluster, simulate
 
 
 def hooks(model) -> int:

@@ -312,7 +312,7 @@ def seed_lists(seeds: int | Mapping[str, int], schemes: Iterable[str]) -> dict[s
 
 
 def record(folder: Path, runs: pd.DataFrame, cost: pd.DataFrame, steps: pd.DataFrame, curves: pd.DataFrame) -> None:
-    """Write a comparison's figures to ``folder`` as CSV: what ``papers.claims`` is made from."""
+    """Write a comparison's figures to ``folder`` as CSV: what ``papers/claims.py`` is made from."""
     folder.mkdir(parents=True, exist_ok=True)
     runs.to_csv(folder / "compare-runs.csv", index=False, float_format="%.6f")
     cost.to_csv(folder / "compare-costs.csv", float_format="%.4f")
