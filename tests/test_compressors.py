@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from families_tiny import FAMILIES
-from tiny import IMAGE, ragged_batch, tiny_llava
+from tiny import IMAGE, Watched, ragged_batch, tiny_llava
 
 from llavolta import (
     AveragePool,
@@ -67,32 +67,6 @@ every_compressor = pytest.mark.parametrize("name", sorted(COMPRESSORS))
 every_place = pytest.mark.parametrize(("name", "place"), [(n, p) for n in sorted(COMPRESSORS) for p in places(n)])
 
 
-class Watched(Compressor):
-    """Another compressor, with what it got and returned."""
-
-    name = ""
-
-    def __init__(self, inner: Compressor):
-        object.__setattr__(self, "inner", inner)
-        object.__setattr__(self, "calls", [])
-
-    @property
-    def needs(self):
-        return self.inner.needs
-
-    def __call__(self, tokens):
-        out = self.inner(tokens)
-        self.calls.append((tokens, out))
-        return out
-
-    @property
-    def contiguous(self):
-        return self.inner.contiguous
-
-    def num_tokens(self, num_tokens):
-        return self.inner.num_tokens(num_tokens)
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny_llava()
@@ -127,14 +101,14 @@ def test_plan_text_and_bad_options(name):
 
 @every_place
 def test_what_is_left_of_each_picture(model, name, place):
-    watched = Watched(example(name))
-    with compress(model, {place: watched}):
+    compressor, watched = example(name), Watched()
+    with compress(model, {place: compressor}, observe=watched):
         out = model(**ragged_batch(RAGGED))
     [(tokens, left)] = watched.calls
     count = left.mask.sum(1)
     assert tokens.hidden.shape[:2] == (5, 16) and count.min() >= 1 and count.max() < 16
-    if getattr(watched.inner, "keep", None) != "adaptive":
-        assert count.double().mean() == pytest.approx(watched.num_tokens(16))
+    if getattr(compressor, "keep", None) != "adaptive":
+        assert count.double().mean() == pytest.approx(compressor.num_tokens(16))
     assert (left.mask.long().diff(dim=1) <= 0).all()  # padding at the end
     for picture, (anchor, mask) in enumerate(zip(left.anchor, left.mask, strict=True)):
         assert (anchor[mask].diff() > 0).all() and anchor[mask].max() < 16
@@ -348,10 +322,10 @@ def test_k_means_of_equal_tokens_leaves_one():
 
 
 def test_squares_stay_a_grid_for_the_next_layer(model):
-    last = Watched(AveragePool2d(2))
-    with compress(model, {0: AveragePool2d(2), 1: last}):
+    watched = Watched()
+    with compress(model, {0: AveragePool2d(2), 1: AveragePool2d(2)}, observe=watched):
         model(**ragged_batch(RAGGED))
-    [(tokens, out)] = last.calls
+    [_, (tokens, out)] = watched.calls
     assert tokens.grid.tolist() == [[2, 2]] * 5 and out.mask.shape == (5, 1)
 
 
@@ -373,10 +347,10 @@ def test_squares_need_a_rectangle(model):
 
 def kept_columns(model, batch, plan, layer) -> list[list[int]]:
     """Per picture the columns of the input that the compressor at ``layer`` keeps."""
-    watched = Watched(plan[layer])
-    with compress(model, {**plan, layer: watched}, labelled_only=False):
+    watched = Watched()
+    with compress(model, plan, labelled_only=False, observe=watched):
         model(**batch)
-    tokens, out = watched.calls[-1]
+    tokens, out = watched.calls[watched.layers.index(layer)]
     first = tokens.probe.images % batch["input_ids"].shape[1]
     return [f[a[m]].tolist() for f, a, m in zip(first, out.anchor, out.mask, strict=True)]
 
@@ -415,8 +389,8 @@ def test_attention_rows_equal_the_stock_maps_of_every_family(family):
     """Also behind query and key norms and 3-D rotary positions. Gemma 3's layer 0 has a sliding window."""
     tiny = FAMILIES[family]("left", "eager")
     maps = [layer.mean(1) for layer in tiny.model(**tiny.batch, output_attentions=True).attentions]
-    watched = Watched(FastV(0.5))
-    with compress(tiny.model, {2: watched}):
+    watched = Watched()
+    with compress(tiny.model, {2: FastV(0.5)}, observe=watched):
         tiny.model(**tiny.batch)
         [(tokens, _)] = watched.calls
         for previous in (True, False):
@@ -500,9 +474,9 @@ def test_different_numbers_of_tokens_for_each_image(model):
             norm = tokens.hidden.norm(dim=-1)
             return keep_tokens(tokens, norm >= norm.mean(1, keepdim=True))
 
-    batch, watched = ragged_batch([[3, 4], [4, 3]]), Watched(AboveMean())
+    batch, watched = ragged_batch([[3, 4], [4, 3]]), Watched()
     alone = [{key: value[row : row + 1] for key, value in batch.items()} for row in range(2)]
-    with compress(model, {1: watched}):
+    with compress(model, {1: AboveMean()}, observe=watched):
         both, single = model(**batch).logits, [model(**row).logits[0] for row in alone]
         slow = model.generate(**{k: v for k, v in batch.items() if k != "labels"}, **GREEDY, use_cache=False)
         fast = model.generate(**{k: v for k, v in batch.items() if k != "labels"}, **GREEDY)
@@ -563,3 +537,30 @@ def test_a_malformed_plan_gets_one_line_with_the_options(name):
             assert "\n" not in str(error) and "__init__" not in str(error)
             for field in fields(COMPRESSORS[name]):
                 assert field.name in str(error), (text, str(error))
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "checkpointing"])
+def test_an_observer_sees_what_each_compressor_got_and_returned(mode):
+    """In the order of the layers, by the plan's own keys; what removes nothing is not in force."""
+    model, watched = tiny_llava(), Watched()
+    model.train(mode != "eval")
+    if mode == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    plan = {"vision": AveragePool2d(2), 0: AveragePool(1), 1: AveragePool(2), 2: FastV(0.5)}
+    with compress(model, plan, observe=watched):
+        model(**ragged_batch(RAGGED)).loss.backward()
+    assert watched.layers == ["vision", 1, 2]
+    sizes = [(tokens.mask.sum(1).tolist(), out.mask.sum(1).tolist()) for tokens, out in watched.calls]
+    assert sizes == [([16] * 5, [4] * 5), ([4] * 5, [2] * 5), ([2] * 5, [1] * 5)]
+
+
+def test_an_observers_error_ends_the_pass_and_leaves_the_model_stock():
+    model, batch = tiny_llava(), ragged_batch(RAGGED)
+    stock = model(**batch).logits
+
+    def fail(layer, tokens, out):
+        raise RuntimeError(f"on purpose at {layer}")
+
+    with pytest.raises(RuntimeError, match="on purpose at 1"), compress(model, "1:avgpool:2", observe=fail):
+        model(**batch)
+    assert torch.equal(model(**batch).logits, stock)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
+
+TESTS = str(Path(__file__).parent)
 
 CODE = """
 import importlib, logging, os, pkgutil, random, signal, sys, warnings
@@ -37,3 +41,25 @@ def test_importing_any_module_changes_nothing_global():
     run = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout.split()[-1]) > 35
+
+
+ALONE = """
+import sys
+
+for name in ("av", "peft", "datasets", "deepspeed", "papermill", "accelerate", "pandas", "matplotlib"):
+    sys.modules[name] = None  # importing it fails
+import llavolta.compression.patch
+from llavolta import AveragePool, compress
+from tiny import ragged_batch, tiny_llava
+
+model = tiny_llava()
+for plan in ({2: AveragePool(stride=8)}, "vision:prumerge+;1:fastv:0.5"):
+    with compress(model, plan):
+        assert model(**ragged_batch([[3, 4]])).loss.item() > 0
+"""
+
+
+def test_compression_needs_neither_video_nor_adapters_nor_data_nor_engines():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))}
+    run = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr

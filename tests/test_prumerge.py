@@ -5,36 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from families_tiny import FAMILIES
-from tiny import IMAGE, ragged_batch, tiny_llava
+from tiny import IMAGE, Watched, ragged_batch, tiny_llava
 from transformers import CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from llavolta import PruMerge, PruMergePlus, UnsupportedModel, compress, parse_plan, tokens_per_layer
-from llavolta.compression.compressors import Compressor
 from llavolta.compression.probe import TowerProbe
 from llavolta.cost.bench import prumerge_loop, tower_tokens
 
 RAGGED = [[3, 4], [2, 0, 5], [6], [1, 3, 2]]  # one image, two in a row, none, two apart
 both = pytest.mark.parametrize("kind", [PruMerge, PruMergePlus])
-
-
-class Keeps(Compressor):
-    """What the inner compressor got and returned, after each call."""
-
-    name = ""
-
-    def __init__(self, inner: Compressor):
-        object.__setattr__(self, "inner", inner)
-        object.__setattr__(self, "calls", [])
-
-    needs = property(lambda self: self.inner.needs)
-    contiguous = property(lambda self: self.inner.contiguous)
-
-    def num_tokens(self, num_tokens):
-        return self.inner.num_tokens(num_tokens)
-
-    def __call__(self, tokens):
-        self.calls.append((tokens, self.inner(tokens)))
-        return self.calls[-1][1]
 
 
 def assert_like_loop(compressor: PruMerge, tokens) -> torch.Tensor:
@@ -152,9 +131,9 @@ def with_tower(depth: int, width: int, grid: int, heads: int = 2):
 @pytest.mark.parametrize("images", [1, 16])
 def test_the_tower_gives_its_own_last_layer(kind, depth, width, grid, images):
     """Queries and keys written down from the stock tower; features of the layer that the model selects."""
-    model, watched = with_tower(depth, width, grid), Keeps(kind())
+    model, watched = with_tower(depth, width, grid), Watched()
     batch = ragged_batch([[2] * (images + 1)], grid=grid)
-    with compress(model, {"vision": watched}):
+    with compress(model, {"vision": kind()}, observe=watched):
         model(**batch)
     [(tokens, out)] = watched.calls
     tower = model.model.vision_tower
@@ -172,8 +151,8 @@ def test_the_tower_gives_its_own_last_layer(kind, depth, width, grid, images):
 
 def shortened(model, batch: dict, plan: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Per row the embeddings of text and remaining tokens (1, T', C), and the columns of the text among them."""
-    watched = Keeps(parse_plan(plan)["vision"])
-    with compress(model, {"vision": watched}):
+    watched = Watched()
+    with compress(model, {"vision": parse_plan(plan)["vision"]}, observe=watched):
         model.model.get_image_features(pixel_values=batch["pixel_values"])
     [(_, left)] = watched.calls
     images = iter([model.model.multi_modal_projector(h[m]) for h, m in zip(left.hidden, left.mask, strict=True)])
@@ -266,8 +245,8 @@ def test_towers_that_cannot_rank_patches_say_so():
 
 def test_the_class_token_of_a_clip_is_one_of_its_tokens():
     """Video-LLaVA feeds 17 tokens of each frame to the language model; the first is the class token."""
-    family, watched = FAMILIES["video_llava"](), Keeps(PruMerge(0.3))
-    with compress(family.model, {"vision": watched}):
+    family, watched = FAMILIES["video_llava"](), Watched()
+    with compress(family.model, {"vision": PruMerge(0.3)}, observe=watched):
         family.model(**family.batch)
     images, frames = sorted(watched.calls, key=lambda call: call[0].mask.shape[1])
     assert [call[0].mask.shape for call in (images, frames)] == [(2, 16), (2, 17)]

@@ -173,3 +173,14 @@ def _pool(tokens, positions, labels, images, stride):
         new_images.append(pooled)
         place += len(image)
     return new_tokens, new_positions, new_labels, new_images
+
+
+class Watched:
+    """What the compressors of a plan got and returned: to be given to compress as ``observe``."""
+
+    def __init__(self):
+        self.calls, self.layers = [], []
+
+    def __call__(self, layer, tokens, out):
+        self.calls.append((tokens, out))
+        self.layers.append(layer)

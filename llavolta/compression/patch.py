@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -63,6 +63,7 @@ def compress(
     *,
     labelled_only: bool | None = None,
     prefix: nn.Module | None = None,
+    observe: Callable[[Layer, VisualTokens, CompressedTokens], None] | None = None,
 ) -> Compression:
     """Compress the visual tokens of ``model`` by ``plan`` until the returned handle is removed or its block ends.
 
@@ -88,10 +89,14 @@ def compress(
     prefix: gives, for I pictures, embeddings (I, P, C) to stand before each of them in the decoder, in place of tokens
     that the plan drops at "vision" or layer 0; later compressors count them among the visual tokens.
 
+    observe: called as ``observe(layer, tokens, compressed)`` after each compressor of the plan, with the plan's key,
+    what the compressor got and what it returned: once a forward pass, also under gradient checkpointing. Entries
+    that remove nothing are not in force, so nothing is observed of them.
+
     Raises PlanError for a plan that does not fit, UnsupportedModel for a model without visual tokens or one that
     cannot do what the plan asks, RuntimeError if the model is being compressed already.
     """
-    return Compression(model, plan, labelled_only, prefix)
+    return Compression(model, plan, labelled_only, prefix, observe)
 
 
 @dataclass
@@ -186,7 +191,8 @@ class _DropMarked(Compressor):
 class Compression:
     """The handle that ``compress`` returns: a context manager with ``remove()``. ``plan`` is the parsed plan."""
 
-    def __init__(self, model: nn.Module, plan, labelled_only: bool | None, prefix: nn.Module | None = None):
+    def __init__(self, model: nn.Module, plan, labelled_only: bool | None, prefix=None, observe=None):
+        self._observe = observe
         self.parts = find_parts(model)
         self._compiled = is_compiled(model)
         self.plan: Plan = check_layers(parse_plan(plan), len(self.parts.layers))
@@ -198,8 +204,10 @@ class Compression:
                 "itself, so nothing can be compressed before it; use layer 0, which is behind it"
             )
         self._steps: dict[int, list[Compressor]] = {layer: [c] for layer, c in working.items()}
+        self._drop_marked: Compressor | None = None  # the second half of the entry "vision"
         if self._vision is not None:
-            self._steps[0] = [_DropMarked(self._vision.contiguous), *self._steps.get(0, [])]
+            self._drop_marked = _DropMarked(self._vision.contiguous)
+            self._steps[0] = [self._drop_marked, *self._steps.get(0, [])]
         if prefix is not None:
             if 0 not in self._steps:
                 raise PlanError(f"plan {format_plan(self.plan)!r} makes no room for a prefix at 'vision' or layer 0")
@@ -462,6 +470,8 @@ class Compression:
         probe = self._tower_probe(images, length)
         tokens = VisualTokens(hidden, mask, positions, grid.expand(images, -1), module.training, probe)
         out, _ = _check(self._vision(tokens), tokens, f"compressor {self._vision} at 'vision'")
+        if self._observe is not None:
+            self._observe(VISION, tokens, out)
         self._now.kept = out, length
         return (out.hidden, *args[1:])
 
@@ -573,6 +583,8 @@ class Compression:
             pictures.frames,
         )
         out, whole = _check(compressor(tokens), tokens, f"compressor {compressor} at layer {number}")
+        if self._observe is not None and number in self.plan and compressor is not self._drop_marked:
+            self._observe(number, tokens, out)
 
         # The token that an anchor stands for is the only visual token that stays. Padding goes to a row to spare.
         anchor_rows = pictures.rows.gather(1, out.anchor)  # (I, M) flat

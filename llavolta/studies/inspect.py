@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llavolta.compression import families, patch
-from llavolta.compression.compressors import CompressedTokens, Compressor, VisualTokens
+from llavolta.compression.compressors import CompressedTokens, VisualTokens
 from llavolta.compression.plan import VISION, format_plan, parse_plan
 from llavolta.cost.flops import step_cost
 from llavolta.data import LlavaData
@@ -23,42 +23,6 @@ from llavolta.studies import evaluation, opening
 from llavolta.train.schemes import plan_compression_ratio
 
 SHOWN = 64  # tokens of an answer that is shown
-
-
-@dataclass(frozen=True)
-class _Recorder(Compressor):
-    """Does what ``inner`` does, and notes where each token went."""
-
-    inner: Compressor
-    seen: list = field(default_factory=list, compare=False)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return self.inner.needs
-
-    @property
-    def over_clips(self) -> bool:
-        return self.inner.over_clips
-
-    @property
-    def is_identity(self) -> bool:
-        return self.inner.is_identity
-
-    @property
-    def contiguous(self) -> bool:
-        return self.inner.contiguous
-
-    def num_tokens(self, num_tokens: int) -> float:
-        return self.inner.num_tokens(num_tokens)
-
-    def __str__(self) -> str:
-        return str(self.inner)
-
-    def __call__(self, tokens: VisualTokens) -> CompressedTokens:
-        out = self.inner(tokens)
-        counts = int(out.mask.sum()), int(tokens.mask.sum())
-        self.seen.append((_destination(out, tokens), tuple(tokens.grid[0].tolist()), counts))
-        return out
 
 
 def _destination(out: CompressedTokens, tokens: VisualTokens) -> Tensor:
@@ -78,15 +42,19 @@ def recording(model, plan) -> Iterator[SimpleNamespace]:
     maps: see ``token_map``. shape: rows and columns of the first picture, None if nothing was removed. counts: by layer
     of the plan, how many tokens were left of how many.
     """
-    plan = {layer: _Recorder(compressor) for layer, compressor in parse_plan(plan).items()}
+    plan, seen = parse_plan(plan), {}
     record = SimpleNamespace(maps={}, shape=None, counts={})
-    with patch.compress(model, plan):
+
+    def note(layer, tokens: VisualTokens, out: CompressedTokens) -> None:
+        if layer not in seen:  # in the first pass
+            counts = int(out.mask.sum()), int(tokens.mask.sum())
+            seen[layer] = _destination(out, tokens), tuple(tokens.grid[0].tolist()), counts
+
+    with patch.compress(model, plan, observe=note):
         yield record
     where = None
-    for layer, recorder in plan.items():
-        if not recorder.seen:  # it removes nothing, so compress left it out
-            continue
-        step, shape, record.counts[layer] = recorder.seen[0]
+    for layer in (layer for layer in plan if layer in seen):  # what removes nothing is not seen
+        step, shape, record.counts[layer] = seen[layer]
         if where is None:
             where, record.shape = step, shape
         elif len(where) != len(step):
