@@ -33,8 +33,9 @@ from transformers import AutoModelForImageTextToText, DynamicCache
 from transformers.utils import is_flash_attn_2_available
 
 from llavolta.compression.families import find_parts
+from llavolta.compression.labelled import IGNORED
 from llavolta.compression.masks import cache_bytes
-from llavolta.compression.patch import IGNORED, compress
+from llavolta.compression.patch import compress
 from llavolta.compression.plan import parse_plan
 from llavolta.cost.bench import Sizes, interleaved, now
 from llavolta.cost.flops import cost_model, reference_config
