@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llavolta.compression.patch import IGNORED
+from llavolta.compression.labelled import IGNORED
 from llavolta.compression.plan import tokens_per_layer
 from llavolta.cost import bench
 from llavolta.train.models import set_trainable

@@ -15,6 +15,11 @@ def cache_bytes(cache) -> int:
     return sum(part.numel() * part.element_size() for layer in layers for part in (layer.keys, layer.values))
 
 
+def is_flat(decoder) -> bool:
+    """Whether its attention backend takes masks as (B, S) only."""
+    return "flash" in (decoder.config._attn_implementation or "")
+
+
 def look_up_mask(mask, query: Tensor, key: Tensor, key_valid: Tensor, past: int, flat: bool):
     """The attention mask of a part of the tokens, looked up in the mask of them all.
 

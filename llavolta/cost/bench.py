@@ -22,8 +22,9 @@ from transformers import DynamicCache
 
 from llavolta.compression.compressors import VisualTokens
 from llavolta.compression.families import find_parts, unwrap
+from llavolta.compression.labelled import IGNORED
 from llavolta.compression.masks import cache_bytes
-from llavolta.compression.patch import IGNORED, compress
+from llavolta.compression.patch import compress
 from llavolta.compression.plan import parse_plan
 from llavolta.compression.probe import TowerProbe
 from llavolta.cost.flops import cost_model

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from transformers import AutoModelForImageTextToText
 
-from llavolta.compression.patch import IGNORED
+from llavolta.compression.labelled import IGNORED
 from llavolta.cost.bench import Sizes
 from llavolta.cost.flops import cost_model, reference_config
 from llavolta.train.models import set_trainable

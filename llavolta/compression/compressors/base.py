@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -200,6 +200,33 @@ def keep_tokens(tokens: VisualTokens, keep: Tensor) -> CompressedTokens:
     anchor = torch.argsort(~keep, dim=1, stable=True)[:, :longest]
     hidden = tokens.hidden.gather(1, anchor[..., None].expand(-1, -1, tokens.hidden.shape[-1]))
     return CompressedTokens(hidden, torch.arange(longest, device=keep.device) < count[:, None], anchor)
+
+
+def check_output(out: CompressedTokens, tokens: VisualTokens, where: str) -> tuple[CompressedTokens, bool]:
+    """A compressor's output that has been found sound, its anchors clamped at padding; and whether none is padding."""
+    pictures, length, width = tokens.hidden.shape
+    kept = tuple(out.mask.shape)
+    fits = out.hidden.shape == (*kept, width) and kept[0] == pictures
+    if not fits or tuple(out.anchor.shape) not in (kept, (1, *kept[1:]), kept[1:]):
+        raise ValueError(
+            f"{where} returned hidden {tuple(out.hidden.shape)}, mask {kept}, anchor {tuple(out.anchor.shape)} for "
+            f"{pictures} pictures of width {width}; expected ({pictures}, M, {width}), ({pictures}, M), ({pictures}, M)"
+        )
+    anchor = out.anchor.expand(kept).clamp(0, length - 1)
+    found = (
+        out.mask.any(1).all(),
+        ((anchor.diff(dim=1) > 0) | ~out.mask[:, 1:]).all() & (tokens.mask.gather(1, anchor) | ~out.mask).all(),
+        (torch.isfinite(out.hidden) | ~out.mask[..., None]).all(),
+        out.mask.all(),
+    )
+    some_left, sound, finite, whole = torch.stack(found).tolist()  # the host waits for the device once
+    if not some_left:
+        raise ValueError(f"{where} left an image with no token; every image must keep at least one")
+    if not sound:
+        raise ValueError(f"{where} returned anchors that do not rise, or that stand at padding")
+    if not finite:
+        raise FloatingPointError(f"{where} returned NaN or infinite values; check the compressor and the learning rate")
+    return replace(out, anchor=anchor), whole
 
 
 def share_of(mask: Tensor, keep: float) -> Tensor:
