@@ -444,7 +444,7 @@ def test_rounds_ask_until_the_task_ends_them(plugin, scenes):
     pictures = plugin.task_dict["t"]["s"][0]["images"]
     texts = [asked[0].args[0], "Is there a 1?", "Is there a 2?"]
     model, processor = plugin.model, plugin.processor
-    own = [answer(model, processor, prompts(model, processor, [(text, pictures)]))[0] for text in texts]
+    own = [answer(model, processor, prompts(model, processor, [(text, pictures)]), 4)[0][0] for text in texts]
     assert said == own
     assert heard == [(own[:1], 1, None), (own[:2], 2, {"round": 1}), (own, 3, {"round": 2})]
 
