@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,11 @@ import llavolta
 from llavolta.compression.families import find_parts
 from llavolta.compression.plan import parse_plan
 from llavolta.cost import bench
-from llavolta.data import Collator, LlavaData
-from llavolta.studies import evaluation, inspect, redundancy, statistics
+from llavolta.data import Collator, DataError, LlavaData, padding_colour
+from llavolta.studies import evaluation, inspect, opening, redundancy, statistics
+from llavolta.studies.opening import StudyError, open_study
 from llavolta.train.models import load_model
+from llavolta.worlds import WORLDS
 
 
 def test_the_table_shows_the_best_constant_answer_per_type():
@@ -163,3 +167,40 @@ def test_every_plan_in_a_docstring_can_be_parsed():
     assert len(plans) >= 2
     for plan in plans:
         parse_plan(plan)
+
+
+def test_a_study_opens_model_and_pictures_as_they_were_trained(scenes, small_model, tmp_path, monkeypatch):
+    """On its device, padded as its run's own config.yaml says; questions are those held out of the world, or given."""
+    run = tmp_path / "run"
+    shutil.copytree(small_model, run)
+    monkeypatch.setitem(WORLDS, "digits", replace(WORLDS["digits"], build=lambda *_: scenes))
+    study = open_study(run)
+    assert (study.data.file, study.data.pad) == (scenes / "heldout.json", None)
+    assert study.depth == len(study.model.model.language_model.layers) and study.model.dtype == torch.float32
+    (run / "config.yaml").write_text("pad_to_square: true")
+    study = open_study(run, scenes / "train.json", dtype=torch.bfloat16)
+    assert (study.data.file, study.model.dtype) == (scenes / "train.json", torch.bfloat16)
+    assert study.data.pad == padding_colour(study.processor) and open_study(run, pad_to_square=False).data.pad is None
+    with pytest.raises(DataError, match="unknown data 'digit'; choose from digits, clips"):
+        open_study(run, world="digit")
+    monkeypatch.setattr(opening, "load_model", lambda *_, **__: pytest.fail("loaded before the questions were"))
+    with pytest.raises(DataError, match="no.json"):
+        open_study(run, tmp_path / "no.json")
+
+
+def test_accuracy_is_told_apart_by_further_columns_and_needs_an_answer():
+    answers = pd.DataFrame(
+        dict(type=["a", "b"] * 4, correct=[True, False] * 3 + [True, True], plan=["x"] * 4 + ["y"] * 4)
+    )
+    table = statistics.accuracy_table(answers, by=["plan"]).set_index(["plan", "type"])
+    assert table.accuracy.to_dict() == {
+        ("x", "overall"): 0.5,
+        ("y", "overall"): 0.75,
+        ("x", "a"): 1,
+        ("x", "b"): 0,
+        ("y", "a"): 1,
+        ("y", "b"): 0.5,
+    }
+    assert statistics.accuracy_table(answers).index.tolist() == ["a", "b", "overall"]
+    with pytest.raises(StudyError, match="at least one question"):
+        statistics.interval([])

@@ -88,7 +88,7 @@ class CacheBook:
             gone.add(seen - state.past)
         count = gone.pop()
         if gone or count <= 0:
-            return held  # as it was, or cropped in a way that _note_cache will name
+            return held  # as it was, or cropped in a way that ``note`` will name
         last = torch.arange(seen - count, seen, device=state.real.device)
         if not all((rows.original[:, -count:] == last).all() & rows.valid[:, -count:].all() for rows in held.values()):
             return held

@@ -32,7 +32,7 @@ class Example:
 
     @property
     def looks(self) -> list:
-        """Pictures, then clips, as ``evaluate.prompts`` takes them."""
+        """Pictures, then clips, as ``studies.evaluation.prompts`` takes them."""
         return [*self.images, *self.videos]
 
 

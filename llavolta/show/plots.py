@@ -157,7 +157,7 @@ LAYER_MARKERS = "osD^vP*X"
 def accuracy_curves(table: pd.DataFrame, constant: pd.Series | None = None) -> Figure:
     """Accuracy against the share of visual tokens kept, a curve per layer, a point per stride, a panel per type.
 
-    table: from studies.sweep_table. constant: per type, the accuracy of the best constant answer, drawn as a line.
+    table: from redundancy.sweep_table. constant: per type, the accuracy of the best constant answer, drawn as a line.
     """
     kinds = ["overall", *sorted(set(table.type) - {"overall"})]
     kinds = kinds[:1] if len(kinds) == 2 else kinds  # one type is the whole
@@ -195,7 +195,7 @@ def accuracy_curves(table: pd.DataFrame, constant: pd.Series | None = None) -> F
 
 @themed
 def attention_lines(table: pd.DataFrame) -> Figure:
-    """The share of the answer position's attention per kind of token against the layer; see studies.attention_table.
+    """The share of the answer position's attention per kind of token against the layer; see redundancy.attention_table.
 
     Dotted: the share of the prompt's tokens that are of the kind.
     """
@@ -214,7 +214,7 @@ def attention_lines(table: pd.DataFrame) -> Figure:
 
 @themed
 def design_grid(table: pd.DataFrame) -> Figure:
-    """Compression ratio and training FLOPs by layer K and stride S as two heat maps; see studies.design_table."""
+    """Compression ratio and training FLOPs by layer K and stride S as two heat maps; see inspect.design_table."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for ax, column, title, form in (
         (axes[0], "ratio", "compression ratio", ".2f"),
@@ -401,7 +401,7 @@ def budget_curves(table: pd.DataFrame, kinds: Sequence[str] = ("overall", "diffi
 
 @themed
 def benchmark_table(table: pd.DataFrame) -> Figure:
-    """Percent per row and benchmark (see benchmarks.table.paper_table); hatched where nothing was run."""
+    """Percent per row and benchmark (see harness.table.paper_table); hatched where nothing was run."""
     figure, ax = plt.subplots(figsize=(1.5 + 0.62 * table.shape[1], 1.6 + 0.42 * len(table)), layout="constrained")
     ax.set_facecolor("0.92")
     ax.patch.set(hatch="//", edgecolor="0.75")

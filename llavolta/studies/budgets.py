@@ -99,7 +99,7 @@ def training_free(
 ) -> pd.DataFrame:
     """Answers of one model under every plan of ``plans_at``, at test time only.
 
-    One row per budget, method and question: see evaluate.evaluate; and ``difficult``, where the question is one that
+    One row per budget, method and question: see evaluation.evaluate; and ``difficult``, where the question is one that
     downsampling to the same budget gets wrong (VTC-Bench, arXiv 2510.07143). The model without compression is the
     method FULL in every budget. Methods that the model cannot do are left out, with a message.
     """

@@ -93,9 +93,9 @@ def compare(
     alignment is done once a seed. heldout: LLaVA JSON; None: that of the generated data trained on. workers: runs at
     a time, each in a process of its own (on the CPU with its share of the cores). plans: by scheme, the plan in force
     while answering (default: none). changes: by scheme, what differs in its configuration: ``{"projector": "stf:2"}``.
-    max_new_tokens: see evaluate.evaluate; pictures are padded as the runs pad them.
-    Returns one row per scheme, seed and question: see evaluate.evaluate. Raises what ``train`` raises, at once; what is
-    finished stays.
+    max_new_tokens: see evaluation.evaluate; pictures are padded as the runs pad them.
+    Returns one row per scheme, seed and question: see evaluation.evaluate. Raises what ``train`` raises, at once; what
+    is finished stays.
     """
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise CompareError(f"workers must be a whole number of at least 1, not {workers!r}")

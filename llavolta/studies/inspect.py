@@ -85,7 +85,7 @@ class View:
     plan: its text. maps: see ``token_map``. tokens: how many visual tokens each decoder layer worked on. shape: rows
     and columns of the first picture (or frame). visual: visual tokens in all. ratio: the compression ratio, from these
     tokens. flops: those of a training step relative to no compression, at the plan's mean number of tokens; NaN where
-    cost.step_cost does not know the model.
+    cost.flops.step_cost does not know the model.
     answer: the model's greedy answer. guesses: the five likeliest first tokens of the answer and their probabilities.
     """
 

@@ -17,7 +17,7 @@ from llavolta.train.checkpoints import RECORD
 from llavolta.train.config import TrainConfig, run_settings
 from llavolta.train.models import load_model
 from llavolta.train.run import train
-from llavolta.worlds import WORLDS
+from llavolta.worlds import world as find_world
 
 
 class StudyError(UserError, ValueError):
@@ -95,7 +95,7 @@ def open_study(
 
     questions: None: those held out of ``world``. pad_to_square: see ``trained_padding``.
     """
-    data = LlavaData(questions or WORLDS[world].heldout(), images or None)  # refused before a model is loaded
+    data = LlavaData(questions or find_world(world).heldout(), images or None)  # refused before a model is loaded
     opened, processor, folder = open_model(model, dtype)
     data.pad = trained_padding(processor, folder, pad_to_square)
     return Study(opened, processor, data, folder)

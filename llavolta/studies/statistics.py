@@ -47,6 +47,8 @@ def accuracy_table(answers: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFram
 def interval(values: Sequence[float], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """The 95% interval of the mean of ``values`` (n,), by bootstrap (percentiles), in bounded memory."""
     values = np.asarray(values, dtype=float)
+    if not len(values):
+        raise StudyError("there is no answer to take a mean of; ask at least one question")
     if len(values) < 2 or (values == values[0]).all():  # every draw is the same
         return float(values[0]), float(values[0])
     found = stats.bootstrap(

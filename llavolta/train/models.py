@@ -48,7 +48,9 @@ def model_path(name: str) -> str:
     """The folder or hub name that ``name`` stands for. Raises ConfigError if it can be neither."""
     path = str(MODELS[name]()) if name in MODELS else name
     if not Path(path).exists() and (path.startswith((".", "/")) or path.count("/") != 1):
-        raise ConfigError(f"no model folder {path}; give a Hugging Face folder, a hub name or 'embedded'")
+        raise ConfigError(
+            f"no model folder {path}; give a Hugging Face folder, a hub name or one of {', '.join(MODELS)}"
+        )
     return path
 
 

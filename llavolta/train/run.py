@@ -353,7 +353,7 @@ def _check_checkpoint(checkpoint: Path, trainer: StageTrainer, config: TrainConf
 def summarise(config: TrainConfig, setup: Setup, table, times) -> str:
     """A paragraph of Markdown: the stage's accuracy and the time that its compression saves.
 
-    table: from evaluate.accuracy_table. times: from bench.step_times, with the scheme's stages.
+    table: from studies.statistics.accuracy_table. times: from bench.step_times, with the scheme's stages.
     """
     overall = table.loc["overall"]
     ratio = dict(zip(times.plan, times.ratio, strict=True))

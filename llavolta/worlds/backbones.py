@@ -174,21 +174,6 @@ def train_tower(steps: int = 4000, batch: int = 32, seed: int = 0, peak_lr: floa
     return tower, heads, log
 
 
-@torch.no_grad()
-def tower_accuracy(tower: CLIPVisionModel, heads: TowerHeads, split: str, scenes: int = 300, seed: int = 0) -> float:
-    """Share of the digits of ``scenes`` fresh scenes that the mean of their patches' logits names correctly."""
-    rng = np.random.default_rng([seed, 2])
-    layout = digits.Scenes.sample(scenes, rng)
-    patch, _ = heads(tower, layout.render(split, rng))
-    logits = patch[..., :10].log_softmax(-1)
-    row, column = _cell_of_patch()
-    shown = torch.tensor(layout.patch_labels()) != digits.NONE
-    cell = F.one_hot(row * digits.GRID + column, digits.GRID**2).float()  # (144, 9)
-    votes = torch.einsum("bpd,bp,pc->bcd", logits, shown.float(), cell)
-    truth = torch.tensor(layout.digits)
-    return (votes.argmax(-1) == truth)[truth != digits.NONE].float().mean().item()
-
-
 def _place_words(words) -> torch.Tensor:
     """(144, 2) the ids of the words for each patch's row and column of cells."""
     row, column = _cell_of_patch()
