@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -195,7 +194,7 @@ class TestScheme:
 
     def test_other_plans_and_pivots_keep_the_modes(self):
         stages = [dict(plan="0:random:0.1", share=0.5, slow_every=4), dict(plan="none", share=0.5)]
-        config = TrainConfig("x", scheme=stages, pivots=[30], stage=1, plan="0:avgpool:8")
+        config = TrainConfig(output="x", scheme=stages, pivots=[30], stage=1, plan="0:avgpool:8")
         stage, last = config.resolve_scheme(8, 90).stages
         assert (stage.plan, stage.slow_every, last.slow_every) == ("0:avgpool:8", 4, 0)
         assert stage.share == pytest.approx(1 / 3)
@@ -325,6 +324,6 @@ def test_accumulation_of_slow_steps_is_one_large_slow_step():
 
 def test_it_learns(settings, tmp_path):
     changes = dict(scheme="dualspeed", max_steps=40, learning_rate=5e-3, batch_size=16)
-    run = train(replace(TrainConfig(output=str(tmp_path / "run"), **settings), **changes), progress=False)
+    run = train(TrainConfig(output=str(tmp_path / "run"), **settings).changed(**changes), progress=False)
     losses = [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
     assert sum(losses[30:]) < 0.8 * sum(losses[:10])

@@ -93,8 +93,8 @@ def test_a_run_whose_steps_are_said_in_other_words_is_the_same(scenes, small_mod
     weights = run.train(config, progress=False) / "model.safetensors"
     written = weights.stat().st_mtime_ns
     for other in (dict(max_steps=None if first else 3), dict(max_steps=None, epochs=3 * 8 / 48)):
-        assert run.train(replace(config, **other), progress=False) == tmp_path / "run"
+        assert run.train(config.changed(**other), progress=False) == tmp_path / "run"
     assert weights.stat().st_mtime_ns == written
     for other in (dict(max_steps=4), dict(max_steps=None, epochs=5.0), dict(max_steps=None, learning_rate=1e-3)):
         with pytest.raises(ConfigError, match="holds another run"):
-            claim(replace(config, **other))
+            claim(config.changed(**other))

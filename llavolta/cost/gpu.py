@@ -15,7 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -399,7 +399,7 @@ def runs(load: Load) -> pd.DataFrame:
                 train(config, progress=False)
             else:  # an engine takes the whole process
                 file = Path(folder, "config.yaml")
-                file.write_text(yaml.safe_dump(asdict(config)))
+                file.write_text(yaml.safe_dump(config.model_dump()))
                 command = [sys.executable, "-m", "llavolta.train", str(file), "--num-processes", "1"]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -22,7 +21,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from llavolta.compression.plan import check_layers, parse_plan
+from llavolta.compression.plan import check_layers
 from llavolta.cost import bench
 from llavolta.data import Collator, GroupedSampler, LlavaData
 from llavolta.errors import UserError
@@ -71,7 +70,7 @@ def contestants(names: Sequence[str], own: Mapping[str, Sequence], num_layers: i
             raise CompareError(f"a scheme of your own cannot be called {name!r}; that one exists")
         chosen[name] = Scheme.of(name, stages)
         for stage in chosen[name].stages:
-            check_layers(parse_plan(stage.plan), num_layers)
+            check_layers(stage.compressors, num_layers)
     return chosen
 
 
@@ -105,17 +104,16 @@ def compare(
     root, plans, changes = Path(config.output), plans or {}, changes or {}
     aligned, runs = {}, {}
     for seed, name in sorted((number, key) for key in schemes for number in seeds[key]):
-        own = replace(config, seed=seed, **changes.get(name, {}))
+        own = config.changed(seed=seed, **changes.get(name, {}))
         start = {}
         if own.aligns:
             kind = "" if own.projector == OWN else "-" + own.projector.replace(":", "-")
             first = root / f"{seed}" / f"{build.ALIGN}{kind}"
-            aligned[first] = replace(_any(own), output=str(first), stage=0)
+            aligned[first] = _any(own).changed(output=str(first), stage=0)
             start = dict(model=str(first), align_steps=0, align_epochs=None, projector=OWN)
-        run = replace(own, output=str(root / f"{seed}" / name), stage=None, plan=None, **start)
-        runs[name, seed] = replace(
-            run, scheme=schemes[name].written, pivots=None, max_steps=setup.total_steps, epochs=None
-        )
+        run = own.changed(output=str(root / f"{seed}" / name), stage=None, plan=None, **start)
+        written = schemes[name].written
+        runs[name, seed] = run.changed(scheme=written, pivots=None, max_steps=setup.total_steps, epochs=None)
     if workers == 1:
         for first in aligned.values():
             train(first, progress=False)
@@ -131,7 +129,7 @@ def compare(
 
 def _any(config: TrainConfig) -> TrainConfig:
     """``config`` with a scheme that fits any number of steps; its own plays no part here."""
-    return replace(config, scheme=["none"], stage=None, plan=None)
+    return config.changed(scheme=["none"], stage=None, plan=None)
 
 
 def _begin_worker(threads: int) -> None:

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             values = parse_yaml(text, options.config)
             if not isinstance(values, dict):
                 raise ConfigError(f"{options.config} must hold 'name: value' lines")
-            config = TrainConfig.from_dict(values | changes)
+            config = TrainConfig(**values | changes)
         if options.num_processes and "WORLD_SIZE" in os.environ:  # under a launcher
             os.environ[WANTED_PROCESSES] = str(options.num_processes)
             train(config)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from llavolta.compression.plan import check_layers, parse_plan
 from llavolta.errors import UserError
@@ -26,135 +27,145 @@ class ConfigError(UserError, ValueError):
     """A training configuration that cannot be run; the message names the parameter and what it may be."""
 
 
-# What the numbers of a configuration may be: whole ones and their least, others and their range.
-_WHOLE = dict(
-    align_steps=0,
-    max_steps=1,
-    batch_size=1,
-    align_batch_size=1,
-    global_batch=1,
-    align_global_batch=1,
-    max_length=1,
-    save_steps=0,
-    keep_checkpoints=1,
-    log_steps=1,
-    num_workers=0,
-    scenes=1,
-    lora_rank=0,
-    lora_alpha=1,
-    seed=0,
-)
-_NUMBERS = dict(
-    learning_rate=(1e-12, 1),
-    align_learning_rate=(1e-12, 1),
-    projector_learning_rate=(1e-12, 1),
-    tower_learning_rate=(1e-12, 1),
-    warmup=(0, 1),
-    weight_decay=(0, 10),
-    epochs=(1e-6, 1e6),
-    align_epochs=(1e-6, 1e6),
-)
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value  # YAML reads 1e-3, without a point, as text
+    except ValueError:
+        return value
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything a run depends on. The defaults are the embedded scale; ``PRESETS`` names others.
+_Number = Annotated[float, BeforeValidator(_number)]
+_Rate = Annotated[_Number, Field(ge=1e-12, lt=1)]
+_Epochs = Annotated[_Number, Field(ge=1e-6, lt=1e6)]
+_Count = Annotated[int, Field(ge=0)]
+_Positive = Annotated[int, Field(ge=1)]
 
-    model: a Hugging Face folder or hub name; "embedded" is the tiny LLaVA in data/, "embedded-video" a Video-LLaVA of
-    its parts. vision_tower, language_model: folders or hub names to make a LLaVA of, with a new projector, in place of
-    ``model``. projector: a new one for projector alignment to train, such as "stf:2" (see train.projectors); "mlp"
-    leaves the model's own. data, images: LLaVA JSON and image folder; "digits" and "clips" are the generated digits VQA
-    and clips VQA of so many ``scenes``. bad_entries: "fail" at the first that cannot be read, or "skip" those that a
-    check of all pictures and clips finds before training; for a large set run ``python -m llavolta.data check`` first,
-    whose findings are used.
 
-    scheme: a name of schemes.NAMED (layers are scaled to the model's depth), a list of plans, or a list of
-    {plan, share}, maybe with slow_every (both taken as they are; see schemes.Stage). pivots: the optimizer steps at
-    which a stage ends and the next begins; else stages have their shares. stage: train up to the end of this stage of
-    the scheme (from 1), only projector alignment (0), or everything (None). plan: replaces the plan of ``stage``.
-    align_plan: the plan of projector alignment.
+class TrainConfig(BaseModel):
+    """Everything a run depends on. The defaults are the embedded scale; ``PRESETS`` names others."""
 
-    max_steps: optimizer steps of the whole scheme; epochs: the same as passes over the data (give one of the two).
-    align_steps: those of projector alignment; 0 skips it, for a model that is aligned; align_epochs replaces them.
-    batch_size: examples a process holds at a time. global_batch: examples of an optimizer step over all processes, by
-    accumulation of gradients; None: one batch of each process.
-
-    projector_learning_rate: None: ``learning_rate``. train_tower: also train the vision tower while tuning, at
-    tower_learning_rate. lora_rank: train adapters of this rank in the language model in place of its weights, scaled by
-    lora_alpha / lora_rank (lora_alpha None: twice the rank). quantize: "nf4" holds the frozen language model in 4 bits
-    (QLoRA). The finished model is a plain one either way.
-
-    deepspeed: "zero2", "zero3", "zero3-offload" or a DeepSpeed JSON file; fsdp: "fsdp2" or a file of Trainer's
-    fsdp_config; neither: DistributedDataParallel. save_steps: a checkpoint after every so many steps, besides those at
-    the ends of stages; keep_checkpoints: of them, the newest so many stay.
-    """
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     output: str
+    """The folder that the run is written to."""
     model: str = "embedded"
+    """A Hugging Face folder or hub name; "embedded" is the tiny LLaVA in data/, "embedded-video" a Video-LLaVA of its
+    parts."""
     vision_tower: str | None = None
+    """With language_model, in place of ``model``: a folder or hub name, to make a LLaVA with a new projector of."""
     language_model: str | None = None
+    """The other part of that LLaVA."""
     projector: str = OWN
-    data: str = "digits"
-    images: str | None = None
-    align_data: str | None = None
-    align_images: str | None = None
-    bad_entries: str = "fail"
-    scenes: int = 4000
-    scheme: str | list = "three-stage"
-    pivots: list | None = None
-    stage: int | None = None
-    plan: str | None = None
-    align_plan: str = "none"
-    max_steps: int | None = None
-    epochs: float | None = None
-    align_steps: int = 240
-    align_epochs: float | None = None
-    batch_size: int = 32
-    align_batch_size: int | None = None
-    global_batch: int | None = None
-    align_global_batch: int | None = None
-    learning_rate: float = 1.5e-3
-    align_learning_rate: float = 4e-3
-    projector_learning_rate: float | None = None
-    train_tower: bool = False
-    tower_learning_rate: float | None = None
-    lora_rank: int = 0
-    lora_alpha: int | None = None
-    quantize: str | None = None
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    max_length: int = 2048
-    pad_to_square: bool = False
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    deepspeed: str | None = None
-    fsdp: str | None = None
-    save_steps: int = 0
-    keep_checkpoints: int = 2
-    log_steps: int = 10
-    num_workers: int = 0
-    seed: int = 0
+    """A new one for projector alignment to train, such as "stf:2" (see train.projectors); "mlp": the model's own."""
 
-    def __post_init__(self):
-        for name, kind in get_type_hints(TrainConfig).items():
-            if name not in (*_WHOLE, *_NUMBERS, "stage") and not isinstance(getattr(self, name), kind):
-                kind = str(kind).removeprefix("<class '").removesuffix("'>")
-                raise ConfigError(f"{name} must be of type {kind}, not {getattr(self, name)!r}")
-        optional = {field.name for field in fields(self) if field.default is None}
-        for name, least in _WHOLE.items():
-            value = getattr(self, name)
-            if value is None and name in optional:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
-        for name, (low, high) in _NUMBERS.items():
-            value = getattr(self, name)
-            if value is None and name in optional:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
-                raise ConfigError(f"{name} must be a number from {low} to below {high}, not {value!r}")
-        if self.bad_entries not in ("fail", "skip"):
-            raise ConfigError(f"bad_entries must be 'fail' or 'skip', not {self.bad_entries!r}")
+    data: str = "digits"
+    """LLaVA JSON; "digits" and "clips" are the generated digits VQA and clips VQA."""
+    images: str | None = None
+    """Image folder of ``data``."""
+    align_data: str | None = None
+    """LLaVA JSON for projector alignment; None: that of ``data``."""
+    align_images: str | None = None
+    """Image folder of ``align_data``."""
+    bad_entries: Literal["fail", "skip"] = "fail"
+    """"fail" at the first entry that cannot be read, or "skip" those that a check of all pictures and clips finds
+    before training; for a large set run ``python -m llavolta.data check`` first, whose findings are used."""
+    scenes: _Positive = 4000
+    """How many scenes of a generated world."""
+
+    scheme: str | list = "three-stage"
+    """A name of schemes.NAMED (layers are scaled to the model's depth), a list of plans, or a list of {plan, share},
+    maybe with slow_every (both taken as they are; see schemes.Stage)."""
+    pivots: list | None = None
+    """The optimizer steps at which a stage ends and the next begins; None: stages have their shares."""
+    stage: int | None = None
+    """Train up to the end of this stage of the scheme (from 1), only projector alignment (0), or everything (None)."""
+    plan: str | None = None
+    """Replaces the plan of ``stage``."""
+    align_plan: str = "none"
+    """The plan of projector alignment."""
+
+    max_steps: _Positive | None = None
+    """Optimizer steps of the whole scheme."""
+    epochs: _Epochs | None = None
+    """The same as passes over the data; give one of the two."""
+    align_steps: _Count = 240
+    """Optimizer steps of projector alignment; 0 skips it, for a model that is aligned."""
+    align_epochs: _Epochs | None = None
+    """The same as passes over the data; replaces align_steps."""
+    batch_size: _Positive = 32
+    """Examples that a process holds at a time."""
+    align_batch_size: _Positive | None = None
+    """The same in projector alignment; None: batch_size."""
+    global_batch: _Positive | None = None
+    """Examples of an optimizer step over all processes, by accumulation of gradients; None: one batch of each."""
+    align_global_batch: _Positive | None = None
+    """The same in projector alignment; None: global_batch."""
+
+    learning_rate: _Rate = 1.5e-3
+    """The peak, after warm-up and before the cosine's decay."""
+    align_learning_rate: _Rate = 4e-3
+    """The same in projector alignment."""
+    projector_learning_rate: _Rate | None = None
+    """That of the projector while tuning; None: learning_rate."""
+    train_tower: bool = False
+    """Also train the vision tower while tuning."""
+    tower_learning_rate: _Rate | None = None
+    """That of the vision tower; None: learning_rate."""
+    lora_rank: _Count = 0
+    """Train adapters of this rank in the language model in place of its weights. The finished model is a plain one."""
+    lora_alpha: _Positive | None = None
+    """Adapters are scaled by lora_alpha / lora_rank; None: twice the rank."""
+    quantize: Literal["nf4"] | None = None
+    """"nf4" holds the frozen language model in 4 bits (QLoRA). The finished model is a plain one."""
+    warmup: Annotated[_Number, Field(ge=0, lt=1)] = 0.03
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: Annotated[_Number, Field(ge=0, lt=10)] = 0.0
+    """Of AdamW."""
+
+    max_length: _Positive = 2048
+    """Tokens of an example, visual ones among them; a longer text is cut."""
+    pad_to_square: bool = False
+    """Pad pictures to squares in place of cropping them, as LLaVA-1.5 does."""
+    bf16: bool = False
+    """Autocast to bfloat16."""
+    gradient_checkpointing: bool = False
+    """Compute layers again in the backward pass in place of keeping what they computed."""
+    deepspeed: str | None = None
+    """"zero2", "zero3", "zero3-offload" or a DeepSpeed JSON file."""
+    fsdp: str | None = None
+    """"fsdp2" or a file of Trainer's fsdp_config. Neither: DistributedDataParallel."""
+
+    save_steps: _Count = 0
+    """A checkpoint after every so many steps, besides those at the ends of stages."""
+    keep_checkpoints: _Positive = 2
+    """Of those, the newest so many stay."""
+    log_steps: _Positive = 10
+    """Steps from one line of metrics.jsonl to the next."""
+    num_workers: _Count = 0
+    """Processes that load data, beside each that trains."""
+    seed: _Count = 0
+    """Of the weights that are new, the order of the data, and what compressors draw."""
+
+    def __init__(self, **values):
+        unknown = [name for name in values if name not in TrainConfig.model_fields]
+        if unknown:
+            known = ", ".join(TrainConfig.model_fields)
+            raise ConfigError(f"unknown parameter {', '.join(map(repr, unknown))}; known: {known}")
+        if "output" not in values:
+            raise ConfigError("output is missing: name the folder that the run is written to")
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            wrong = error.errors()
+            name = wrong[0]["loc"][0]
+            may = " or ".join(e["msg"].removeprefix("Input should be ") for e in wrong if e["loc"][0] == name)
+            raise ConfigError(f"{name} must be {may}, not {values[name]!r}") from None
+        self._check()
+
+    def _check(self) -> None:
+        """What no field shows alone."""
         if self.max_steps is not None and self.epochs is not None:
             raise ConfigError("give max_steps or epochs, not both")
         if (self.vision_tower is None) != (self.language_model is None):
@@ -163,19 +174,23 @@ class TrainConfig:
             raise ConfigError("a model made of vision_tower and language_model is not aligned; raise align_steps")
         if parse_projector(self.projector) is not None and not self.aligns:
             raise ConfigError(f"projector {self.projector!r} is a new one, which is not aligned; raise align_steps")
-        if self.quantize is not None and (self.quantize != "nf4" or not self.lora_rank):
-            raise ConfigError(f"quantize must be 'nf4', with a lora_rank above 0, not {self.quantize!r}")
+        if self.quantize is not None and not self.lora_rank:
+            raise ConfigError(f"quantize {self.quantize!r} freezes the language model; give a lora_rank above 0")
         if self.tower_learning_rate is not None and not self.train_tower:
             raise ConfigError("tower_learning_rate without train_tower changes nothing; set train_tower")
         self._check_engine()
         parse_plan(self.align_plan)
         stages = len(self._written_stages())
-        if self.stage is not None and (type(self.stage) is not int or self.stage not in range(stages + 1)):
+        if self.stage is not None and self.stage not in range(stages + 1):
             raise ConfigError(f"stage must be 0 (projector alignment) .. {stages} for this scheme, not {self.stage!r}")
         if self.plan is not None and not self.stage:
             raise ConfigError("plan replaces the plan of one stage of the scheme; say which with stage (from 1)")
         if self.plan is not None:
             parse_plan(self.plan)
+
+    def changed(self, **changes) -> TrainConfig:
+        """This configuration with other values of some parameters, checked as a whole."""
+        return TrainConfig(**{**self.model_dump(), **changes})
 
     def _check_engine(self) -> None:
         if self.deepspeed and self.fsdp:
@@ -220,8 +235,8 @@ class TrainConfig:
             stages = list(scheme.stages)
             stages[self.stage - 1] = replace(stages[self.stage - 1], plan=self.plan)
             scheme = Scheme(f"{scheme.name} with {self.plan} in stage {self.stage}", tuple(stages))
-        for plan in (*(stage.plan for stage in scheme.stages), self.align_plan):
-            check_layers(parse_plan(plan), num_layers)
+        for plan in (*(stage.compressors for stage in scheme.stages), parse_plan(self.align_plan)):
+            check_layers(plan, num_layers)
         scheme.boundaries(total_steps)
         return scheme
 
@@ -247,24 +262,12 @@ class TrainConfig:
         return max(1, math.ceil((epochs or 1) * examples / (size * accumulated * processes)))
 
     @classmethod
-    def from_dict(cls, values: dict) -> TrainConfig:
-        """A configuration from parsed YAML or notebook parameters; unknown names are errors."""
-        known = [field.name for field in fields(cls)]
-        unknown = [name for name in values if name not in known]
-        if unknown:
-            raise ConfigError(f"unknown parameter {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
-        if "output" not in values:
-            raise ConfigError("output is missing: name the folder that the run is written to")
-        # YAML reads 1e-3, without a point, as text.
-        return cls(**{name: _number(value) if name in _NUMBERS else value for name, value in values.items()})
-
-    @classmethod
     def from_preset(cls, name: str, **changes) -> TrainConfig:
         """The preset ``name`` with ``changes``, of which output is one. max_steps and epochs replace each other."""
         values = preset(name)
         if {"max_steps", "epochs"} & changes.keys():
             values = {key: value for key, value in values.items() if key not in ("max_steps", "epochs")}
-        return cls.from_dict({**values, **changes})
+        return cls(**{**values, **changes})
 
 
 def preset(name: str) -> dict:
@@ -274,26 +277,12 @@ def preset(name: str) -> dict:
     return yaml.safe_load(PRESETS[name].read_text())
 
 
-class _Loader(yaml.SafeLoader):
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):  # a few lines of copies of copies would fill any memory
-            raise ConfigError("aliases (*name) cannot be used; write the value again")
-        return super().compose_node(parent, index)
-
-
 def parse_yaml(text: str, name: str):
     """The value that ``text`` is in YAML. Raises ConfigError, naming it ``name``."""
     try:
-        return yaml.load(text, _Loader)
+        return yaml.safe_load(text)
     except Exception as error:  # PyYAML raises whatever a malformed number, date or tag makes of it
         raise ConfigError(f"{name} cannot be read as YAML ({' '.join(str(error).split())})") from None
-
-
-def _number(value):
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def run_settings(model: str | Path) -> dict:

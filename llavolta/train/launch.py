@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -33,7 +32,7 @@ def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> P
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     file = output.with_name(f"{output.name}.launch.yaml")
-    file.write_text(yaml.safe_dump(asdict(config)))
+    file.write_text(yaml.safe_dump(config.model_dump()))
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_processes}", *options]
     environment = {
         **os.environ,

@@ -25,7 +25,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -165,17 +165,18 @@ def _claim(output: Path, config: TrainConfig, setup: Setup) -> None:
 
     max_steps and epochs are two ways to say how many steps a run has, which is what must be the same.
     """
-    values = {**asdict(config), "resolved_stages": setup.scheme.written}
+    values = {**config.model_dump(), "resolved_stages": setup.scheme.written}
     file = output / "config.yaml"
     if file.exists():
-        defaults = {field.name: field.default for field in fields(config)}  # of parameters younger than the run
+        fields = TrainConfig.model_fields
+        defaults = {name: fields[name].get_default() for name in fields}  # of parameters younger than the run
         written = parse_yaml(file.read_text(encoding="utf-8", errors="replace"), str(file))
         if not isinstance(written, dict) or not written:
             raise ConfigError(f"{file} holds no run's parameters; it is damaged: restore it, or name another output")
         held = defaults | written
         differ = [name for name in values if name not in _FREE and name != "plan" and held.get(name) != values[name]]
         if differ and {*differ} <= {"max_steps", "epochs"}:
-            same = prepare(TrainConfig.from_dict({name: held[name] for name in defaults})).total_steps
+            same = prepare(TrainConfig(**{name: held[name] for name in defaults})).total_steps
             differ = differ if same != setup.total_steps else []
         if differ:
             changes = ", ".join(f"{name} {held.get(name)!r} -> {values[name]!r}" for name in differ)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from llavolta.compression.plan import VISION, PlanError, check_layers, format_plan, parse_plan, tokens_per_layer
+from llavolta.compression.plan import VISION, Plan, PlanError, check_layers, format_plan, parse_plan, tokens_per_layer
 from llavolta.errors import UserError
 
 REFERENCE_LAYERS = 32  # the depth (Vicuna-7B) that the published layers K refer to
@@ -49,6 +49,7 @@ class Pass:
 class Stage:
     """One stage of a scheme: the ``plan`` in force and its ``share`` of the optimizer steps (0 to 1).
 
+    compressors: the plan, parsed once; the plan itself is the text that it prints as.
     slow_every: 0, or after how many steps there is one of DualSpeed's slow steps, on all tokens; the steps between are
     its fast ones, on what ``plan`` leaves behind the mode isolator. See llavolta.train.dualspeed.
     """
@@ -56,16 +57,17 @@ class Stage:
     plan: str
     share: float
     slow_every: int = 0
+    compressors: Plan = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        plan = parse_plan(self.plan)
-        object.__setattr__(self, "plan", format_plan(plan))
+        object.__setattr__(self, "compressors", parse_plan(self.plan))
+        object.__setattr__(self, "plan", format_plan(self.compressors))
         if isinstance(self.share, bool) or not (isinstance(self.share, (int, float)) and 0 < self.share <= 1):
             raise SchemeError(f"a stage's share must be above 0 and at most 1, not {self.share!r}")
         every = self.slow_every
         if isinstance(every, bool) or not isinstance(every, int) or every < 0 or every == 1:
             raise SchemeError(f"slow_every must be 0 (no slow steps) or a whole number of at least 2, not {every!r}")
-        if every and not {0, VISION} & plan.keys():
+        if every and not {0, VISION} & self.compressors.keys():
             raise SchemeError(
                 f"fast steps are shortened before the decoder: with slow_every, plan {self.plan!r} needs a compressor "
                 "at layer 0 or 'vision', such as '0:random:0.1'"
@@ -136,8 +138,10 @@ class Scheme:
     @property
     def written(self) -> list[dict]:
         """The stages as ``of`` reads them back, without what is not in use."""
-        stages = [asdict(stage) for stage in self.stages]
-        return [{name: value for name, value in stage.items() if value or name != "slow_every"} for stage in stages]
+        return [
+            dict(plan=stage.plan, share=stage.share, **({"slow_every": stage.slow_every} if stage.slow_every else {}))
+            for stage in self.stages
+        ]
 
     def reversed(self, name: str) -> Scheme:
         """The same stages in the opposite order, at the same cost."""
@@ -177,7 +181,8 @@ class Scheme:
         at least 1 where K is: a scheme that lets the first layers see every token keeps doing so.
         """
         return replace(
-            self, stages=tuple(replace(s, plan=scale_plan(s.plan, num_layers, reference_layers)) for s in self.stages)
+            self,
+            stages=tuple(replace(s, plan=scale_plan(s.compressors, num_layers, reference_layers)) for s in self.stages),
         )
 
 
@@ -186,7 +191,7 @@ def scale_layer(layer: int, num_layers: int, reference_layers: int = REFERENCE_L
     return max(min(layer, 1), math.floor(layer * num_layers / reference_layers + 0.5))
 
 
-def scale_plan(plan: str, num_layers: int, reference_layers: int = REFERENCE_LAYERS) -> str:
+def scale_plan(plan: str | Plan, num_layers: int, reference_layers: int = REFERENCE_LAYERS) -> str:
     """``plan`` moved from a model of ``reference_layers`` layers to one of ``num_layers``; see Scheme.scaled."""
     scaled = {}
     for layer, compressor in parse_plan(plan).items():
