@@ -1,6 +1,9 @@
 """llavolta: train and study vision-language models with fewer visual tokens."""
 
+from typing import TYPE_CHECKING
+
 from llavolta.compression.compressors import (
+    COMPRESSORS,
     AveragePool,
     AveragePool2d,
     AveragePool3d,
@@ -24,8 +27,12 @@ from llavolta.errors import UnsupportedModel
 from llavolta.train.projectors import MultiBlockTokenFusion, SpatialTokenFusion, replace_projector
 from llavolta.train.schemes import SCHEMES, Scheme, Stage, compression_ratio, plan_compression_ratio
 
+if TYPE_CHECKING:
+    from llavolta.train.trainer import StageCallback
+
 __version__ = "0.1.0"
 __all__ = [
+    "COMPRESSORS",
     "SCHEMES",
     "AveragePool",
     "AveragePool2d",
@@ -46,6 +53,7 @@ __all__ = [
     "Scheme",
     "SpatialTokenFusion",
     "Stage",
+    "StageCallback",
     "UnsupportedModel",
     "VisualTokens",
     "cache_bytes",
@@ -58,3 +66,11 @@ __all__ = [
     "replace_projector",
     "tokens_per_layer",
 ]
+
+
+def __getattr__(name: str):
+    if name == "StageCallback":  # with Trainer, which the library proper does without
+        from llavolta.train.trainer import StageCallback
+
+        return StageCallback
+    raise AttributeError(f"module 'llavolta' has no attribute {name!r}")

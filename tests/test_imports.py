@@ -63,3 +63,21 @@ def test_compression_needs_neither_video_nor_adapters_nor_data_nor_engines():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))}
     run = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
+
+
+LIGHT = """
+import sys, torch
+from transformers import LlavaForConditionalGeneration
+
+before = {*sys.modules}
+import llavolta
+added = {name.split(".")[0] for name in {*sys.modules} - before}
+assert added <= {"llavolta", "transformers"}, added
+assert issubclass(llavolta.StageCallback, sys.modules["transformers"].TrainerCallback)
+assert llavolta.COMPRESSORS["avgpool"] is llavolta.AveragePool
+"""
+
+
+def test_the_package_costs_no_more_to_import_than_a_model_of_transformers():
+    run = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -20,22 +20,25 @@ from llavolta.data import GroupedSampler
 from llavolta.train import checkpoints
 from llavolta.train.dualspeed import fast_mode, save_isolator, slow_mode
 from llavolta.train.models import parameter_groups, spare_frozen_towers
-from llavolta.train.schemes import ISOLATOR, Scheme
+from llavolta.train.schemes import ISOLATOR, Scheme, SchemeError
 
 
 class StageCallback(TrainerCallback):
-    """Sets the plan of the stage that the optimizer step belongs to, and stops after the last stage asked for.
+    """Sets the plan of the stage that the optimizer step belongs to, in any Trainer of a model that compress takes.
 
-    In a slow step none is set: StageTrainer.compute_loss sets two in turn. stopping: asked after every step whether to
-    save and stop.
+    scheme: for the model's depth (``Scheme.scaled``). stop_after: the stage, from 1, after which training stops.
+    stopping: asked after every step whether to save and stop. Evaluation within training is on all tokens. In a slow
+    step none is set: StageTrainer.compute_loss sets two in turn, so that such schemes need that Trainer.
     """
 
-    def __init__(self, scheme: Scheme, stop_after: int | None, stopping: Callable[[], bool]):
+    def __init__(self, scheme: Scheme, stop_after: int | None = None, stopping: Callable[[], bool] = lambda: False):
         self.scheme, self.stop_after, self.stopping = scheme, stop_after, stopping
         self.handle: Compression | None = None
         self.stage: int | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if any(stage.slow_every for stage in self.scheme.stages) and not hasattr(unwrap(model), ISOLATOR):
+            raise SchemeError(f"scheme {self.scheme.name!r} has slow steps; train it by python -m llavolta.train")
         spare_frozen_towers(model)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -52,6 +55,8 @@ class StageCallback(TrainerCallback):
             control.should_save = control.should_log = True
             if self.stop_after is not None and state.global_step >= ends[self.stop_after - 1]:
                 control.should_training_stop = True
+        if control.should_evaluate:
+            self.release()
         if self.stopping():
             control.should_save = control.should_log = control.should_training_stop = True
 
