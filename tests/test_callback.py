@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import pytest
 from tiny import ragged_batch, tiny_llava
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from llavolta import SCHEMES, Scheme, Stage, StageCallback
 from llavolta.compression.families import find_parts
 from llavolta.train.schemes import SchemeError
 
 
-class Rows(TrainerCallback):
+class Rows:
     """Tokens that the last decoder layer saw in each forward pass, and whether it was in training."""
 
     def __init__(self, model):
         self.seen = []
-        layer = find_parts(model).layers[-1]
-        layer.register_forward_pre_hook(
-            lambda layer, args, kwargs: self.seen.append(
-                (layer.training, (args or [kwargs["hidden_states"]])[0].shape[1])
-            ),
-            with_kwargs=True,
+        find_parts(model).layers[-1].register_forward_hook(
+            lambda layer, args, hidden: self.seen.append((layer.training, hidden.shape[1]))
         )
 
 

@@ -23,7 +23,16 @@ def _leave() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m llavolta.train", description="Train a stage or a scheme.")
+    about = [
+        f"  {name} ({'required' if field.is_required() else field.default}): {' '.join(field.description.split())}"
+        for name, field in TrainConfig.model_fields.items()
+    ]
+    parser = argparse.ArgumentParser(
+        prog="python -m llavolta.train",
+        description="Train a stage or a scheme.",
+        epilog="\n".join(["parameters:", *about]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("config", help=f"YAML file of TrainConfig's parameters, or a preset: {', '.join(PRESETS)}")
     parser.add_argument("--stage", type=int, help="overrides the file's stage")
     parser.add_argument("--output", help="overrides the file's output")
