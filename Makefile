@@ -75,7 +75,7 @@ eval: install-eval
 	$(EVAL_BIN)/python -m llavolta.harness embedded
 
 test-eval: install-eval
-	$(EVAL_BIN)/python -m pytest tests/test_benchmarks.py
+	$(EVAL_BIN)/python -m pytest tests/harness/test_benchmarks.py
 
 .NOTPARALLEL:  # notebooks time their steps; two at once would slow each other
 .PHONY: install install-eval demo test lab notebooks $(NOTEBOOKS) evidence gpu stress eval test-eval

@@ -50,7 +50,7 @@ FAMILY_PLANS = [
     "vision:avgpool:2;0:random:0.5",
     "vision:prumerge:0.25;3:avgpool:2",
 ]
-BACKENDS = ["sdpa", "eager", "flex_attention", "flash_on_cpu"]  # the last is tests/test_backends.py's
+BACKENDS = ["sdpa", "eager", "flex_attention", "flash_on_cpu"]  # the last is tests/compression/test_backends.py's
 GREEDY = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None, suppress_tokens=[3, 4])
 GREEDY |= dict(output_logits=True, return_dict_in_generate=True)
 

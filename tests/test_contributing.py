@@ -51,7 +51,7 @@ def pytest_with(tmp_path, recipe: str, tests: str, chosen: str) -> None:
 
 
 def test_the_compressor_keeps_the_contract_of_all(tmp_path):
-    pytest_with(tmp_path, "compressor", "tests/test_compressors.py", "oddest")
+    pytest_with(tmp_path, "compressor", "tests/compression/test_compressors.py", "oddest")
 
 
 def test_the_compressor_keeps_the_oddest_of_each_window():
@@ -69,7 +69,7 @@ def test_the_compressor_keeps_the_oddest_of_each_window():
 
 
 def test_the_family_passes_the_tests_of_families(tmp_path):
-    pytest_with(tmp_path, "family", "tests/test_families.py", "vipllava")
+    pytest_with(tmp_path, "family", "tests/compression/test_families.py", "vipllava")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -184,3 +185,16 @@ class Watched:
     def __call__(self, layer, tokens, out):
         self.calls.append((tokens, out))
         self.layers.append(layer)
+
+
+def write_results(folder, model: str, plan: str, scores: dict[str, dict[str, float]]):
+    """A result file as lmms-eval writes it, with the scores {task: {metric: value}}."""
+    results = {
+        "results": {task: {f"{name},none": value for name, value in held.items()} for task, held in scores.items()},
+        "configs": {task: {"metric_list": [{"metric": name} for name in held]} for task, held in scores.items()},
+        "n-samples": {task: {"original": 4, "effective": 4} for task in scores},
+        "config": {"model_args": f"pretrained={model},plan={plan}"},
+    }
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "20260101_000000_results.json").write_text(json.dumps(results))
+    return folder

@@ -13,12 +13,12 @@ import papermill
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from papermill.exceptions import PapermillExecutionError
-from test_benchmark_table import write_results
+from tiny import write_results
 from traitlets.config import Config
 
 from llavolta.paths import TINY_LLAVA
 
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
 def run(name: str, folder: Path, **parameters) -> dict:

@@ -19,7 +19,7 @@ from llavolta.train.config import ConfigError, TrainConfig
 from llavolta.train.schemes import NAMED
 from llavolta.worlds import WORLDS
 
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
 def claim(config: TrainConfig) -> None:

@@ -13,7 +13,7 @@ from papermill.translators import PythonTranslator
 
 from llavolta.show.notebook import ParameterError, convert, converted
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
 def parameters_cell(file: Path) -> str:

@@ -413,7 +413,7 @@ def test_a_preset_from_the_command_line(settings, tmp_path, capsys):
 
 def test_the_commands_of_the_reproduction_page_name_what_exists(monkeypatch):
     """Each ``python -m llavolta.train`` of papers/REPRODUCE.md comes to a configuration, and trains what it says."""
-    page = (Path(__file__).parent.parent / "papers" / "REPRODUCE.md").read_text().replace("\\\n", " ")
+    page = (Path(__file__).parents[2] / "papers" / "REPRODUCE.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^\s*python -m llavolta\.train (.*)$", page, re.MULTILINE)
     seen = []
     monkeypatch.setattr("llavolta.train.__main__.launch", lambda config, *options: seen.append((config, *options)))

@@ -24,7 +24,7 @@ from llavolta.show import token_maps, widgets
 from llavolta.studies import inspect
 from llavolta.train.models import load_model
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCREENSHOTS = ROOT / "data" / "screenshots"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 MINUTE = 60_000  # milliseconds

@@ -8,23 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from tiny import write_results
 
 from llavolta.harness.table import AVERAGE, HOURS, RATIO, TableError, paper_table, published, runs_in, training
 from llavolta.train.schemes import Scheme
 from llavolta.train.trainer import MetricsCallback
-
-
-def write_results(folder, model: str, plan: str, scores: dict[str, dict[str, float]]):
-    """A result file as lmms-eval writes it, with the scores {task: {metric: value}}."""
-    results = {
-        "results": {task: {f"{name},none": value for name, value in held.items()} for task, held in scores.items()},
-        "configs": {task: {"metric_list": [{"metric": name} for name in held]} for task, held in scores.items()},
-        "n-samples": {task: {"original": 4, "effective": 4} for task in scores},
-        "config": {"model_args": f"pretrained={model},plan={plan}"},
-    }
-    (folder / "inner").mkdir(parents=True)
-    (folder / "inner" / "20260101_000000_results.json").write_text(json.dumps(results))
-    return folder
 
 
 @pytest.fixture

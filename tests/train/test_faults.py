@@ -60,7 +60,7 @@ def steps(folder: Path) -> list[int]:
 
 def test_random_kills():
     """Some of what ``make stress`` does: SIGKILL at random moments, then bit-equal weights."""
-    script = Path(__file__).with_name("stress.py")
+    script = Path(__file__).parents[1] / "stress.py"
     out = subprocess.run([sys.executable, str(script), "--kills", "5"], capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr[-3000:]
     assert "equal to the undisturbed one" in out.stdout

@@ -47,7 +47,7 @@ GREEDY = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=No
 
 
 # The README's compressor in twenty lines, as it stands there.
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 exec(re.search(r"```python\n([^`]*class KeepLoudest(?:[^`]|`(?!``))*)```", README).group(1))
 
 

@@ -28,7 +28,7 @@ from llavolta.studies.evaluation import answer, evaluate, prompts
 from llavolta.train.models import load_model
 from llavolta.worlds import WORLDS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lmms_eval") is None, reason="needs the extra environment: make test-eval"
 )
