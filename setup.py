@@ -6,7 +6,11 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = {"data/tiny-llava": "tiny-llava", "papers/llavolta/published.csv": "published.csv"}
+SHIPPED = {
+    "data/tiny-llava": "tiny-llava",
+    "papers/llavolta/published.csv": "published.csv",
+    "data/pictures": "pictures",
+}
 
 
 class BuildWithData(build_py):

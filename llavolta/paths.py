@@ -16,3 +16,4 @@ RUNS = DATA / "runs"
 PAPERS = (ROOT or Path.cwd()) / "papers"  # the pages that commands write
 TINY_LLAVA = ROOT / "data" / "tiny-llava" if ROOT else _SHIPPED / "tiny-llava"
 PUBLISHED = ROOT / "papers" / "llavolta" / "published.csv" if ROOT else _SHIPPED / "published.csv"
+PICTURES = ROOT / "data" / "pictures" if ROOT else _SHIPPED / "pictures"  # drawings that scenes are made of

@@ -17,6 +17,7 @@ class World:
 
     build: (folder, count, heldout, seed) -> the folder, with train.json, heldout.json, align.json and their media.
     count, heldout: entries to train on and held out, by default. steps: of a whole scheme, by default; None: one pass.
+    unseen: the name of a second file of held-out questions, of a kind that nothing is trained on.
     """
 
     name: str
@@ -24,6 +25,7 @@ class World:
     count: int
     heldout_count: int
     steps: int | None = None
+    unseen: str | None = None
 
     def folder(self, count: int | None = None, seed: int = 0) -> Path:
         count = count or self.count
@@ -57,6 +59,7 @@ WORLDS = {
     for world in (
         World("digits", _made_by("digits"), count=4000, heldout_count=300, steps=200),
         World("clips", _made_by("clips"), count=1500, heldout_count=150),
+        World("pictures", _made_by("pictures"), count=12000, heldout_count=150, unseen="unseen.json"),
     )
 }
 # Names of models that come with the package, and what gives the folder of each (made on first use).
