@@ -17,6 +17,10 @@ class DataError(UserError, ValueError):
     """A data set, entry, picture or clip that cannot be used; the message names it and says what to do."""
 
 
+class ConfigError(UserError, ValueError):
+    """A training configuration, or a model, that cannot be used; the message names it and what it may be."""
+
+
 class UnsupportedModel(UserError, TypeError):
     """A model, or a way of calling one, that cannot be compressed; the message says why."""
 

@@ -179,7 +179,7 @@ def cases() -> Iterator[tuple[str, Callable[[], dict]]]:
 
 def dump(checkout: Path, only: str, file: Path) -> None:
     """Write what each case gives under ``checkout`` to ``file``: tensors, and errors in its metadata."""
-    sys.path[:1] = [str(checkout), str(checkout / "tests")]
+    sys.path[:1] = [str(checkout), str(checkout / "tests"), str(checkout / "tests" / "compression")]
     import llavolta
 
     if checkout not in Path(llavolta.__file__).parents:

@@ -12,7 +12,7 @@ from llavolta.data.check import check_words, find_bad
 from llavolta.data.index import read_index
 from llavolta.data.llava import LlavaData
 from llavolta.errors import DataError, UserError
-from llavolta.train.models import model_path
+from llavolta.worlds import model_path
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,10 +13,11 @@ from transformers import AutoConfig
 
 from llavolta.data import Collator, DataError, LlavaData, find_bad, find_too_long, padding_colour
 from llavolta.train.config import ConfigError, TrainConfig
-from llavolta.train.models import check_tower, model_path, read_config
-from llavolta.train.projectors import ProjectorSpec, parse_projector, with_projector
+from llavolta.train.models import read_config
+from llavolta.train.projectors import parse_projector, with_projector
 from llavolta.train.schemes import Scheme
-from llavolta.worlds import WORLDS
+from llavolta.worlds import WORLDS, model_path
+from llavolta.worlds.joining import tower_grid
 
 ALIGN = "align"
 
@@ -64,11 +65,10 @@ def _sizes(config: TrainConfig) -> tuple[int, int]:
     if config.vision_tower is None:
         whole = with_projector(read_config(config.model), config.projector)
         return whole.get_text_config().num_hidden_layers, visual_tokens(whole)
-    vision = read(config.vision_tower)
-    check_tower(config.vision_tower, vision)
-    vision = getattr(vision, "vision_config", vision)
-    projector = parse_projector(config.projector) or ProjectorSpec()
-    return read(config.language_model).num_hidden_layers, projector.num_tokens(vision.image_size // vision.patch_size)
+    grid = tower_grid(config.vision_tower, read(config.vision_tower))
+    depth = read(config.language_model).num_hidden_layers
+    projector = parse_projector(config.projector)
+    return depth, projector.num_tokens(grid.side) if projector else grid.visual_tokens
 
 
 def visual_tokens(config) -> int:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from llavolta.compression.plan import check_layers, parse_plan
-from llavolta.errors import UserError
+from llavolta.errors import ConfigError
 from llavolta.train.projectors import OWN, parse_projector
 from llavolta.train.schemes import NAMED, Scheme, Stage
 
@@ -21,10 +21,6 @@ ENGINES = {
     file.stem: file for file in sorted((Path(__file__).parent / "engines").glob("*.json"), key=lambda file: file.stem)
 }
 PRESETS = {file.stem: file for file in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
-
-
-class ConfigError(UserError, ValueError):
-    """A training configuration that cannot be run; the message names the parameter and what it may be."""
 
 
 def _number(value: Any) -> Any:
@@ -92,6 +88,9 @@ class TrainConfig(BaseModel):
     """The same as passes over the data; give one of the two."""
     align_steps: _Count = 240
     """Optimizer steps of projector alignment; 0 skips it, for a model that is aligned."""
+    align_words: _Count = 0
+    """Before it, so many steps that fit the projector to the names of objects, where the data tell them; see
+    train.words."""
     align_epochs: _Epochs | None = None
     """The same as passes over the data; replaces align_steps."""
     batch_size: _Positive = 32

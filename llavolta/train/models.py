@@ -10,15 +10,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
     PretrainedConfig,
 )
 
@@ -26,32 +20,11 @@ from llavolta.compression.families import find_parts, towers, unwrap
 from llavolta.data.video import FrameProcessor, VideoLlavaProcessor
 from llavolta.errors import UserError
 from llavolta.train.config import ConfigError, TrainConfig
-from llavolta.worlds import MODELS
+from llavolta.worlds import model_path
+from llavolta.worlds.joining import load_whole
 
 PROJECTOR, TOWER = "multi_modal_projector", "_tower"
 TOWERS = tuple(kind + TOWER for kind in ("vision", "image", "video"))  # Video-LLaVA has one each of the last two
-
-# The conversation of Vicuna v1.5 and LLaVA-1.5: a system message, theirs unless there is one, then the turns.
-VICUNA_TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions. {% endif %}"
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'][0]['text'] }} {% else %}"
-    "{{ message['role'].upper() }}: "
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<{{ part['type'] }}>\n{% endif %}{% endfor %}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-
-
-def model_path(name: str) -> str:
-    """The folder or hub name that ``name`` stands for. Raises ConfigError if it can be neither."""
-    path = str(MODELS[name]()) if name in MODELS else name
-    if not Path(path).exists() and (path.startswith((".", "/")) or path.count("/") != 1):
-        raise ConfigError(
-            f"no model folder {path}; give a Hugging Face folder, a hub name or one of {', '.join(MODELS)}"
-        )
-    return path
 
 
 def read_config(name: str):
@@ -86,7 +59,7 @@ def load_model(name: str, quantize: str | None = None, dtype: torch.dtype = torc
         return _with_its_adapters(path, dtype)
     read_config(name)
     options = {"quantization_config": _four_bits()} if quantize else {}
-    model = _whole(AutoModelForImageTextToText, path, dtype=dtype, **options)
+    model = load_whole(AutoModelForImageTextToText, path, dtype=dtype, **options)
     return model, _processor(model, path)
 
 
@@ -124,19 +97,6 @@ def _processor(model: nn.Module, path: str):
     return VideoLlavaProcessor.from_args_and_dict(parts, settings)
 
 
-def _whole(kind: type, path: str, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
-    try:
-        model, info = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
-    except SafetensorError as error:
-        raise ConfigError(f"the weights in {path} cannot be read ({error}); the file is damaged") from None
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ConfigError(
-            f"{path} lacks {len(missing)} weights of its model, such as {missing[0]}; the folder is damaged"
-        )
-    return model
-
-
 def _four_bits():
     from transformers import BitsAndBytesConfig
     from transformers.utils import is_bitsandbytes_available
@@ -150,97 +110,6 @@ def _four_bits():
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=["lm_head", f"model.{PROJECTOR}", *(f"model.{tower}" for tower in TOWERS)],
     )
-
-
-def join(vision_tower: str, language_model: str) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A LLaVA-1.5 of two trained parts and a new projector, and its processor; float32.
-
-    vision_tower: folder or hub name of a CLIP model, of which the penultimate layer is read and CLS dropped.
-    language_model: of a causal language model with a tokenizer; <image> and a padding token are added to its words.
-    """
-    check_tower(vision_tower, AutoConfig.from_pretrained(model_path(vision_tower)))
-    tower = AutoModel.from_pretrained(model_path(vision_tower), dtype=torch.float32)
-    tower = getattr(tower, "vision_model", tower)  # CLIP's checkpoint holds a text model, too
-    language = _whole(AutoModelForCausalLM, model_path(language_model))
-    tokenizer = AutoTokenizer.from_pretrained(model_path(language_model), padding_side="left")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    if tokenizer.pad_token is None:
-        tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    language.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64 if len(tokenizer) > 1000 else None)
-
-    vision = tower.config
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=language.config,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=language.config.tie_word_embeddings,
-    )
-    model = LlavaForConditionalGeneration(config)
-    _copy(tower, model.model.vision_tower, vision_tower)
-    _copy(language.model, model.model.language_model, language_model)
-    _copy(language.lm_head, model.lm_head, language_model)
-    processor = LlavaProcessor(
-        AutoImageProcessor.from_pretrained(model_path(vision_tower)),
-        tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=_multimodal_template(tokenizer, language_model),
-    )
-    return model, processor
-
-
-def check_tower(name: str, config) -> None:
-    """Raise ConfigError unless the model ``name`` of this ``config`` can be the vision tower of ``join``."""
-    kind = config.model_type
-    if not kind.startswith("clip"):
-        raise ConfigError(f"vision_tower {name}: a {kind} has no class token as CLIP's has; give a CLIP model")
-
-
-# Before a template that takes a message's content for text: the text that its parts come to.
-_PARTS_TO_TEXT = (
-    "{% set told = namespace(messages=[]) %}{% for message in messages %}{% set text %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<{{ part['type'] }}>\n{% endif %}{% endfor %}"
-    "{% endif %}{% endset %}{% set told.messages = told.messages + [dict(message, content=text)] %}{% endfor %}"
-    "{% set messages = told.messages %}"
-)
-
-
-def _multimodal_template(tokenizer, name: str) -> str:
-    """The tokenizer's own chat template, made to take pictures where it takes text alone; Vicuna's if it has none.
-
-    Raises ConfigError if neither way a picture and the words beside it are written in their order.
-    """
-    own = tokenizer.chat_template
-    if not own:
-        return VICUNA_TEMPLATE
-    looked, said = [{"type": "image"}, {"type": "text", "text": "what"}], [{"type": "text", "text": "this"}]
-    messages = [{"role": "user", "content": looked}, {"role": "assistant", "content": said}]
-    for template in (own, _PARTS_TO_TEXT + own):
-        try:
-            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-        except Exception:  # Jinja raises whatever a template makes of a list
-            continue
-        places = [text.find(part) for part in ("<image>", "what", "this")]
-        if -1 < places[0] < places[1] < places[2] and "'type'" not in text:  # which a printed list would hold
-            return template
-    raise ConfigError(f"the chat template of {name} writes no pictures; give its tokenizer one that does")
-
-
-def _copy(source: nn.Module, target: nn.Module, name: str) -> None:
-    """Weights by name, whatever of them is wrapped in ``vision_model``."""
-    plain = {key.removeprefix("vision_model."): value for key, value in source.state_dict().items()}
-    wanted = list(target.state_dict())
-    renamed = {key: plain.get(key.removeprefix("vision_model.")) for key in wanted}
-    missing = [key for key, value in renamed.items() if value is None]
-    if missing:
-        raise ConfigError(f"{name} lacks {len(missing)} weights that LLaVA needs, such as {missing[0]}")
-    target.load_state_dict(renamed)
 
 
 def set_trainable(model, phase: str, train_tower: bool = False) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from llavolta.errors import DataError
+from llavolta.errors import ConfigError, DataError
 from llavolta.paths import DATA, TINY_LLAVA
 
 
@@ -50,6 +50,10 @@ def _made_by(module: str) -> Callable[[Path, int, int, int], Path]:
     return lambda *arguments: import_module(f"llavolta.worlds.{module}").build(*arguments)
 
 
+def _nano() -> Path:
+    return import_module("llavolta.worlds.nano").nano()
+
+
 def _embedded_video() -> Path:
     return import_module("llavolta.worlds.backbones").embedded_video()
 
@@ -63,7 +67,11 @@ WORLDS = {
     )
 }
 # Names of models that come with the package, and what gives the folder of each (made on first use).
-MODELS: dict[str, Callable[[], Path]] = {"embedded": lambda: TINY_LLAVA, "embedded-video": _embedded_video}
+MODELS: dict[str, Callable[[], Path]] = {
+    "embedded": lambda: TINY_LLAVA,
+    "embedded-video": _embedded_video,
+    "nano": _nano,
+}
 
 
 def world(name: str) -> World:
@@ -71,3 +79,13 @@ def world(name: str) -> World:
     if name not in WORLDS:
         raise DataError(f"unknown data {name!r}; choose from {', '.join(WORLDS)}, or give a LLaVA JSON file")
     return WORLDS[name]
+
+
+def model_path(name: str) -> str:
+    """The folder or hub name that ``name`` stands for. Raises ConfigError if it can be neither."""
+    path = str(MODELS[name]()) if name in MODELS else name
+    if not Path(path).exists() and (path.startswith((".", "/")) or path.count("/") != 1):
+        raise ConfigError(
+            f"no model folder {path}; give a Hugging Face folder, a hub name or one of {', '.join(MODELS)}"
+        )
+    return path

@@ -34,8 +34,9 @@ from llavolta.studies import evaluation, inspect, redundancy
 from llavolta.studies.opening import StudyError, trained_padding
 from llavolta.train import run
 from llavolta.train.config import TrainConfig
-from llavolta.train.models import VICUNA_TEMPLATE, load_model
+from llavolta.train.models import load_model
 from llavolta.worlds import backbones
+from llavolta.worlds.joining import VICUNA_TEMPLATE
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,8 @@ from llavolta.data import index as data_index
 from llavolta.data.__main__ import main
 from llavolta.data.collate import IGNORED
 from llavolta.data.images import FORMATS
-from llavolta.train.models import VICUNA_TEMPLATE
 from llavolta.worlds import backbones
+from llavolta.worlds.joining import VICUNA_TEMPLATE
 
 fuzzed = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

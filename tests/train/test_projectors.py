@@ -355,7 +355,7 @@ class TestRefusals:
     def test_what_is_not_text(self):
         with pytest.raises(ProjectorError, match="a projector is text such as 'stf:2', not 2"):
             parse_projector(2)
-        with pytest.raises(ConfigError, match="projector must be of type str, not 2"):
+        with pytest.raises(ConfigError, match="projector must be a valid string, not 2"):
             TrainConfig(output="x", projector=2)
 
     @pytest.mark.parametrize(

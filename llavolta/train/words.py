@@ -1,0 +1,128 @@
+"""A projector fitted to words before any text is read: each patch of an object towards the embedding of its name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from llavolta.compression.families import find_parts
+from llavolta.data import LlavaData
+from llavolta.errors import ConfigError
+
+BATCH = 1024  # patches
+PICTURES = 6000  # at most, whose patches are kept in memory
+LEARNING_RATE = 2e-3
+SHARPNESS = 20.0  # of the cosine similarities that names are told by
+
+
+def fit_to_words(model: nn.Module, processor, data: LlavaData, steps: int, seed: int, progress: bool) -> float:
+    """Train the projector of ``model``, a LLaVA, for ``steps`` on the patches of the objects that ``data`` names.
+
+    Entries tell them by ``objects``: [{name, box}], box x0, y0, x1, y1 in pixels of the picture. A patch whose centre
+    is in a box (the smallest of several) is drawn to the mean input embedding of its name's tokens, by squared error
+    and by cross-entropy over all names; other patches are drawn to 0. Returns the share of the last tenth of the
+    pictures' patches, which it is not fitted to, that are named right. Raises ConfigError if no entry names an object.
+    """
+    features, names, label, heldout = _patches(model, processor, data, seed, progress)
+    words = _embeddings(model, processor, names)  # (N, C)
+    projector = find_parts(model).projector
+    _standardise(projector, features)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    fitted, scale = (~heldout).nonzero()[:, 0], words.pow(2).mean()
+    with torch.enable_grad():
+        for _ in tqdm(range(steps), desc="words: projector", disable=not progress, leave=False):
+            chosen = fitted[torch.randint(len(fitted), (BATCH,), generator=generator)]
+            wanted, out = label[chosen], projector(features[chosen].to(words))
+            shown = wanted >= 0
+            target = torch.where(shown[:, None], words[wanted.clamp(min=0)], 0)
+            loss = F.mse_loss(out, target) / scale + F.cross_entropy(_similarities(out[shown], words), wanted[shown])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    optimizer.zero_grad(set_to_none=True)
+    asked = (heldout & (label >= 0)).nonzero()[:, 0]
+    with torch.no_grad():
+        named = [_similarities(projector(features[part].to(words)), words).argmax(1) for part in asked.split(8192)]
+    return (torch.cat(named) == label[asked]).float().mean().item()
+
+
+def _similarities(out: Tensor, words: Tensor) -> Tensor:
+    return SHARPNESS * F.normalize(out, dim=1) @ F.normalize(words, dim=1).T
+
+
+@torch.no_grad()
+def _patches(model, processor, data: LlavaData, seed: int, progress: bool) -> tuple[Tensor, list[str], Tensor, Tensor]:
+    """features (P, C_v) of patches; the names; label (P,), of a name, -1 for the background; heldout (P,)."""
+    parts, held = find_parts(model), []
+    if parts.projector is None:
+        raise ConfigError("align_words fits a projector that works patch by patch; set it to 0 for this projector")
+    hook = parts.projector.register_forward_pre_hook(lambda module, args: held.append(args[0]))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:PICTURES].tolist()
+    numbers: dict[str, int] = {}
+    features, labels, counts = [], [], []
+    device, dtype = model.device, model.dtype
+    try:
+        for start in tqdm(range(0, len(order), 32), desc="words: pictures", disable=not progress, leave=False):
+            rows = [(data.entry(i), data[i].images[0]) for i in order[start : start + 32]]
+            rows = [(entry["objects"], image) for entry, image in rows if entry.get("objects")]
+            if not rows:
+                continue
+            pixels = processor.image_processor([image for _, image in rows], return_tensors="pt")["pixel_values"]
+            with torch.autocast(device.type, torch.bfloat16):
+                model.get_image_features(pixel_values=pixels.to(device, dtype))
+            found = held.pop()
+            side = round(found.shape[1] ** 0.5)
+            for (objects, image), feature in zip(rows, found, strict=True):
+                label = _labels(objects, image.size, side, pixels.shape[-1], numbers)
+                background = (label < 0).nonzero()[:, 0]
+                kept = torch.cat(
+                    [(label >= 0).nonzero()[:, 0], background[:: max(1, 4 * len(background) // len(label))]]
+                )
+                features.append(feature[kept].half())
+                labels.append(label[kept])
+                counts.append(len(kept))
+    finally:
+        hook.remove()
+    if not numbers:
+        raise ConfigError(f"align_words needs entries with 'objects', which {data.file.name} has not; set it to 0")
+    heldout = torch.arange(len(counts)) >= len(counts) - max(1, len(counts) // 10)
+    heldout = heldout.repeat_interleave(torch.tensor(counts)).to(device)
+    return torch.cat(features), list(numbers), torch.cat(labels).to(device), heldout
+
+
+def _labels(objects: list[dict], size: tuple[int, int], side: int, pixels: int, numbers: dict[str, int]) -> Tensor:
+    """(side * side,) of a picture of ``size`` (width, height), scaled by its shorter side and cut at the centre."""
+    scale = pixels / min(size)
+    label = torch.full((side, side), -1)
+    centre = (torch.arange(side) + 0.5) * pixels / side
+    area = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (thing["box"] for thing in objects)]
+    for place in sorted(range(len(objects)), key=area.__getitem__, reverse=True):
+        number = numbers.setdefault(objects[place]["name"], len(numbers))
+        cut = [(length * scale - pixels) / 2 for length in size]
+        x0, y0, x1, y1 = (at * scale - cut[axis % 2] for axis, at in enumerate(objects[place]["box"]))
+        label[((centre >= y0) & (centre < y1))[:, None] & ((centre >= x0) & (centre < x1))] = number
+    return label.flatten()
+
+
+@torch.no_grad()
+def _embeddings(model, processor, names: list[str]) -> Tensor:
+    """(N, C) the mean input embedding of each name's tokens, as they stand inside of a text; float32."""
+    table = model.get_input_embeddings().weight.detach().float()
+    ids = processor.tokenizer([f" {name}" for name in names], add_special_tokens=False)["input_ids"]
+    return torch.stack([table[row].mean(0) for row in ids])
+
+
+@torch.no_grad()
+def _standardise(projector: nn.Module, features: Tensor) -> None:
+    """Scale and shift what the projector's first layer reads, in its weights: a tower's channels differ by far."""
+    first = next(part for part in projector.modules() if isinstance(part, nn.Linear))
+    sample = features[:: max(1, len(features) // 20000)].float()
+    mean, deviation = sample.mean(0), sample.std(0) + 1e-5
+    first.weight.copy_(torch.randn_like(first.weight) * first.in_features**-0.5 / deviation)
+    if first.bias is not None:
+        first.bias.copy_(-first.weight @ mean)
