@@ -12,7 +12,7 @@ from llavolta.data import LlavaData
 from llavolta.errors import ConfigError
 
 BATCH = 1024  # patches
-PICTURES = 6000  # at most, whose patches are kept in memory
+PICTURES = 4000  # at most, whose patches are kept in memory
 LEARNING_RATE = 2e-3
 SHARPNESS = 20.0  # of the cosine similarities that names are told by
 
@@ -34,7 +34,7 @@ def fit_to_words(model: nn.Module, processor, data: LlavaData, steps: int, seed:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     fitted, scale = (~heldout).nonzero()[:, 0], words.pow(2).mean()
     with torch.enable_grad():
-        for _ in tqdm(range(steps), desc="words: projector", disable=not progress, leave=False):
+        for _ in tqdm(range(steps), desc="words: projector", mininterval=2, disable=not progress, leave=False):
             chosen = fitted[torch.randint(len(fitted), (BATCH,), generator=generator)]
             wanted, out = label[chosen], projector(features[chosen].to(words))
             shown = wanted >= 0
@@ -67,7 +67,9 @@ def _patches(model, processor, data: LlavaData, seed: int, progress: bool) -> tu
     features, labels, counts = [], [], []
     device, dtype = model.device, model.dtype
     try:
-        for start in tqdm(range(0, len(order), 32), desc="words: pictures", disable=not progress, leave=False):
+        for start in tqdm(
+            range(0, len(order), 32), desc="words: pictures", mininterval=2, disable=not progress, leave=False
+        ):
             rows = [(data.entry(i), data[i].images[0]) for i in order[start : start + 32]]
             rows = [(entry["objects"], image) for entry, image in rows if entry.get("objects")]
             if not rows:

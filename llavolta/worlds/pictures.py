@@ -332,11 +332,11 @@ def turns(scene: Scene, rng: np.random.Generator, count: int) -> list[tuple[str,
 def build(folder: str | Path, scenes: int = 12000, heldout: int = 150, seed: int = 0) -> Path:
     """Write the data set to ``folder`` and return it; an existing complete data set of the same make is kept.
 
-    Files: ``align.json`` (captions), ``train.json`` (six questions a scene), ``heldout.json`` and ``unseen.json`` (four
-    a scene; new scenes of the vendors trained on, and of the one held out), ``images/``. The same arguments always give
-    the same files.
+    Files: ``align.json`` (captions), ``train.json`` (six questions a scene, or four and a caption),
+    ``heldout.json`` and ``unseen.json`` (four a scene; new scenes of the vendors trained on, and of the one held out),
+    ``images/``. The same arguments always give the same files.
     """
-    make = {"scenes": scenes, "heldout": heldout, "seed": seed, "version": 1}
+    make = {"scenes": scenes, "heldout": heldout, "seed": seed, "version": 2}
     return build_once(Path(folder), make, _write)
 
 
@@ -346,12 +346,15 @@ def _write(part: Path, scenes: int, heldout: int, seed: int, version: int) -> No
     for number, (split, count, vendors, questions) in enumerate(splits):
         rng = np.random.default_rng([seed, number])
         entries, captions = [], []
-        for row in tqdm(range(count), desc=f"pictures: {split}", unit="scene", leave=False):
+        for row in tqdm(range(count), desc=f"pictures: {split}", unit="scene", mininterval=2, leave=False):
             scene = Scene.sample(rng, vendors)
             identifier, name = f"{split}_{row:06d}", f"images/{split}_{row:06d}.jpg"
             scene.render(rng).save(part / name, quality=92, subsampling=0)
             shown = [dict(name=thing.name, box=thing.box, vendor=thing.vendor) for thing in scene.things]
-            types, *asked = zip(*turns(scene, rng, questions), strict=True)
+            asked_of = turns(scene, rng, questions)
+            if split == "train" and rng.random() < 0.5:  # one of two is described, too, by fewer questions
+                asked_of = [("caption", *caption(scene, rng)), *asked_of[:-2]]
+            types, *asked = zip(*asked_of, strict=True)
             pairs = list(zip(*asked, strict=True))
             entries.append({**entry(identifier, name, pairs), "types": list(types), "objects": shown})
             captions.append({**entry(identifier, name, [caption(scene, rng)]), "objects": shown})
