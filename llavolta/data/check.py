@@ -45,7 +45,8 @@ def check_words(texts: Iterable[str], tokenizer, name: object) -> None:
     told = f"{share:.1%} of the words of {name} are unknown to the tokenizer: {', '.join(map(short, strange[:10]))}"
     if share > MAY_BE_UNKNOWN:
         raise DataError(
-            f"{told}; each would be {tokenizer.unk_token}. Use a model with a larger vocabulary (model: PATH)"
+            f"{told}; each would be {tokenizer.unk_token}. Use a model that can read any word, such as nano-tuned "
+            "(-p model nano-tuned)"
         )
     print(f"note: {told}", file=sys.stderr)
 

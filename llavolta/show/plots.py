@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Callable, Sequence
 
 import matplotlib.pyplot as plt
@@ -83,6 +84,18 @@ def example(conversation) -> Figure:
         ax.imshow(picture, interpolation="nearest")
         ax.set(xticks=[], yticks=[])
     figure.suptitle(conversation.name, fontsize=8)
+    return figure
+
+
+@themed
+def asked(rows: Sequence[tuple]) -> Figure:
+    """Pictures with what was asked and answered below: rows of (picture, question, answer, right answer or "")."""
+    figure, axes = plt.subplots(1, len(rows), figsize=(3.2 * len(rows), 3.9), squeeze=False, layout="constrained")
+    for ax, (picture, question, answer, right) in zip(axes[0], rows, strict=True):
+        ax.imshow(picture)
+        told = f"{answer}" + (f"   (right: {right})" if right else "")
+        ax.set_xlabel("\n".join([*textwrap.wrap(question, 34), *textwrap.wrap(told, 34)]), fontsize=11)
+        ax.set(xticks=[], yticks=[])
     return figure
 
 

@@ -26,7 +26,7 @@ from llavolta.compression.families import find_parts
 from llavolta.compression.plan import VISION, Layer
 from llavolta.cost.flops import CostModel
 from llavolta.cost.planner import Speed, scheme_table
-from llavolta.data import LlavaData, open_image, to_rgb
+from llavolta.data import LlavaData, check_words, open_image, to_rgb
 from llavolta.errors import UserError
 from llavolta.show import plots, token_maps
 from llavolta.studies import inspect, opening
@@ -131,6 +131,7 @@ class Explorer:
             raise opening.StudyError(
                 f"the question holds the placeholder {found[0]}; leave it out, the picture is put in"
             )
+        check_words([question], self.processor.tokenizer, "the question")
         return inspect.view(self.model, self.processor, question, self._looks(entry, own), plan)
 
     def _text(self, view: inspect.View) -> str:

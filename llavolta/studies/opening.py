@@ -17,6 +17,7 @@ from llavolta.train.checkpoints import RECORD
 from llavolta.train.config import TrainConfig, run_settings
 from llavolta.train.models import load_model
 from llavolta.train.run import train
+from llavolta.worlds import HOMES, WORLDS
 from llavolta.worlds import world as find_world
 
 
@@ -89,16 +90,24 @@ def open_study(
     images: str | Path | None = None,
     pad_to_square: bool | None = None,
     dtype: torch.dtype | None = None,
-    world: str = "digits",
+    world: str | None = None,
 ) -> Study:
     """Open ``model`` (see ``open_model``) to be asked ``questions``, LLaVA JSON, about ``images``.
 
-    questions: None: those held out of ``world``. pad_to_square: see ``trained_padding``.
+    questions: None: those held out of ``world``; None: the model's own, which it comes with or was trained on.
+    pad_to_square: see ``trained_padding``.
     """
-    data = LlavaData(questions or find_world(world).heldout(), images or None)  # refused before a model is loaded
+    questions = questions or find_world(world or home(model)).heldout()
+    data = LlavaData(questions, images or None)  # refused before a model is loaded
     opened, processor, folder = open_model(model, dtype)
     data.pad = trained_padding(processor, folder, pad_to_square)
     return Study(opened, processor, data, folder)
+
+
+def home(model: str | Path) -> str:
+    """The world that ``model`` comes with, or was trained on by its run's config.yaml; "digits" if neither is known."""
+    trained_on = run_settings(model).get("data")
+    return HOMES.get(str(model), trained_on if trained_on in WORLDS else "digits")
 
 
 def trained_padding(processor, model: str | Path, wanted: bool | None = None) -> tuple[int, int, int] | None:

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from llavolta.errors import ConfigError, DataError
-from llavolta.paths import DATA, TINY_LLAVA
+from llavolta.paths import DATA, NANO_TUNED, RUNS, TINY_LLAVA
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,14 @@ def _nano() -> Path:
     return import_module("llavolta.worlds.nano").nano()
 
 
+def _nano_tuned() -> Path:
+    """A run of the preset ``nano``, or the projector and adapters that are shipped."""
+    found = [folder for folder in (RUNS / "nano-tuned", NANO_TUNED) if any(folder.glob("*.safetensors"))]
+    if not found:
+        raise ConfigError("nano-tuned is not trained yet; python -m llavolta.train nano --output data/runs/nano-tuned")
+    return found[0]
+
+
 def _embedded_video() -> Path:
     return import_module("llavolta.worlds.backbones").embedded_video()
 
@@ -71,7 +79,9 @@ MODELS: dict[str, Callable[[], Path]] = {
     "embedded": lambda: TINY_LLAVA,
     "embedded-video": _embedded_video,
     "nano": _nano,
+    "nano-tuned": _nano_tuned,
 }
+HOMES = {"embedded-video": "clips", "nano": "pictures", "nano-tuned": "pictures"}  # their worlds; digits, if not here
 
 
 def world(name: str) -> World:

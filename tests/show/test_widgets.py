@@ -143,3 +143,9 @@ def test_a_placeholder_in_the_question_is_one_line(loaded, explorer, words):
 def test_a_path_that_cannot_be_is_one_line(explorer, path):
     explorer.path.value = path
     assert "image path" in explorer.message.value and "\n" not in explorer.message.value
+
+
+def test_words_that_the_model_does_not_know_are_one_line(explorer):
+    explorer.question.value = "is a red shape above a green square"
+    assert explorer.view is None and not explorer.image.value
+    assert "unknown to the tokenizer" in explorer.message.value and "-p model nano-tuned" in explorer.message.value

@@ -1,0 +1,78 @@
+"""``python -m llavolta.show MODEL``: ask a model questions about pictures, and draw what it answers."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from llavolta.data import check_words, open_image
+from llavolta.errors import UserError
+from llavolta.paths import RUNS
+from llavolta.show import plots
+from llavolta.studies import inspect
+from llavolta.studies.opening import StudyError, open_model, open_study
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m llavolta.show", description=__doc__.partition(": ")[2])
+    parser.add_argument("model", help="a name such as nano-tuned, a folder or a hub name")
+    parser.add_argument(
+        "--picture", help="a picture of your own; without it, pictures of the model's held-out questions"
+    )
+    parser.add_argument("--question", action="append", help="about the picture, in plain words; may be given again")
+    parser.add_argument("--count", type=int, default=3, help="of held-out questions (3)")
+    parser.add_argument("--plan", default="none", help="of compression, such as 2:avgpool:8 (none)")
+    parser.add_argument("--output", default=str(RUNS / "asked.png"), help="the drawing's file (%(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        rows = _own(options) if options.picture else _heldout(options)
+        figure = plots.asked([(picture, asked, view.answer, right) for picture, asked, view, right in rows])
+        file = Path(options.output)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=120)
+    except (UserError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for _, asked, view, right in rows:
+        guesses = ", ".join(f"{word} {chance:.0%}" for word, chance in list(view.guesses.items())[:3])
+        print(f"{asked} {view.answer}{f' (right: {right})' if right else ''}   [{guesses}]")
+    print(file)
+    return 0
+
+
+def _own(options) -> list[tuple]:
+    if not options.question:
+        raise StudyError("--picture needs a --question")
+    file = Path(options.picture).expanduser()
+    picture = open_image(file.parent, file.name, "--picture")
+    model, processor, _ = open_model(options.model)
+    check_words(options.question, processor.tokenizer, "the questions")
+    return [(picture, q, inspect.view(model, processor, q, [picture], options.plan), "") for q in options.question]
+
+
+def _heldout(options) -> list[tuple]:
+    """Questions of different pictures and, as far as there are, types."""
+    if options.question:
+        raise StudyError("--question needs a --picture")
+    if options.count < 1:
+        raise StudyError(f"--count must be at least 1, not {options.count}")
+    study = open_study(options.model)
+    chosen, types = [], set()
+    for index in np.flatnonzero(study.data.medium == 1).tolist():
+        fresh = [one for one in study.data.questions_of(index) if one["type"] not in types]
+        if fresh and len(chosen) < options.count:
+            types.add(fresh[0]["type"])
+            chosen.append(fresh[0])
+    rows = []
+    for one in chosen:
+        images = study.data[one["index"]].images
+        view = inspect.view(study.model, study.processor, one["question"], images, options.plan)
+        rows.append((images[0], one["question"], view, one["answer"]))
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())
