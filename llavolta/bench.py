@@ -14,6 +14,7 @@ import torch
 from llavolta.cost import throughput
 from llavolta.cost.bench import Sizes, compressor_times, embedded_batches, scheme_times, step_report
 from llavolta.cost.gpu_report import gpu_report
+from llavolta.cost.precision import precision_times
 from llavolta.errors import UserError
 from llavolta.paths import PAPERS
 
@@ -38,6 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("--plans", nargs="+", default=["1:avgpool:8", "4:avgpool:8"])
     train.add_argument("--batch", type=int, default=32)
     train.add_argument("--rounds", type=int, default=5)
+    precision = commands.add_parser("precision", help="a step in float32, autocast, and bfloat16 with a master copy")
+    precision.add_argument("--model", default="nano")
+    precision.add_argument("--batch", type=int, default=8)
+    precision.add_argument("--rounds", type=int, default=3)
     gpu = commands.add_parser("gpu", help="everything on one GPU at the shapes of LLaVA-1.5-7B, in minutes")
     gpu.add_argument("--folder", type=Path, default=PAPERS / "benchmarks", help="of gpu-<card>.md and .csv")
     gpu.add_argument("--parts", nargs="+", default=[], help="some of them (default: all)")
@@ -51,6 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+    if command == "precision":
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}\n")
+        model, (batch,) = embedded_batches(options["batch"], 1, options["model"])
+        print(precision_times(model, batch, options["rounds"]).to_string(index=False, float_format="{:.3f}".format))
+        return 0
     if command == "train":
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}")
         tables = throughput.train_report(**options)

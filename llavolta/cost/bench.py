@@ -33,7 +33,7 @@ from llavolta.data import Collator, LlavaData
 from llavolta.train.dualspeed import add_isolator, fast_mode, slow_mode
 from llavolta.train.models import load_model, set_trainable
 from llavolta.train.schemes import ISOLATOR, SCHEMES, Stage
-from llavolta.worlds import WORLDS
+from llavolta.worlds import HOMES, WORLDS
 
 
 def now(device: torch.device) -> float:
@@ -405,7 +405,7 @@ def scheme_times(model, batches: Sequence[dict], rounds: int = 5, progress: bool
 
 
 def embedded_batches(batch: int = 32, count: int = 2, name: str = "embedded") -> tuple:
-    """(model, batches) of the embedded LLaVA, or of the model ``name``, and the first training scenes."""
+    """(model, batches) of the embedded LLaVA, or of the model ``name``, and the first training scenes of its world."""
     model, processor = load_model(name)
-    data, collate = LlavaData(WORLDS["digits"].train()), Collator(processor)
+    data, collate = LlavaData(WORLDS[HOMES.get(name, "digits")].train()), Collator(processor)
     return model, [collate([data[i] for i in range(k * batch, (k + 1) * batch)]) for k in range(count)]

@@ -74,3 +74,13 @@ def test_step_times_leave_the_model_as_it_was(small_model, scenes):
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert not hasattr(model, "mode_isolator")
+
+
+def test_precisions_compute_the_same_step(capsys):
+    from llavolta.bench import main
+
+    assert main(["precision", "--model", "embedded", "--batch", "2", "--rounds", "1"]) == 0
+    rows = capsys.readouterr().out.strip().splitlines()[-3:]
+    assert [row.split()[0] for row in rows] == ["float32", "autocast", "bfloat16"]
+    full, autocast, master = (float(row.split()[-1]) for row in rows)
+    assert autocast == pytest.approx(full, rel=0.05) and master == pytest.approx(full, rel=0.05)
