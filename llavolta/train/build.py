@@ -65,7 +65,7 @@ def _sizes(config: TrainConfig) -> tuple[int, int]:
     if config.vision_tower is None:
         whole = with_projector(read_config(config.model), config.projector)
         return whole.get_text_config().num_hidden_layers, visual_tokens(whole)
-    grid = tower_grid(config.vision_tower, read(config.vision_tower))
+    grid = tower_grid(model_path(config.vision_tower), read(config.vision_tower))
     depth = read(config.language_model).num_hidden_layers
     projector = parse_projector(config.projector)
     return depth, projector.num_tokens(grid.side) if projector else grid.visual_tokens

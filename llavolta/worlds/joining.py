@@ -62,15 +62,17 @@ class Grid:
 
 
 def tower_grid(name: str, config: PretrainedConfig) -> Grid:
-    """The grid of the model ``name`` of this ``config``, found without its weights.
+    """The grid of the model in the folder ``name``, of this ``config``, found without its weights.
 
-    Raises ConfigError unless it can be the vision tower of ``join``.
+    Its pictures are as large as its image processor makes them, which DINOv2 reads at any size (the hub's at 224
+    pixels, not the 518 of its configuration). Raises ConfigError unless it can be the vision tower of ``join``.
     """
     vision = getattr(config, "vision_config", config)  # CLIP's and SigLIP's checkpoints hold a text model, too
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     wanted = "give a CLIP, SigLIP, DINOv2 or another model with one grid of patches a picture"
     if not isinstance(size, int) or not isinstance(patch, int) or size < patch:
         raise ConfigError(f"vision_tower {name}: a {config.model_type} has no grid of square patches; {wanted}")
+    size = _picture_size(name) or size
     try:
         with torch.device("meta"):
             seen = _tower(AutoModel.from_config(vision))(torch.zeros(1, 3, size, size), output_hidden_states=True)
@@ -84,6 +86,16 @@ def tower_grid(name: str, config: PretrainedConfig) -> Grid:
             f"vision_tower {name}: a {config.model_type} gives {shape}, no {side} x {side} grid; {wanted}"
         )
     return Grid(side, others)
+
+
+def _picture_size(name: str) -> int | None:
+    """The side in pixels of what the image processor in the folder ``name`` makes of a picture; None without one."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
+    pixels = processor(torch.zeros(3, 64, 64, dtype=torch.uint8), return_tensors="pt")["pixel_values"]
+    return pixels.shape[-1]
 
 
 def _tower(model: nn.Module) -> nn.Module:

@@ -124,3 +124,22 @@ def test_a_language_model_without_rotary_positions_is_refused(language, tmp_path
     make().save_pretrained(tmp_path / "tower")
     with pytest.raises(ConfigError, match="a gpt2 has no decoder layers with rotary positions"):
         join(str(tmp_path / "tower"), str(tmp_path / "gpt"))
+
+
+def test_a_tower_that_reads_any_size_is_asked_at_its_processors(language, tmp_path):
+    make, _ = TOWERS["dinov2"]
+    make().save_pretrained(tmp_path)
+    tf.CLIPImageProcessor(size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42}).save_pretrained(tmp_path)
+    model, processor = join(str(tmp_path), language)
+    assert model.config.image_seq_length == 36  # 42 pixels in patches of 7, where the configuration has 28
+    batch = processor(text=["<image> how"], images=[Image.new("RGB", (50, 60))], return_tensors="pt")
+    assert (batch["input_ids"] == model.config.image_token_id).sum() == 36
+    assert torch.isfinite(model(**batch).logits).all()
+
+
+def test_a_tower_whose_processor_makes_another_size_than_it_reads_is_refused(language, tmp_path):
+    make, _ = TOWERS["clip"]
+    make().save_pretrained(tmp_path)
+    tf.CLIPImageProcessor(size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42}).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="reads no picture .*42"):
+        join(str(tmp_path), language)
