@@ -153,6 +153,10 @@ def view(
     ended = not set(evaluation.end_tokens(model, processor)).isdisjoint(said.tolist())
     likeliest = out.logits[0][0].float().softmax(-1).topk(5)
     pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    guesses: dict[str, float] = {}
+    for token, chance in pairs:  # a word with and without a blank before it is one guess
+        word = processor.tokenizer.decode([token]).strip() or "(blank)"
+        guesses[word] = guesses.get(word, 0.0) + chance
     tokens = _tokens_left(record.counts, len(parts.layers), visual)
     return View(
         plan=format_plan(parse_plan(plan)),
@@ -161,7 +165,7 @@ def view(
         ratio=len(tokens) * visual / sum(tokens),
         flops=_relative_flops(families.unwrap(model).config, plan, text_tokens, sum(frames)),
         answer=f"{processor.decode(said, skip_special_tokens=True).strip()}{'' if ended else ' …'}".strip(),
-        guesses={processor.tokenizer.decode([token]).strip() or "(blank)": chance for token, chance in pairs},
+        guesses=guesses,
         shape=record.shape or _square(visual // max(len(images), 1)),
         visual=visual,
     )
