@@ -24,6 +24,7 @@ from llavolta.errors import UserError
 from llavolta.train.schemes import ISOLATOR
 
 STAGING = ".saving"
+REMOVED = ".removed"
 SEAL = "seal.json"
 RECORD = "scheme.json"
 LOCK = ".lock"
@@ -81,7 +82,7 @@ def publish(staged: Path, target: Path) -> None:
     for path in (*staged.rglob("*"), staged):
         _flush(path)
     if target.exists():
-        shutil.rmtree(target)
+        _remove(target)
     os.replace(staged, target)
     _flush(target.parent)
 
@@ -89,7 +90,21 @@ def publish(staged: Path, target: Path) -> None:
 def prune(run: Path, keep: int, always: set[int]) -> None:
     """Remove the checkpoints of ``run`` but the newest ``keep`` and those at the steps ``always``."""
     for folder in [folder for folder in checkpoints(run) if step_of(folder) not in always][keep:]:
-        shutil.rmtree(folder)
+        _remove(folder)
+
+
+def clear(run: Path) -> None:
+    """Remove from ``run`` what an interrupted save or removal left."""
+    for name in (STAGING, REMOVED):
+        shutil.rmtree(run / name, ignore_errors=True)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint: it is whole or away from its name, whenever this is interrupted."""
+    aside = checkpoint.parent / REMOVED
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(checkpoint, aside)
+    shutil.rmtree(aside)
 
 
 def export(source: Path, target: Path) -> None:

@@ -152,6 +152,7 @@ def _bring(config: TrainConfig, phase: Phase, progress: bool) -> None:
     state, output, scheme = PartialState(), phase.output, phase.scheme
     held = checkpoint = None
     if state.is_main_process:
+        checkpoints.clear(output)
         held = checkpoints.finished(output, scheme.name, scheme.written, phase.total_steps)
         if held < phase.end:
             checkpoint = checkpoints.newest(output, lambda text: say(text, True))

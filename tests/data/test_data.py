@@ -353,7 +353,7 @@ def test_words_that_the_tokenizer_does_not_know_are_refused(tmp_path, processor,
     (tmp_path / "shapes.json").write_text(json.dumps(shapes))
     few = [{"id": "x", "conversations": turns("is there a zebra?", "no")}]
     (tmp_path / "few.json").write_text(json.dumps([{"id": "a", "conversations": known}] * 200 + few))
-    refused = "of the words of shapes.json are unknown to the tokenizer: 'red', 'blob0', 'above'.* -p model nano-tuned"
+    refused = "of the words of shapes.json are unknown to the tokenizer: 'red', 'blob0', 'above'.*-p model nano-tuned"
     with pytest.raises(DataError, match=refused):
         check_words(LlavaData(tmp_path / "shapes.json").texts(), processor.tokenizer, "shapes.json")
     check_words(LlavaData(tmp_path / "few.json").texts(), processor.tokenizer, "few.json")

@@ -71,6 +71,29 @@ def test_old_checkpoints_go_and_ends_of_stages_stay(whole, settings, tmp_path):
     assert steps(run(settings, tmp_path / "run", keep_checkpoints=1)) == [9, 8, 6, 3]
 
 
+def test_a_kill_while_an_old_checkpoint_is_removed(whole, settings, tmp_path, monkeypatch):
+    """The old one is whole or not there, and the next start clears away what is left of it."""
+    output, remove = tmp_path / "run", shutil.rmtree
+
+    class Killed(BaseException):
+        pass
+
+    def killed(path, ignore_errors=False):
+        if (Path(path) / checkpoints.SEAL).exists():
+            (Path(path) / "model.safetensors").unlink()
+            raise Killed
+        remove(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(Killed):
+        run(settings, output, keep_checkpoints=1)
+    left = checkpoints.checkpoints(output)
+    assert left and [find_damage(folder) for folder in left] == [None] * len(left)
+    assert (output / checkpoints.REMOVED).exists()
+    monkeypatch.undo()
+    assert same(whole, run(settings, output)) and not (output / checkpoints.REMOVED).exists()
+
+
 DAMAGES = {
     "cut short": lambda folder: os.truncate(folder / "model.safetensors", 1000),
     "a changed byte": lambda folder: flip(folder / "optimizer.pt"),
