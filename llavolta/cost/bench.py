@@ -30,8 +30,9 @@ from llavolta.compression.probe import TowerProbe
 from llavolta.cost.flops import cost_model
 from llavolta.cost.planner import fit_speed
 from llavolta.data import Collator, LlavaData
+from llavolta.train.config import TrainConfig
 from llavolta.train.dualspeed import add_isolator, fast_mode, slow_mode
-from llavolta.train.models import load_model, set_trainable
+from llavolta.train.models import load_model, set_trainable, with_adapters
 from llavolta.train.schemes import ISOLATOR, SCHEMES, Stage
 from llavolta.worlds import HOMES, WORLDS
 
@@ -50,30 +51,41 @@ def step_times(
     rounds: int = 5,
     phase: str = "instruct",
     progress: bool = True,
+    config: TrainConfig | None = None,
 ) -> pd.DataFrame:
     """Seconds of a training step (forward, backward, AdamW) under each plan, interleaved on the same ``batches``.
 
     A plan may also be a stage of a scheme: of one with slow steps it is the mean over its fast and slow steps.
-    The learning rate is 0, so the model stays as it is. Returns one row per plan: seconds (median), ratio (the median
+    The learning rate is 0, so the model stays as it is. config: a run's, whose adapters and precision the steps have
+    (default: float32, all but the tower trains). Returns one row per plan: seconds (median), ratio (the median
     over rounds of this plan's time over that of "none" in the same round), flops_ratio (what the FLOPs promise).
     """
     stages = {str(plan): plan if isinstance(plan, Stage) else Stage(plan, 1) for plan in ["none", *plans]}
     training, trained = model.training, [(p, p.requires_grad) for p in model.parameters()]
-    own = getattr(unwrap(model), ISOLATOR, None)
+    own, name = getattr(unwrap(model), ISOLATOR, None), model.name_or_path
+    options = dict(train_tower=config.train_tower, lora_rank=config.lora_rank) if config else {}
+    set_trainable(model.train(), phase, options.get("train_tower", False))
+    adapted = model
+    if config and config.lora_rank and phase == "instruct":
+        adapted = with_adapters(model, config.changed(quantize=None), name)
+    precision = torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config and config.bf16))
     try:
-        return _step_times(model, batches, stages, rounds, phase, progress)
+        with precision:
+            return _step_times(adapted, batches, stages, rounds, dict(phase=phase, **options), progress)
     finally:
         delattr(unwrap(model), ISOLATOR)
         if own is not None:
             setattr(unwrap(model), ISOLATOR, own)
+        if adapted is not model:
+            adapted.unload()
+            model.name_or_path = model.config.name_or_path = name
         model.train(training)
         model.zero_grad()
         for parameter, wanted in trained:
             parameter.requires_grad_(wanted)
 
 
-def _step_times(model, batches, stages: dict[str, Stage], rounds: int, phase: str, progress: bool) -> pd.DataFrame:
-    set_trainable(model.train(), phase)
+def _step_times(model, batches, stages: dict[str, Stage], rounds: int, trains: dict, progress: bool) -> pd.DataFrame:
     add_isolator(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     device = next(model.parameters()).device
@@ -94,7 +106,7 @@ def _step_times(model, batches, stages: dict[str, Stage], rounds: int, phase: st
         taken[name] += (taken[slow[name]] - taken[name]) / stages[name].slow_every
     seconds = taken[list(stages)]
     text, images, labelled = _sizes(model, batches)
-    costs = [cost_model(model.config).stage(stage, text, images, labelled, phase=phase) for stage in stages.values()]
+    costs = [cost_model(model.config).stage(stage, text, images, labelled, **trains) for stage in stages.values()]
     flops = np.array([sum(often * cost.total for often, cost in parts) for parts in costs])
     return pd.DataFrame(
         {

@@ -215,7 +215,7 @@ def costs(
     parts = [[order[i % len(order)] for i in range(k * size, (k + 1) * size)] for k in range(batches)]
     seen = [collate([data[i] for i in part]) for part in parts]
     stages = [stage for scheme in schemes.values() for stage in scheme.stages]
-    steps = bench.step_times(trained, seen, stages, rounds, progress=progress)
+    steps = bench.step_times(trained, seen, stages, rounds, progress=progress, config=config)
     by_plan = steps.set_index("plan")
     rows = []
     for name, scheme in schemes.items():

@@ -8,6 +8,7 @@ import torch
 from llavolta.compression.labelled import IGNORED
 from llavolta.compression.plan import tokens_per_layer
 from llavolta.cost import bench
+from llavolta.train.config import TrainConfig
 from llavolta.train.models import set_trainable
 from llavolta.train.schemes import Stage
 
@@ -61,14 +62,19 @@ def test_compressors_are_set_against_the_tower_and_the_loop():
     assert table.loop.dropna().index.tolist() == ["prumerge", "prumerge+"]
 
 
-def test_step_times_leave_the_model_as_it_was(small_model, scenes):
+@pytest.mark.parametrize("own", [{}, dict(lora_rank=4, bf16=True)])
+def test_step_times_leave_the_model_as_it_was(small_model, scenes, own):
     model, batches = bench.embedded_batches(2, 1, str(small_model))
     set_trainable(model, "align")
     model.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     asked = {name: p.requires_grad for name, p in model.named_parameters()}
     stage = Stage("0:random:0.25", 1, slow_every=2)
-    bench.step_times(model, batches, ["1:avgpool:8", stage], rounds=1, progress=False)
+    config = TrainConfig(output="unused", **own) if own else None
+    modules = [name for name, _ in model.named_modules()]
+    times = bench.step_times(model, batches, ["1:avgpool:8", stage], rounds=1, progress=False, config=config)
+    assert times.plan.tolist() == ["none", "1:avgpool:8", str(stage)] and (times.seconds > 0).all()
+    assert [name for name, _ in model.named_modules()] == modules
     assert not model.training and all(p.grad is None for p in model.parameters())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == asked
     after = model.state_dict()
