@@ -11,18 +11,25 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from llavolta.errors import UserError
 from llavolta.paths import PAPERS
-from llavolta.studies.compare import BASELINE, paired, roughness, table
+from llavolta.studies.compare import BASELINE, paired, roughness, table, table_of_one_seed
+from llavolta.studies.statistics import paired_difference
 from llavolta.train.schemes import OURS, SCHEMES, compression_ratio, plan_compression_ratio
 
 README = PAPERS.parent / "README.md"
 REDUNDANCY = "01_redundancy.ipynb OUT.ipynb -p record ../papers/llavolta"
 COMPARE = "04_compare_schemes.ipynb OUT.ipynb -p controls True -p seeds {seeds} -p record ../papers/llavolta"
+NANO_REDUNDANCY = "01_redundancy.ipynb OUT.ipynb -p model nano-tuned -p limit 150 -p record ../papers/nano"
+NANO_COMPARE = (
+    "04_compare_schemes.ipynb OUT.ipynb -p preset nano -p workers 1 -p questions {questions} -p record ../papers/nano "
+    "-y '{{schemes: [{schemes}], options: {{max_steps: {steps}}}}}'"
+)
 VIDEO = "06_video.ipynb OUT.ipynb -p seeds {seeds} -p record ../papers/llavolta"
 COMPRESSORS = (
     "05_compare_compressors.ipynb OUT.ipynb -p train_steps {steps} -p seeds {seeds} -p record ../papers/compressors"
@@ -53,26 +60,17 @@ class Claim:
 def llavolta(folder: Path) -> list[Claim]:
     """The claims of LLaVolta (arXiv 2406.20092), from the figures in ``folder``."""
     published = pd.read_csv(folder / "published.csv").set_index(["claim", "quantity"]).value
-    lost = pd.read_csv(folder / "redundancy.csv").set_index("layer")
     runs = pd.read_csv(folder / "compare-runs.csv").query("type == 'overall'")
     costs = pd.read_csv(folder / "compare-costs.csv").set_index("scheme")
     curves = pd.read_csv(folder / "compare-curves.csv")
     result = table(runs, costs)
     seeds = runs.groupby("scheme").seed.nunique()
     command = COMPARE.format(seeds=seeds[BASELINE])
-    limit = float(published["redundancy", "accuracy lost on GQA"]) / 100
     above = float(published["stage I", "compression ratio above"])
     ratios = [compression_ratio(32, 576, 2, 8), plan_compression_ratio("1:avgpool:8", 8, 144)]
     return [
-        Claim(
-            "70% of the visual tokens pooled away at test time cost 3% of the accuracy",
-            "-3% (GQA, LLaVA-1.5-7B)",
-            "; ".join(f"layer {k}: {_points(-r.lost, -r.high, -r.low)}" for k, r in lost.iterrows()),
-            _all(lost.high <= limit),
-            None,
-            REDUNDANCY,
-        ),
-        _attention(pd.read_csv(folder / "attention.csv")),
+        _redundancy(folder, published, REDUNDANCY),
+        _attention(pd.read_csv(folder / "attention.csv"), REDUNDANCY),
         Claim(
             f"Stage I compresses visual tokens by more than {above:.0f}%",
             f"> {above:.0f}%",
@@ -80,7 +78,7 @@ def llavolta(folder: Path) -> list[Claim]:
             YES if ratios[0] > above / 100 else NO,  # claimed of the larger of the two
         ),
         *_training(result, published, seeds, command),
-        *_order(runs, seeds, command),
+        *_order(partial(paired, runs), seeds, command),
         _stability(roughness(curves), runs, seeds, command),
         Claim(
             "Best on 9 of 13 image benchmarks", "9 of 13; average 61.9%", "needs the 7B model and the benchmarks", OPEN
@@ -89,7 +87,55 @@ def llavolta(folder: Path) -> list[Claim]:
     ]
 
 
-def _attention(attention: pd.DataFrame) -> Claim:
+def nano(folder: Path) -> list[Claim]:
+    """LLaVolta's claims in both worlds: digits on the embedded model, and pictures on nano, from the figures in
+    ``folder``: a single seed, so that nano's intervals are over questions."""
+    published = pd.read_csv(folder.parent / "llavolta" / "published.csv").set_index(["claim", "quantity"]).value
+    steps = pd.read_csv(folder / "compare-curves.csv").step.max()
+    right = pd.read_csv(folder / "compare-correct.csv").drop(columns="type").set_index("question")
+    answers = right.melt(var_name="scheme", value_name="correct")
+    result = table_of_one_seed(answers, pd.read_csv(folder / "compare-costs.csv").set_index("scheme"))
+    seeds = pd.Series(1, result.index)
+    schemes = ", ".join(result.index.drop(BASELINE))
+    compare = NANO_COMPARE.format(schemes=schemes, steps=steps, questions=len(right))
+    studies = NANO_REDUNDANCY
+
+    def difference(first: str, second: str) -> tuple[float, float, float]:
+        return tuple(paired_difference(right[first], right[second]).values())
+
+    digits = {claim.text: claim for claim in llavolta(folder.parent / "llavolta")}
+    return [
+        Claim(
+            claim.text,
+            claim.published,
+            f"digits: {digits[claim.text].ours}. Pictures: {claim.ours}",
+            f"digits: {digits[claim.text].verdict}; pictures: {claim.verdict}",
+            claim.seeds,
+            claim.command,
+        )
+        for claim in (
+            _redundancy(folder, published, studies),
+            _attention(pd.read_csv(folder / "attention.csv"), studies),
+            *_training(result, published, seeds, compare),
+            *_order(difference, seeds, compare),
+        )
+    ]
+
+
+def _redundancy(folder: Path, published: pd.Series, command: str) -> Claim:
+    lost = pd.read_csv(folder / "redundancy.csv").set_index("layer")
+    limit = float(published["redundancy", "accuracy lost on GQA"]) / 100
+    return Claim(
+        "70% of the visual tokens pooled away at test time cost 3% of the accuracy",
+        "-3% (GQA, LLaVA-1.5-7B)",
+        "; ".join(f"layer {k}: {_points(-r.lost, -r.high, -r.low)}" for k, r in lost.iterrows()),
+        _all(lost.high <= limit),
+        None,
+        command,
+    )
+
+
+def _attention(attention: pd.DataFrame, command: str) -> Claim:
     visual = attention.query("kind == 'visual'").sort_values("layer")
     first, last = visual.iloc[0], visual.iloc[-1]
     turn = YES if last.high < first.low else f"{NO}: it rises here" if last.low > first.high else f"{NO}: no trend"
@@ -100,22 +146,20 @@ def _attention(attention: pd.DataFrame) -> Claim:
         + f" of the attention ({visual.tokens_share.mean():.0%} of the prompt's tokens)",
         turn,
         None,
-        REDUNDANCY,
+        command,
     )
 
 
 def _training(result: pd.DataFrame, published: pd.Series, seeds: pd.Series, command: str) -> list[Claim]:
-    four = ["four-stage-wider", "four-stage-deeper"]
+    four = [name for name in ("four-stage-wider", "four-stage-deeper") if name in result.index]
     staged = ["three-stage", *four]
     saved = float(published["training time", "less training time"]) / 100
-    best = result.loc[four].accuracy.idxmax()
-    others = [name for name in SCHEMES if name not in four]
-    return [
+    claims = [
         Claim(
             "Staged compression takes 16% less training time",
             "15.3 h to 12.8 h: -16%",
             "; ".join(f"{name}: {result.time[name] - 1:+.0%} (FLOPs {result.flops[name] - 1:+.0%})" for name in staged),
-            _all(1 - result.time[four] >= saved),
+            _all(1 - result.time[four or staged] >= saved),
             None,
             command,
         ),
@@ -131,6 +175,13 @@ def _training(result: pd.DataFrame, published: pd.Series, seeds: pd.Series, comm
             int(seeds[staged].min()),
             command,
         ),
+    ]
+    if not four:
+        return claims
+    best = result.loc[four].accuracy.idxmax()
+    others = [name for name in SCHEMES if name not in four]
+    return [
+        *claims,
         Claim(
             "Four stages are the best of the schemes",
             "best average",
@@ -142,15 +193,16 @@ def _training(result: pd.DataFrame, published: pd.Series, seeds: pd.Series, comm
     ]
 
 
-def _order(runs: pd.DataFrame, seeds: pd.Series, command: str) -> list[Claim]:
+def _order(difference_of: Callable, seeds: pd.Series, command: str) -> list[Claim]:
+    """difference_of: of two schemes, mean and interval of the first less the second."""
     claims = []
     for control, what in (
         ("three-stage-reversed", "the same stages in reverse order (same cost)"),
         ("three-stage-shuffled", "the same stages in random order (same cost)"),
         ("constant", "one light plan to the end"),
     ):
-        if control in set(runs.scheme):
-            difference = paired(runs, "three-stage", control)
+        if control in seeds.index:
+            difference = difference_of("three-stage", control)
             claims.append(
                 Claim(
                     f"Heavy first and light later is better than {what}",
@@ -384,11 +436,16 @@ def readme(text: str) -> str:
     return before + start + results(PAPERS / "llavolta") + end + rest.split(end)[1]
 
 
+NANO = (
+    "Pictures: the model `nano` (30 layers, 144 visual tokens, pretrained parts) on scenes of everyday objects;",
+    "adapters and projector train, from one shared alignment, for far fewer steps than `nano-tuned`.",
+)
 PAGES: dict[str, tuple[str, Callable[[Path], list[Claim]]]] = {
     "llavolta": ("LLaVolta", llavolta),
     "prumerge": ("PruMerge", prumerge),
     "llava-stf": ("LLaVA-STF", llava_stf),
     "faster": ("Faster training", faster),
+    "nano": ("LLaVolta in two worlds", nano),
 }
 
 
@@ -402,6 +459,7 @@ def render(paper: str) -> str:
         "(8 layers, 144 visual tokens, handwritten digits) unless said otherwise: it can support a claim or cast doubt",
         "on it, not settle it for 7B. Intervals are 95%: over seeds (Student's t; differences paired by seed), or over",
         "questions where a single model is looked at. Commands run in `notebooks/`, after `papermill`.",
+        *(["", *NANO] if paper == "nano" else []),
         "",
         "| claim | published | ours (95% interval) | seeds | verdict | command |",
         "|---|---|---|---|---|---|",

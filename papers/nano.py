@@ -24,12 +24,14 @@ from llavolta.paths import NANO_TUNED, PAPERS
 from llavolta.studies.evaluation import evaluate
 from llavolta.studies.opening import open_model
 from llavolta.studies.statistics import OVERALL, accuracy_table, interval, paired_difference
+from llavolta.train.models import has_bfloat16
 from llavolta.worlds import WORLDS
 
 FOLDER = PAPERS / "nano"
 MODEL, WORLD = "nano-tuned", "pictures"
 ONE_TOKEN = "2:avgpool:144"
 PLANS = ("none", ONE_TOKEN)
+DTYPE = torch.bfloat16 if has_bfloat16() else torch.float32
 VENDORS = {"seen": "heldout.json", "unseen": "unseen.json"}
 
 
@@ -40,7 +42,7 @@ def ask(model, processor, plan: str, vendor: str, limit: int | None = None) -> p
 
 def accuracies(limit: int | None) -> tuple[pd.DataFrame, pd.DataFrame]:
     """By vendor, plan and type; and, by vendor, what one token costs."""
-    model, processor, _ = open_model(MODEL, torch.bfloat16)
+    model, processor, _ = open_model(MODEL, DTYPE)
     answers = pd.concat([ask(model, processor, plan, vendor, limit) for vendor in VENDORS for plan in PLANS])
     rows = []
     for vendor, part in answers.groupby("vendor", sort=False):
@@ -52,7 +54,7 @@ def accuracies(limit: int | None) -> tuple[pd.DataFrame, pd.DataFrame]:
 def curve(folder: Path, limit: int) -> pd.DataFrame:
     rows = []
     for saved in sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name)):
-        model, processor, _ = open_model(saved, torch.bfloat16)
+        model, processor, _ = open_model(saved, DTYPE)
         for vendor in VENDORS:
             correct = ask(model, processor, "none", vendor, limit).correct
             low, high = interval(correct)

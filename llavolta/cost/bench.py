@@ -32,7 +32,7 @@ from llavolta.cost.planner import fit_speed
 from llavolta.data import Collator, LlavaData
 from llavolta.train.config import TrainConfig
 from llavolta.train.dualspeed import add_isolator, fast_mode, slow_mode
-from llavolta.train.models import load_model, set_trainable, with_adapters
+from llavolta.train.models import autocasts, load_model, set_trainable, with_adapters
 from llavolta.train.schemes import ISOLATOR, SCHEMES, Stage
 from llavolta.worlds import HOMES, WORLDS
 
@@ -68,7 +68,7 @@ def step_times(
     adapted = model
     if config and config.lora_rank and phase == "instruct":
         adapted = with_adapters(model, config.changed(quantize=None), name)
-    precision = torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config and config.bf16))
+    precision = torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config) and autocasts(config))
     try:
         with precision:
             return _step_times(adapted, batches, stages, rounds, dict(phase=phase, **options), progress)

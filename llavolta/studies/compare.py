@@ -309,12 +309,28 @@ def seed_lists(seeds: int | Mapping[str, int], schemes: Iterable[str]) -> dict[s
     return {name: list(range(count)) for name, count in counts.items()}
 
 
-def record(folder: Path, runs: pd.DataFrame, cost: pd.DataFrame, steps: pd.DataFrame, curves: pd.DataFrame) -> None:
-    """Write a comparison's figures to ``folder`` as CSV: what ``papers/claims.py`` is made from."""
+def record(
+    folder: Path,
+    runs: pd.DataFrame,
+    cost: pd.DataFrame,
+    steps: pd.DataFrame,
+    curves: pd.DataFrame,
+    answers: pd.DataFrame | None = None,
+) -> None:
+    """Write a comparison's figures to ``folder`` as CSV: what ``papers/claims.py`` is made from.
+
+    answers: from ``compare``; of a single seed, whose intervals are over questions, each question's result is kept.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     runs.to_csv(folder / "compare-runs.csv", index=False, float_format="%.6f")
     cost.to_csv(folder / "compare-costs.csv", float_format="%.4f")
     steps.to_csv(folder / "compare-steps.csv", index=False, float_format="%.4f")
+    if answers is not None and runs.seed.nunique() == 1:
+        number = answers.groupby("scheme").cumcount().rename("question")
+        wide = answers.assign(correct=answers.correct.astype(int)).pivot(
+            index=[number, "type"], columns="scheme", values="correct"
+        )
+        wide[list(dict.fromkeys(answers.scheme))].to_csv(folder / "compare-correct.csv")
     columns = ["scheme", "seed", "step", "stage", "plan", "loss", "grad_norm"]
     curves[columns].to_csv(folder / "compare-curves.csv", index=False, float_format="%.4f")
 

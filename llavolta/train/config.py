@@ -127,8 +127,8 @@ class TrainConfig(BaseModel):
     """Tokens of an example, visual ones among them; a longer text is cut."""
     pad_to_square: bool = False
     """Pad pictures to squares in place of cropping them, as LLaVA-1.5 does."""
-    bf16: bool = False
-    """Autocast to bfloat16."""
+    bf16: bool | Literal["auto"] = False
+    """Autocast to bfloat16. "auto": where it is faster, on a GPU or a CPU that has instructions for it."""
     gradient_checkpointing: bool = False
     """Compute layers again in the backward pass in place of keeping what they computed."""
     deepspeed: str | None = None

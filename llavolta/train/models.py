@@ -27,6 +27,20 @@ PROJECTOR, TOWER = "multi_modal_projector", "_tower"
 TOWERS = tuple(kind + TOWER for kind in ("vision", "image", "video"))  # Video-LLaVA has one each of the last two
 
 
+def has_bfloat16() -> bool:
+    """Whether this machine has instructions for products of bfloat16: a GPU that does, or a CPU with AMX or AVX-512
+    BF16. Without them they are several times slower than those of float32 on a CPU, not faster."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    names = "_is_amx_tile_supported", "_is_avx512_bf16_supported"  # torch has no public names for them
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def autocasts(config: TrainConfig) -> bool:
+    """Whether a run of ``config`` autocasts to bfloat16 on this machine."""
+    return has_bfloat16() if config.bf16 == "auto" else config.bf16
+
+
 def read_config(name: str):
     """The configuration of the vision-language model ``name``. Raises ConfigError if it is none, or unreadable."""
     path = model_path(name)

@@ -53,7 +53,7 @@ from llavolta.train.build import (
 )
 from llavolta.train.config import ENGINES, ConfigError, TrainConfig, parse_yaml
 from llavolta.train.dualspeed import add_isolator, load_isolator
-from llavolta.train.models import PROJECTOR, TOWER, load_model, set_trainable, with_adapters
+from llavolta.train.models import PROJECTOR, TOWER, autocasts, load_model, set_trainable, with_adapters
 from llavolta.train.projectors import replace_projector
 from llavolta.train.schemes import Scheme
 from llavolta.train.trainer import MetricsCallback, StageCallback, StageTrainer
@@ -231,7 +231,7 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         lr_scheduler_type="cosine",
         warmup_steps=math.ceil(config.warmup * total),
         weight_decay=config.weight_decay,
-        bf16=config.bf16,
+        bf16=autocasts(config),
         logging_steps=config.log_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from llavolta.compression.families import find_parts
 from llavolta.data import LlavaData
 from llavolta.errors import ConfigError
+from llavolta.train.models import has_bfloat16
 
 BATCH = 1024  # patches
 PICTURES = 4000  # at most, whose patches are kept in memory
@@ -75,7 +76,7 @@ def _patches(model, processor, data: LlavaData, seed: int, progress: bool) -> tu
             if not rows:
                 continue
             pixels = processor.image_processor([image for _, image in rows], return_tensors="pt")["pixel_values"]
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16()):
                 model.get_image_features(pixel_values=pixels.to(device, dtype))
             found = held.pop()
             side = round(found.shape[1] ** 0.5)

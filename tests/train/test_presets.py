@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -26,6 +27,7 @@ from transformers import (
 
 from llavolta.data import Collator, LlavaData
 from llavolta.errors import UserError
+from llavolta.train import models
 from llavolta.train.__main__ import main
 from llavolta.train.build import prepare
 from llavolta.train.config import PRESETS, ConfigError, TrainConfig, parse_yaml, preset
@@ -361,7 +363,7 @@ def test_a_model_of_two_parts_trains(parts, settings, tmp_path):
         ({"align_plan": "9:avgpool:2"}, "layer 9"),
         ({"scheme": []}, "scheme"),
         ({"bad_entries": "drop"}, "bad_entries must be 'fail' or 'skip'"),
-        ({"bf16": "no"}, "bf16 must be a valid boolean, not 'no'"),
+        ({"bf16": "no"}, "bf16 must be a valid boolean or 'auto', not 'no'"),
         ({"pivots": ["a", 2]}, "pivots must be optimizer steps"),
     ],
 )
@@ -470,3 +472,15 @@ def test_a_processor_without_patch_size_is_told_what_to_add(small_model, tmp_pat
     file.write_text(json.dumps({**settings, "patch_size": None}))
     with pytest.raises(ConfigError, match=r'model/processor_config.json has no patch_size; add "patch_size": 8'):
         load_model(str(folder))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_where_it_is_fast(settings, tmp_path, monkeypatch, fast):
+    """Without instructions for it, bfloat16 takes several times as long as float32 on a CPU."""
+    monkeypatch.setattr(models, "has_bfloat16", lambda: fast)
+    begun = []
+    monkeypatch.setattr(StageTrainer, "train", lambda self, **_: begun.append(self.args.bf16) or sys.exit())
+    for chosen, expected in (("auto", fast), (True, True), (False, False)):
+        with pytest.raises(SystemExit):
+            train(TrainConfig(output=str(tmp_path / str(chosen)), bf16=chosen, **settings | {"align_steps": 0}), False)
+        assert begun.pop() is expected

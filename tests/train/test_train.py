@@ -182,7 +182,7 @@ class TestRefusals:
             ({"learning_rate": 0}, "learning_rate must be greater than or equal to 0.000000000001, not 0"),
             ({"learning_rate": "fast"}, "learning_rate must be a valid number, not 'fast'"),
             ({"learning_rate": float("nan")}, "learning_rate must be a finite number, not nan"),
-            ({"bf16": 1}, "bf16 must be a valid boolean, not 1"),
+            ({"bf16": 1}, "bf16 must be a valid boolean or 'auto', not 1"),
             ({"scheme": 3}, "scheme must be a valid string or a valid list, not 3"),
             ({"max_steps": 0}, "max_steps must be greater than or equal to 1, not 0"),
             ({"seed": 1.5}, "seed must be a valid integer, not 1.5"),
