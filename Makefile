@@ -1,4 +1,4 @@
-# make demo | nano | test | lab | notebooks | evidence | gpu | stress: each sets up .venv first. PYTHON names the interpreter (3.11 or newer).
+# make demo | nano | test | lab | notebooks | evidence | nano-evidence | gpu | stress: each sets up .venv first. PYTHON names the interpreter (3.11 or newer).
 # make eval | test-eval: the same in .venv-eval, which has lmms-eval, too.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -67,6 +67,18 @@ nano: install
 	$(BIN)/python -m llavolta.worlds.nano
 	$(BIN)/python -m llavolta.show nano-tuned
 
+# Every figure in papers/nano: nano-tuned's accuracy, the two redundancy studies on it, and schemes trained on nano from
+# one alignment; some three hours on 2 cores, resumed where it was interrupted, minutes on a GPU.
+nano-evidence: install
+	mkdir -p data/runs
+	$(BIN)/python papers/nano.py
+	cd notebooks && ../$(BIN)/papermill 01_redundancy.ipynb ../data/runs/nano-redundancy.ipynb -p model nano-tuned -p limit 150 \
+		-y '{strides: [1, 2, 4, 16, 144]}' -p record ../papers/nano
+	cd notebooks && ../$(BIN)/papermill 04_compare_schemes.ipynb ../data/runs/nano-schemes.ipynb -p preset nano -p workers 1 \
+		-p questions 300 -p output ../data/runs/nano-compare -p record ../papers/nano \
+		-y '{schemes: [three-stage, constant, three-stage-reversed], options: {max_steps: 100}}'
+	$(BIN)/python papers/claims.py
+
 # Everything that a GPU is for, at the shapes of LLaVA-1.5-7B with random weights: at most 8 minutes on one of 80 GB.
 gpu: install
 	$(BIN)/python -m llavolta.bench gpu
@@ -83,4 +95,4 @@ test-eval: install-eval
 	$(EVAL_BIN)/python -m pytest tests/harness/test_benchmarks.py
 
 .NOTPARALLEL:  # notebooks time their steps; two at once would slow each other
-.PHONY: install install-eval demo nano test lab notebooks $(NOTEBOOKS) evidence gpu stress eval test-eval
+.PHONY: install install-eval demo nano test lab notebooks $(NOTEBOOKS) evidence nano-evidence gpu stress eval test-eval

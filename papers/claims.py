@@ -25,11 +25,7 @@ from llavolta.train.schemes import OURS, SCHEMES, compression_ratio, plan_compre
 README = PAPERS.parent / "README.md"
 REDUNDANCY = "01_redundancy.ipynb OUT.ipynb -p record ../papers/llavolta"
 COMPARE = "04_compare_schemes.ipynb OUT.ipynb -p controls True -p seeds {seeds} -p record ../papers/llavolta"
-NANO_REDUNDANCY = "01_redundancy.ipynb OUT.ipynb -p model nano-tuned -p limit 150 -p record ../papers/nano"
-NANO_COMPARE = (
-    "04_compare_schemes.ipynb OUT.ipynb -p preset nano -p workers 1 -p questions {questions} -p record ../papers/nano "
-    "-y '{{schemes: [{schemes}], options: {{max_steps: {steps}}}}}'"
-)
+NANO_EVIDENCE = "make nano-evidence"
 VIDEO = "06_video.ipynb OUT.ipynb -p seeds {seeds} -p record ../papers/llavolta"
 COMPRESSORS = (
     "05_compare_compressors.ipynb OUT.ipynb -p train_steps {steps} -p seeds {seeds} -p record ../papers/compressors"
@@ -91,14 +87,10 @@ def nano(folder: Path) -> list[Claim]:
     """LLaVolta's claims in both worlds: digits on the embedded model, and pictures on nano, from the figures in
     ``folder``: a single seed, so that nano's intervals are over questions."""
     published = pd.read_csv(folder.parent / "llavolta" / "published.csv").set_index(["claim", "quantity"]).value
-    steps = pd.read_csv(folder / "compare-curves.csv").step.max()
     right = pd.read_csv(folder / "compare-correct.csv").drop(columns="type").set_index("question")
     answers = right.melt(var_name="scheme", value_name="correct")
     result = table_of_one_seed(answers, pd.read_csv(folder / "compare-costs.csv").set_index("scheme"))
     seeds = pd.Series(1, result.index)
-    schemes = ", ".join(result.index.drop(BASELINE))
-    compare = NANO_COMPARE.format(schemes=schemes, steps=steps, questions=len(right))
-    studies = NANO_REDUNDANCY
 
     def difference(first: str, second: str) -> tuple[float, float, float]:
         return tuple(paired_difference(right[first], right[second]).values())
@@ -114,10 +106,10 @@ def nano(folder: Path) -> list[Claim]:
             claim.command,
         )
         for claim in (
-            _redundancy(folder, published, studies),
-            _attention(pd.read_csv(folder / "attention.csv"), studies),
-            *_training(result, published, seeds, compare),
-            *_order(difference, seeds, compare),
+            _redundancy(folder, published, NANO_EVIDENCE),
+            _attention(pd.read_csv(folder / "attention.csv"), NANO_EVIDENCE),
+            *_training(result, published, seeds, NANO_EVIDENCE),
+            *_order(difference, seeds, NANO_EVIDENCE),
         )
     ]
 
