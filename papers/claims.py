@@ -437,7 +437,6 @@ PAGES: dict[str, tuple[str, Callable[[Path], list[Claim]]]] = {
     "prumerge": ("PruMerge", prumerge),
     "llava-stf": ("LLaVA-STF", llava_stf),
     "faster": ("Faster training", faster),
-    "nano": ("LLaVolta in two worlds", nano),
 }
 
 
