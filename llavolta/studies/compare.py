@@ -326,10 +326,8 @@ def record(
     cost.to_csv(folder / "compare-costs.csv", float_format="%.4f")
     steps.to_csv(folder / "compare-steps.csv", index=False, float_format="%.4f")
     if answers is not None and runs.seed.nunique() == 1:
-        number = answers.groupby("scheme").cumcount().rename("question")
-        wide = answers.assign(correct=answers.correct.astype(int)).pivot(
-            index=[number, "type"], columns="scheme", values="correct"
-        )
+        numbered = answers.assign(question=answers.groupby("scheme").cumcount(), correct=answers.correct.astype(int))
+        wide = numbered.pivot(index=["question", "type"], columns="scheme", values="correct")
         wide[list(dict.fromkeys(answers.scheme))].to_csv(folder / "compare-correct.csv")
     columns = ["scheme", "seed", "step", "stage", "plan", "loss", "grad_norm"]
     curves[columns].to_csv(folder / "compare-curves.csv", index=False, float_format="%.4f")
