@@ -8,6 +8,7 @@ of a clip from 3-D positions. So a new family usually needs nothing here.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -137,25 +138,55 @@ def _stacks(module: nn.Module) -> list[nn.ModuleList]:
     return [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part)]
 
 
-def tower_attentions(parts: Parts) -> list[nn.Module]:
-    """The attention, with ``q_proj`` and ``k_proj``, of the last encoder layer of each vision tower.
+def tower_attentions(parts: Parts, layers: Iterable[str | int]) -> dict[str | int, list[nn.Module]]:
+    """The attention, with ``q_proj`` and ``k_proj``, of ``layers`` of each vision tower.
 
-    Raises UnsupportedModel for a tower without such a layer, or without a class token (SigLIP).
+    layers: "last", "selected" (the layer whose output the model selects) or a number, from the end if below 0. Raises
+    UnsupportedModel for a tower without such a layer.
     """
-    found = []
+    selected = getattr(parts.base.config, "vision_feature_layer", -1)
+    selected = selected[-1] if isinstance(selected, list | tuple) else selected
+    # The model counts hidden states, of which the first stands before all layers.
+    numbers = {"last": -1, "selected": selected - 1 if selected > 0 else selected}
+    found: dict[str | int, list[nn.Module]] = {layer: [] for layer in layers}
     for name, tower in towers(parts).items():
-        names = {parameter.rpartition(".")[2] for parameter, _ in tower.named_parameters()}
-        if not names & {"class_embedding", "cls_token"}:
+        stack = max(_stacks(tower), key=len)
+        for layer, attentions in found.items():
+            number = numbers.get(layer, layer)
+            if not -len(stack) <= number < len(stack):
+                raise UnsupportedModel(f"{name} has {len(stack)} layers, no layer {number}")
+            modules = stack[number].modules()
+            attention = next((m for m in modules if hasattr(m, "q_proj") and hasattr(m, "k_proj")), None)
+            if attention is None:
+                raise UnsupportedModel(f"{name}: no q_proj and k_proj in its layer {type(stack[number]).__name__}")
+            attentions.append(attention)
+    return found
+
+
+def tower_heads(attention: nn.Module) -> int:
+    """How many heads an attention of a vision tower has."""
+    names = "num_heads", "num_attention_heads"
+    return next(getattr(of, name) for of in (attention, attention.config) for name in names if hasattr(of, name))
+
+
+def has_class_token(parts: Parts) -> bool:
+    """Whether the vision towers have a class token before their patches."""
+    return all(_class_token(tower) for tower in towers(parts).values())
+
+
+def require_class_token(parts: Parts) -> None:
+    """Raises UnsupportedModel for a vision tower without a class token (SigLIP)."""
+    for name, tower in towers(parts).items():
+        if not _class_token(tower):
             raise UnsupportedModel(
                 f"{name} ({type(tower).__name__}) has no class token whose attention could rank patches; use a "
-                "compressor that needs none, such as downsample or kmeans"
+                "compressor that needs none, such as cls, visionzip or kmeans"
             )
-        last = max(_stacks(tower), key=len)[-1]
-        attention = next((m for m in last.modules() if hasattr(m, "q_proj") and hasattr(m, "k_proj")), None)
-        if attention is None:
-            raise UnsupportedModel(f"{name}: no q_proj and k_proj in its last layer {type(last).__name__}")
-        found.append(attention)
-    return found
+
+
+def _class_token(tower: nn.Module) -> bool:
+    names = {parameter.rpartition(".")[2] for parameter, _ in tower.named_parameters()}
+    return bool(names & {"class_embedding", "cls_token"})
 
 
 def encode_pictures(base: nn.Module, args: tuple, kwargs: dict) -> dict:

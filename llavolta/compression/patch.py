@@ -14,7 +14,7 @@ What happens in one forward pass, with a compressor at the input of decoder laye
 
 The plan's "vision" entry works at the projector instead: the hook before it shortens each picture, the hook behind it
 puts what is left at its anchors among the placeholders' rows and marks the others, and layer 0 drops the marked ones.
-A compressor that needs "tower" is handed what the projections of queries and keys in the tower's last layer gave.
+A compressor that needs "tower" is handed what the projections of queries and keys in the tower's layers gave.
 """
 
 from __future__ import annotations
@@ -160,9 +160,7 @@ class Compression:
             hook = partial(self._before_layer, number, segment)
             add(parts.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
         if self._vision is not None:
-            for attention in self._vision.attentions:
-                add(attention.q_proj.register_forward_hook(partial(self._after_tower, "query")))
-                add(attention.k_proj.register_forward_hook(partial(self._after_tower, "key")))
+            self._vision.hooks(add)
             add(parts.projector.register_forward_pre_hook(self._before_projector))
             add(parts.projector.register_forward_hook(self._after_projector))
 
@@ -194,9 +192,6 @@ class Compression:
 
     def _after_base(self, module, args, output):
         self._now.state = None
-
-    def _after_tower(self, name: str, module, args, output):
-        self._vision.note_tower(name, output)
 
     def _before_projector(self, module, args):
         return (self._vision.shorten(args[0], module.training), *args[1:])
@@ -265,10 +260,13 @@ class Compression:
         rows = state.rows or state.first_rows(self.parts)
         if compressor.over_clips and rows.pictures.has_clips:
             rows = rows.by_clip()
-        tokens = rows.tokens(at.hidden, self.parts.decoder.training, self._now.probe(at, rows))
+        decoder = self.parts.decoder
+        probe = self._now.probe(at, rows, getattr(decoder, "norm", None))
+        tokens = rows.tokens(at.hidden, decoder.training, probe)
         out, whole = check_output(compressor(tokens), tokens, f"compressor {compressor} at layer {number}")
         if self._observe is not None and number in self._observed and not isinstance(compressor, DropMarked):
             self._observe(number, tokens, out)
-        hidden, state.rows, moved = rows.compressed(at.hidden, out, whole, number == 0, compressor.contiguous)
+        contiguous = compressor.contiguous and number == 0  # deeper, earlier layers have rotated keys by the places
+        hidden, state.rows, moved = rows.compressed(at.hidden, out, whole, number == 0, contiguous)
         state.moved = state.moved + moved
         return hidden

@@ -26,6 +26,7 @@ class LayerProbe:
 
     here, before: this layer and (if captured) the one before it. valid (B, T): False at padding. answers (B, T): rows
     that predict the first token of an answer, and labelled (B, T), both None without labels. images (I, L): flat rows.
+    norm: the decoder's last one.
     sample (B, T): the number of the packed sample that a token belongs to; all the same where a row is one sample.
     """
 
@@ -37,6 +38,7 @@ class LayerProbe:
     sample: Tensor
     answers: Tensor | None = None
     labelled: Tensor | None = None
+    norm: nn.Module | None = None
 
     @torch.no_grad()
     def attention(self, query: str, previous: bool) -> Tensor:
@@ -56,17 +58,41 @@ class LayerProbe:
         layer = self.here.layer
         return _attention_module(layer).k_proj(layer.input_layernorm(hidden))
 
+    @torch.no_grad()
+    def rotated_keys(self) -> Tensor:
+        """(B, T, D) of the layer before, with its rotation, of all rows, heads side by side."""
+        if self.before is None:
+            raise ValueError('the keys of the previous layer need "previous_layer" in needs, and a layer above 0')
+        return _rotated(self.before, "k").transpose(1, 2).flatten(2)
+
+    def behind(self) -> Tensor:
+        """(I, T) bool, the text of each picture's row behind its last picture, or all its text where there is none
+        behind; without answers where labels are given. Raises UnsupportedModel for a row without text."""
+        text, column = self._text(), torch.arange(self.valid.shape[1], device=self.valid.device)
+        ends = (self.images % len(column)).masked_fill(~self.image_mask, 0).amax(1)
+        last = ends.new_zeros(len(text)).scatter_reduce(0, self.row(), ends, "amax")
+        behind = text & (column > last[:, None])
+        chosen = torch.where(behind.any(1, keepdim=True), behind, text)[self.row()]
+        if not bool(chosen.any(1).all()):
+            raise UnsupportedModel(
+                "a row of this batch has a picture and no text but answers, so nothing ranks its tokens; use a method "
+                "that does not read the question, such as divprune"
+            )
+        return chosen
+
+    def _text(self) -> Tensor:
+        """(B, T) bool, real tokens that are neither visual nor, where labels are given, answers."""
+        text = self.valid.clone()
+        text.view(-1)[self.images[self.image_mask]] = False
+        return text if self.labelled is None else text & ~self.labelled
+
     def question(self) -> tuple[Tensor, Tensor]:
         if ((self.sample != self.sample.gather(1, self._last_row())) & self.valid).any():
             raise UnsupportedModel(
                 "rows of this batch are packed: they hold several samples, each with a question of its own; use a "
                 "compressor that does not read the question, or one sample a row"
             )
-        text = self.valid.clone()
-        text.view(-1)[self.images[self.image_mask]] = False
-        if self.labelled is not None:
-            text &= ~self.labelled
-        rows, mask = _compact(text)
+        rows, mask = _compact(self._text())
         return _take(self.here.hidden, rows), mask
 
     def row(self) -> Tensor:
@@ -92,31 +118,81 @@ class LayerProbe:
 
 
 @dataclass
-class TowerProbe:
-    """What a compressor may ask at "vision": the class token's attention and the keys of the tower's last layer.
-
-    query (I, D): of the class token. key (I, T, D): of the class token and all patches; both as the layer's own query
-    and key projections gave them. length: L, the last of these T tokens that go to the projector.
-    """
+class TowerLayer:
+    """What the query and key projections of a layer of the vision tower gave for its T tokens, (I, T, D) each, with all
+    ``heads`` side by side."""
 
     query: Tensor
     key: Tensor
+    heads: int
+
+    def attention(self, rows: slice, per_head: bool) -> Tensor:
+        """(I, T) what each token gets from ``rows``, their mean: the softmax over all T tokens, of each head (and their
+        mean) or of all heads as one of width D."""
+        heads = self.heads if per_head else 1
+        query, key = self.query[:, rows].unflatten(-1, (heads, -1)), self.key.unflatten(-1, (heads, -1))
+        scale = key.shape[-1] ** -0.5
+        given = [  # head by head: those of all T rows at once would take much memory
+            (matmul_float32(query[:, :, head], key[:, :, head].transpose(1, 2)) * scale).softmax(-1).mean(1)
+            for head in range(heads)
+        ]
+        return sum(given) / heads
+
+
+@dataclass
+class TowerProbe:
+    """What a compressor may ask at "vision": attention and keys of the tower's layers that it lists.
+
+    layers: by the names they were asked for. length: L, the tokens of a picture that go to the projector. class_token:
+    whether one stands before the patches. If the model merges square blocks of patches into its L tokens, a token's
+    answers are the means over its block.
+    """
+
+    layers: dict[str | int, TowerLayer]
     length: int
+    class_token: bool
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is known which patches the L tokens are made of."""
+        total = next(iter(self.layers.values())).key.shape[1]
+        patches = total - self.class_token
+        side, merged = round(patches**0.5), round((patches / self.length) ** 0.5)
+        blocks = side * side == patches and merged * merged * self.length == patches and side % merged == 0
+        return self.length in (total, patches) or blocks
 
     @torch.no_grad()
-    def attention(self, query: str, previous: bool) -> Tensor:
-        if query != "class" or previous:
-            raise ValueError("at 'vision' there is the attention of the class token only: tokens.attention('class')")
-        scores = matmul_float32(self.query[:, None], self.key.transpose(1, 2))[:, 0]
-        return (scores * self.key.shape[-1] ** -0.5).softmax(-1)[:, -self.length :]
+    def attention(self, query: str, layer: str | int = "last", per_head: bool = False) -> Tensor:
+        if query not in ("class", "received"):
+            raise ValueError(f"at 'vision' there is attention('class') or attention('received'), not {query!r}")
+        if query == "class" and not self.class_token:
+            raise UnsupportedModel("the vision tower has no class token whose attention could rank patches")
+        rows = slice(0, 1) if query == "class" else slice(None)
+        return self._per_token(self._layer(layer).attention(rows, per_head)[..., None])[..., 0]
 
-    def keys(self) -> Tensor:
-        return self.key[:, -self.length :]
+    @torch.no_grad()
+    def keys(self, layer: str | int = "last", per_head: bool = False) -> Tensor:
+        at = self._layer(layer)
+        return self._per_token(at.key.unflatten(-1, (at.heads, -1)).float().mean(-2) if per_head else at.key)
+
+    def _layer(self, name: str | int) -> TowerLayer:
+        if name not in self.layers:
+            raise ValueError(f"layer {name!r} of the vision tower was not kept; list it in tower_layers")
+        return self.layers[name]
+
+    def _per_token(self, values: Tensor) -> Tensor:
+        """(I, T, D) -> (I, L, D)."""
+        patches = values.shape[1] - self.class_token
+        if patches <= self.length:
+            return values[:, -self.length :]
+        merged, side = round((patches / self.length) ** 0.5), round(patches**0.5)
+        blocks = values[:, -patches:].unflatten(1, (side // merged, merged, side // merged, merged))
+        return blocks.mean((2, 4)).flatten(1, 2)
 
     def question(self):
         raise ValueError("there is no question yet at 'vision'; use a decoder layer")
 
-    row = question
+    row = rotated_keys = behind = question
 
 
 def matmul_float32(a: Tensor, b: Tensor) -> Tensor:
@@ -141,21 +217,8 @@ def _take(values: Tensor, rows: Tensor) -> Tensor:
 def attention_rows(at: LayerInput, rows: Tensor, valid: Tensor, sample: Tensor) -> Tensor:
     """(B, Q, T) attention of rows (B, Q) to all tokens: softmax(q k^T * scale) over the earlier ones of the same sample
     (B, T), mean over heads."""
-    attention = _attention_module(at.layer)
-    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    if rotate is None:
-        raise UnsupportedModel(f"{type(attention).__name__}: no apply_rotary_pos_emb beside it to rotate queries with")
-    normed = at.layer.input_layernorm(at.hidden)
-    batch, length, _ = normed.shape
-
-    def heads(projected: Tensor, norm: str) -> Tensor:
-        split = projected.view(batch, projected.shape[1], -1, attention.head_dim)
-        return getattr(attention, norm, nn.Identity())(split).transpose(1, 2)
-
-    cos, sin = at.rotary
-    query, key = heads(attention.q_proj(_take(normed, rows)), "q_norm"), heads(attention.k_proj(normed), "k_norm")
-    query, _ = rotate(query, query, _take(cos, rows), _take(sin, rows))
-    key, _ = rotate(key, key, cos, sin)
+    attention, length = _attention_module(at.layer), at.hidden.shape[1]
+    query, key = _rotated(at, "q", rows), _rotated(at, "k")
     query = query.unflatten(1, (key.shape[1], -1))  # (B, key heads, query heads of each, Q, D)
     scores = (query @ key[:, :, None].transpose(-1, -2)).float() * attention.scaling
     cap = getattr(attention, "attn_logit_softcapping", None)
@@ -163,6 +226,20 @@ def attention_rows(at: LayerInput, rows: Tensor, valid: Tensor, sample: Tensor) 
     seen = (torch.arange(length, device=rows.device) <= rows[..., None]) & valid[:, None]  # (B, Q, T)
     seen &= sample[:, None] == sample.gather(1, rows)[..., None]
     return scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).mean((1, 2))
+
+
+def _rotated(at: LayerInput, which: str, rows: Tensor | None = None) -> Tensor:
+    """(B, heads, T, d) rotated queries ("q") or keys ("k") of a layer; of the given rows (B, Q) only if any are."""
+    attention = _attention_module(at.layer)
+    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if rotate is None:
+        raise UnsupportedModel(f"{type(attention).__name__}: no apply_rotary_pos_emb beside it to rotate queries with")
+    normed, (cos, sin) = at.layer.input_layernorm(at.hidden), at.rotary
+    if rows is not None:
+        normed, cos, sin = (_take(values, rows) for values in (normed, cos, sin))
+    split = getattr(attention, f"{which}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
+    heads = getattr(attention, f"{which}_norm", nn.Identity())(split).transpose(1, 2)
+    return rotate(heads, heads, cos, sin)[0]
 
 
 def _attention_module(layer: nn.Module) -> nn.Module:

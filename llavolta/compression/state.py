@@ -117,7 +117,7 @@ class Now(threading.local):
             self.forget()
         self.due = ("decoder",) if part == "base" else ()
 
-    def probe(self, at: LayerInput, rows: Rows) -> LayerProbe:
+    def probe(self, at: LayerInput, rows: Rows, norm: nn.Module | None) -> LayerProbe:
         """What a compressor may ask at the layer ``at``, of ``rows``."""
         state, index, valid, pictures = self.state, rows.index, rows.valid, rows.pictures
         positions = state.position_ids
@@ -128,7 +128,7 @@ class Now(threading.local):
         if self.prompt is not None:
             valid = valid & (index + state.seen < self.prompt)
         marks = (None, None) if self.labels is None else answer_marks(self.labels, index)
-        return LayerProbe(at, state.previous, valid, pictures.rows, pictures.mask, sample, *marks)
+        return LayerProbe(at, state.previous, valid, pictures.rows, pictures.mask, sample, *marks, norm)
 
 
 def _position_ids(args: tuple, kwargs: dict) -> Tensor:

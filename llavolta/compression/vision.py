@@ -5,15 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from llavolta.compression.compressors import CompressedTokens, Compressor, VisualTokens, keep_tokens
 from llavolta.compression.compressors.base import check_output
-from llavolta.compression.families import Parts, tower_attentions
+from llavolta.compression.families import Parts, has_class_token, require_class_token, tower_attentions, tower_heads
 from llavolta.compression.plan import VISION
-from llavolta.compression.probe import TowerProbe
+from llavolta.compression.probe import TowerLayer, TowerProbe
 from llavolta.errors import UnsupportedModel
 
 BLENDED = (
@@ -48,7 +49,7 @@ class _Now(threading.local):
     kept: tuple[CompressedTokens, int] | None = None  # what the projector works on, and how many tokens it was
 
     def __init__(self):
-        self.tower: dict[str, Tensor] = {}  # what the last tower gave, until the projector takes it
+        self.tower: dict[tuple, Tensor] = {}  # what the last tower gave, until the projector takes it
 
 
 class VisionStep:
@@ -61,12 +62,23 @@ class VisionStep:
                 "itself, so nothing can be compressed before it; use layer 0, which is behind it"
             )
         self.compressor, self.observe = compressor, observe
-        self.attentions = tower_attentions(parts) if "tower" in compressor.needs else []
+        asks = "tower" in compressor.needs
+        self.attentions = tower_attentions(parts, compressor.tower_layers) if asks else {}
+        self.class_token = asks and has_class_token(parts)
+        if "class_token" in compressor.needs:
+            require_class_token(parts)
         self._now = _Now()
 
-    def note_tower(self, name: str, output: Tensor) -> None:
-        """Keep what the projection of the "query" or the "key" in a tower's last layer gave."""
-        self._now.tower[name] = (output[:, 0].clone() if name == "query" else output).detach()
+    def hooks(self, add: Callable) -> None:
+        """Watch the projections of queries and keys in the layers that the compressor lists."""
+        for layer, attentions in self.attentions.items():
+            for attention in attentions:
+                for name in ("query", "key"):
+                    note = partial(self._note_tower, (layer, name))
+                    add(getattr(attention, f"{name[0]}_proj").register_forward_hook(note))
+
+    def _note_tower(self, where: tuple, module, args, output) -> None:
+        self._now.tower[where] = output.detach()
 
     def shorten(self, hidden: Tensor, training: bool) -> Tensor:
         """hidden (I, L, D) of the tower -> (I, M, D), which the projector works on."""
@@ -100,12 +112,17 @@ class VisionStep:
     def _probe(self, images: int, length: int) -> TowerProbe | None:
         if not self.attentions:
             return None
-        probe, self._now.tower = TowerProbe(**self._now.tower, length=length), {}
-        given = probe.key.shape[:2]
-        if given not in ((images, length), (images, length + 1)):
+        noted, self._now.tower = self._now.tower, {}
+        layers = {
+            layer: TowerLayer(noted[layer, "query"], noted[layer, "key"], tower_heads(attentions[0]))
+            for layer, attentions in self.attentions.items()
+        }
+        probe = TowerProbe(layers, length, self.class_token)
+        given = next(iter(layers.values())).key.shape[:2]
+        if given[0] != images or not probe.fits:
             raise UnsupportedModel(
                 f"the vision tower made {given[0]} x {given[1]} tokens, but {images} x {length} reach the projector: "
-                f"merged before it, they cannot be ranked by {self.compressor}; use a compressor that needs no "
-                "attention of the tower, such as downsample or kmeans"
+                f"it is unknown which became which, so {self.compressor} cannot rank them; use a compressor that needs "
+                "no attention of the tower, such as downsample or kmeans"
             )
         return probe

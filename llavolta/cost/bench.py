@@ -26,7 +26,7 @@ from llavolta.compression.labelled import IGNORED
 from llavolta.compression.masks import cache_bytes
 from llavolta.compression.patch import compress
 from llavolta.compression.plan import parse_plan
-from llavolta.compression.probe import TowerProbe
+from llavolta.compression.probe import TowerLayer, TowerProbe
 from llavolta.cost.flops import cost_model
 from llavolta.cost.planner import fit_speed
 from llavolta.data import Collator, LlavaData
@@ -316,16 +316,20 @@ def tower_tokens(images: int, grid: int = 24, width: int = 1024) -> VisualTokens
     hidden, query, key = (
         torch.randn(*shape, width, generator=generator) for shape in ((images, length), (images,), (images, length + 1))
     )
+    query = torch.cat([query[:, None], torch.randn(images, length, width, generator=generator)], dim=1)
+    heads = max(1, width // 64)
+    layers = {name: TowerLayer(query.clone(), key.clone(), heads) for name in ("last", "selected")}
     mask = torch.ones(images, length, dtype=torch.bool)
     positions = torch.arange(length)[None, :, None].expand(images, -1, -1)
     sides = torch.full((images, 2), grid)
-    return VisualTokens(hidden, mask, positions, sides, probe=TowerProbe(query, key, length))
+    return VisualTokens(hidden, mask, positions, sides, probe=TowerProbe(layers, length, True))
 
 
 def prumerge_loop(tokens: VisualTokens, plus: bool = False, neighbours: int = 32) -> list[Tensor]:
     """PruMerge (``plus``: PruMerge+) word for word, image by image and token by token: (M, C) of each image. Slow."""
     results = []
-    for x, query, keys in zip(tokens.hidden, tokens.probe.query, tokens.probe.key, strict=True):
+    last = tokens.probe.layers["last"]
+    for x, query, keys in zip(tokens.hidden, last.query[:, 0], last.key, strict=True):
         a = torch.softmax(torch.stack([query @ key for key in keys]) / math.sqrt(len(query)), 0)[-len(x) :]
         keys, places = keys[-len(x) :], range(len(x))
         low, high = np.percentile(a.numpy(), [25, 75])

@@ -41,7 +41,7 @@ NO_GRID = {
     "avgpool3d": ["mistral3"],
     "downsample": ["mistral3", "video_llava"],
 }  # of known sides
-CLASS_TOKEN = ("llava", "llava_next", "video_llava")  # whose attention at "vision" can rank all that is projected
+TOKEN_BY_TOKEN = ("llava", "llava_next", "llava_next_video", "video_llava", "internvl")  # what the projector works on
 NO_ATTENTION = ("aya_vision",)  # Cohere 2 rotates in its sliding-window layers only
 GREEDY = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None, suppress_tokens=[IMAGE])
 
@@ -84,6 +84,13 @@ def test_the_matrix_has_every_compressor_of_the_package_and_a_users():
         "pyramiddrop",
         "prumerge",
         "prumerge+",
+        "cls",
+        "visionzip",
+        "vispruner",
+        "divprune",
+        "cdpruner",
+        "dart",
+        "tome",
     }
     assert methods | {"loudest"} <= COMPRESSORS.keys()
     assert parse_plan("2:loudest:7") == {2: COMPRESSORS["loudest"](7)}
@@ -177,9 +184,10 @@ def test_on_every_family(name):
         tiny, refused = family("left"), None
         if family.__name__ in NO_GRID.get(name, []):
             refused = pytest.raises(ValueError, match="rectangle")
-        if place == "vision" and family.__name__ not in CLASS_TOKEN:
-            refused = pytest.raises(UnsupportedModel, match=r"class token|merge[sd].*use (a compressor|layer 0)|q_proj")
-        if name in ("fastv", "pyramiddrop") and family.__name__ in NO_ATTENTION:
+        if place == "vision" and family.__name__ not in TOKEN_BY_TOKEN:
+            match = r"class token|merge[sd].*use (a compressor|layer 0)|use layer 0|\(pictures, tokens, width\)"
+            refused = pytest.raises(UnsupportedModel, match=match)
+        if name in ("fastv", "pyramiddrop", "dart") and family.__name__ in NO_ATTENTION:
             refused = pytest.raises(UnsupportedModel, match="some layers only")
         with refused or nullcontext(), compress(tiny.model.train(), {place: example(name)}):
             tiny.model(**tiny.batch).loss.backward()

@@ -9,7 +9,7 @@ from tiny import IMAGE, Watched, ragged_batch, tiny_llava
 from transformers import CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from llavolta import PruMerge, PruMergePlus, UnsupportedModel, compress, parse_plan, tokens_per_layer
-from llavolta.compression.probe import TowerProbe
+from llavolta.compression.probe import TowerLayer, TowerProbe
 from llavolta.cost.bench import prumerge_loop, tower_tokens
 
 RAGGED = [[3, 4], [2, 0, 5], [6], [1, 3, 2]]  # one image, two in a row, none, two apart
@@ -43,8 +43,9 @@ def test_equals_the_loop_at_576_tokens(kind):
 @both
 def test_equals_the_loop_without_outliers(kind):
     tokens = tower_tokens(3, 8, 12)
-    tokens.probe.query[0] = 0  # all attention equal
-    tokens.probe.key[1, :, 0], tokens.probe.query[1] = torch.arange(65) / 65, torch.eye(12)[0]  # rising evenly
+    last = tokens.probe.layers["last"]
+    last.query[0, 0] = 0  # all attention equal
+    last.key[1, :, 0], last.query[1, 0] = torch.arange(65) / 65, torch.eye(12)[0]  # rising evenly
     left = assert_like_loop(kind(), tokens).tolist()
     uniform = 4 if kind is PruMergePlus else 0  # of 64: every 21st
     assert left[:2] == [uniform + 1] * 2 and left[2] > uniform + 1
@@ -60,12 +61,13 @@ def test_one_token_alone_stays(kind):
 
 def test_the_kept_tokens_and_the_extra_one_by_hand():
     tokens = tower_tokens(1, 3, 4)
-    tokens.probe.query[0] = torch.tensor([1.0, 0, 0, 0])
-    tokens.probe.key[0, :, 0] = torch.tensor([0.0, 0, 0, 0, 0, 9, 0, 0, 0, 9])  # patches 4 and 8 are outliers
+    last = tokens.probe.layers["last"]
+    last.query[0, 0] = torch.tensor([1.0, 0, 0, 0])
+    last.key[0, :, 0] = torch.tensor([0.0, 0, 0, 0, 0, 9, 0, 0, 0, 9])  # patches 4 and 8 are outliers
     out = PruMerge(neighbours=0)(tokens)
     assert out.anchor.tolist() == [[4, 7, 8]] and out.group.tolist() == [[2, 2, 2, 2, 0, 2, 2, 2, 1]]
     assert torch.equal(out.hidden[0, :2], tokens.hidden[0, [4, 8]])
-    even = torch.softmax(tokens.probe.key[0, :, 0] / 2, 0)[1]
+    even = torch.softmax(last.key[0, :, 0] / 2, 0)[1]
     rest = tokens.hidden[0, [0, 1, 2, 3, 5, 6, 7]].sum(0) * even
     torch.testing.assert_close(out.hidden[0, 2], rest)
     normalised = PruMerge(neighbours=0, weights="normalised")(tokens)
@@ -142,7 +144,8 @@ def test_the_tower_gives_its_own_last_layer(kind, depth, width, grid, images):
     normed = tower.encoder.layers[-1].layer_norm1(states[-2])
     by_hand = tower_tokens(images, grid, width)
     by_hand.hidden = states[-2][:, 1:].detach()
-    by_hand.probe = TowerProbe(attention.q_proj(normed)[:, 0].detach(), attention.k_proj(normed).detach(), grid**2)
+    layer = TowerLayer(attention.q_proj(normed).detach(), attention.k_proj(normed).detach(), 2)
+    by_hand.probe = TowerProbe({"last": layer}, grid**2, True)
     expected = prumerge_loop(by_hand, kind is PruMergePlus)
     assert out.mask.sum(1).tolist() == [len(merged) for merged in expected]
     for hidden, mask, merged in zip(out.hidden, out.mask, expected, strict=True):
@@ -234,12 +237,6 @@ def test_towers_that_cannot_rank_patches_say_so():
         compress(siglip, "vision:prumerge")
     with compress(siglip, "vision:kmeans:0.5"):
         pass
-    family = FAMILIES["internvl"]()
-    with (
-        compress(family.model, "vision:prumerge"),
-        pytest.raises(UnsupportedModel, match="65 tokens, but 4 x 16 reach"),
-    ):
-        family.model(**family.batch)
     assert not [h for m in siglip.modules() for h in (m._forward_hooks, m._forward_pre_hooks) if h]
 
 
@@ -251,8 +248,9 @@ def test_the_class_token_of_a_clip_is_one_of_its_tokens():
     images, frames = sorted(watched.calls, key=lambda call: call[0].mask.shape[1])
     assert [call[0].mask.shape for call in (images, frames)] == [(2, 16), (2, 17)]
     for tokens, _ in (images, frames):
-        full = torch.softmax((tokens.probe.key @ tokens.probe.query[..., None])[..., 0] / 16**0.5, 1)
+        last = tokens.probe.layers["last"]
+        full = torch.softmax((last.key @ last.query[:, 0, :, None])[..., 0] / 16**0.5, 1)
         torch.testing.assert_close(tokens.attention("class"), full[:, -tokens.mask.shape[1] :])
-        assert torch.equal(tokens.keys(), tokens.probe.key[:, -tokens.mask.shape[1] :])
+        assert torch.equal(tokens.keys(), last.key[:, -tokens.mask.shape[1] :])
         with pytest.raises(ValueError, match="no question yet"):
             _ = tokens.question

@@ -11,12 +11,19 @@ from llavolta.compression.compressors.base import (
     VisualTokens,
     keep_tokens,
 )
+from llavolta.compression.compressors.cdpruner import CDPruner
+from llavolta.compression.compressors.cls import ClassAttention
+from llavolta.compression.compressors.dart import DART
+from llavolta.compression.compressors.divprune import DivPrune
 from llavolta.compression.compressors.downsample import Downsample
 from llavolta.compression.compressors.fastv import FastV
 from llavolta.compression.compressors.kmeans import KMeans
 from llavolta.compression.compressors.prumerge import PruMerge, PruMergePlus
 from llavolta.compression.compressors.pyramiddrop import PyramidDrop
 from llavolta.compression.compressors.random_drop import RandomDrop
+from llavolta.compression.compressors.tome import ToMe
+from llavolta.compression.compressors.visionzip import VisionZip
+from llavolta.compression.compressors.vispruner import VisPruner
 
 __all__ = [
     "COMPRESSORS",
@@ -33,6 +40,13 @@ __all__ = [
     "PruMergePlus",
     "PyramidDrop",
     "RandomDrop",
+    "CDPruner",
+    "ClassAttention",
+    "DART",
+    "DivPrune",
+    "ToMe",
+    "VisionZip",
+    "VisPruner",
     "VisualTokens",
     "keep_tokens",
 ]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from llavolta.compression.probe import LayerProbe, TowerProbe
+from llavolta.compression.probe import LayerProbe, TowerProbe, matmul_float32
 from llavolta.errors import UserError
 
 COMPRESSORS: dict[str, type[Compressor]] = {}
+Positions = Literal["contiguous", "original"]
 
 
 @dataclass
@@ -28,7 +30,7 @@ class VisualTokens:
     frames: (I,) frames in the row, of equally many tokens, one after the other.
     training: whether the model is in training mode.
     probe: what computes ``attention``, ``keys`` and ``question`` when they are asked for. At "vision" there is no
-    decoder layer yet: ``attention("class")`` and ``keys`` of the tower are all, for a compressor that needs "tower".
+    decoder layer yet: attention and keys of the tower are all, for a compressor that needs "tower".
     """
 
     hidden: Tensor
@@ -46,7 +48,13 @@ class VisualTokens:
             count = self.mask.sum(1)
             self.grid = torch.stack([torch.ones_like(count), count], dim=1)
 
-    def attention(self, query: Literal["last", "instruction", "class"] = "last", previous: bool = False) -> Tensor:
+    def attention(
+        self,
+        query: Literal["last", "instruction", "class", "received"] = "last",
+        previous: bool = False,
+        layer: str | int = "last",
+        per_head: bool = False,
+    ) -> Tensor:
         """(I, L) attention that each visual token gets, the mean over heads (and queries), in float32, no gradient.
 
         query: "last", the last real token of each row of the batch; or "instruction", the tokens just before each
@@ -55,20 +63,56 @@ class VisualTokens:
         norm, query and key projections and rotary embeddings. The softmax is over all earlier tokens of this pass,
         also in layers with a sliding window, and not over an older part of a conversation in the cache.
 
-        At "vision" there is "class" alone: ``softmax(q_cls k^T / sqrt(D))`` of the tower's last encoder layer, all
-        heads as one of width D, over the class token and all patches (arXiv 2403.15388).
+        At "vision" there are "class", ``softmax(q_cls k^T / sqrt(D))`` of a tower's encoder layer over the class token
+        and all patches, and "received", the mean over the attention of all tokens of a picture. layer: "last",
+        "selected" (the one whose output the model selects) or a number; a compressor lists those that it asks for in
+        ``tower_layers``. per_head: the mean of each head's softmax, else all heads as one of width D, as in PruMerge
+        (arXiv 2403.15388).
         """
+        if isinstance(self.probe, TowerProbe):
+            return self.probe.attention(query, layer, per_head)
         return self._probe().attention(query, previous)
 
-    def keys(self) -> Tensor:
-        """(I, L, D) keys of this layer (at "vision": of the tower's last one), all heads side by side, before rotation;
-        no gradient."""
+    def salience(self, layer: str | int = "selected") -> Tensor:
+        """(I, L) at "vision": each head's attention of the class token, its mean over heads; where the tower has no
+        class token (SigLIP), the attention that a patch receives, the mean over heads and all patches."""
+        class_token = isinstance(self.probe, TowerProbe) and self.probe.class_token
+        return self.attention("class" if class_token else "received", layer=layer, per_head=True)
+
+    def keys(self, layer: str | int = "last", per_head: bool = False) -> Tensor:
+        """(I, L, D) keys of this layer (at "vision": of the tower's ``layer``), all heads side by side, before
+        rotation; no gradient. per_head: at "vision", their mean over heads (I, L, D / heads), in float32."""
+        if isinstance(self.probe, TowerProbe):
+            return self.probe.keys(layer, per_head)
         return self._probe().keys()
 
     @property
     def question(self) -> tuple[Tensor, Tensor]:
         """Hidden states (B, Q, C) of each row's text, without answers where labels are given, and mask (B, Q)."""
         return self._probe().question()
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Of the row of the batch that each picture stands in: hidden states (I, T, C) of all T tokens, and
+        (I, T) bool, the text behind its last picture (all text where none is behind), without answers where labels are
+        given. Raises UnsupportedModel for a row without text."""
+        probe = self._probe()
+        return probe.here.hidden[probe.row()], probe.behind()
+
+    def row_keys(self) -> Tensor:
+        """(I, T, D) keys in the layer before, with their rotation, of all T tokens of each picture's row, heads side by
+        side; no gradient. For a compressor that lists "previous_layer" in ``needs``."""
+        probe = self._probe()
+        return probe.rotated_keys()[probe.row()]
+
+    @property
+    def column(self) -> Tensor:
+        """(I, L) where each token stands among the T of its row."""
+        probe = self._probe()
+        return probe.images % probe.valid.shape[1]
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """``hidden`` (..., C) under the language model's final norm."""
+        return self._probe().norm(hidden)
 
     @property
     def row(self) -> Tensor:
@@ -117,12 +161,14 @@ class Compressor(ABC):
     Write a frozen dataclass whose fields are the options in the order of the plan text
     (``"2:avgpool:8"`` -> ``AveragePool(8)``), check them in ``__post_init__``, and write ``__call__``.
     ``needs``: "previous_layer" for ``tokens.attention(previous=True)``, so from layer 1; "decoder" for what exists at
-    decoder layers only; "tower" for attention and keys of the vision tower, so at "vision" only. ``over_clips``: at
+    decoder layers only; "tower" for attention and keys of the vision tower (of its ``tower_layers``), so at "vision"
+    only, and with it "class_token" if the tower must have one. ``over_clips``: at
     decoder layers the frames of a clip that no text parts are one row.
     """
 
     name: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
+    tower_layers: ClassVar[tuple[str | int, ...]] = ("last",)
     over_clips: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs):
@@ -152,7 +198,7 @@ class Compressor(ABC):
 
     @property
     def contiguous(self) -> bool:
-        """At "vision": whether all tokens behind a gap, text too, move up, as if the shorter sequence had been fed."""
+        """Whether all tokens behind a gap, text too, move up, as if the shorter sequence had been fed."""
         return False
 
     def __str__(self) -> str:
@@ -190,6 +236,80 @@ class KeepRatio(Compressor):
         count = share_of(tokens.mask, self.keep)
         rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         return keep_tokens(tokens, rank < count[:, None])
+
+
+@dataclass(frozen=True)
+class KeepBudget(Compressor):
+    """Base of the compressors that leave ``keep`` of a picture's n tokens: a share of them up to 1, or a whole number
+    above 1 (all, where there are fewer), counted by picture, also by tile of one image.
+
+    positions: at "vision" and layer 0 "contiguous", as if the shorter sequence had been fed: what follows moves up; or
+    "original", as always from layer 1 on, where the layers before have rotated keys by the original ones.
+    """
+
+    keep: float | int = 0.25
+    positions: Positions = "contiguous"
+
+    def __post_init__(self):
+        if not (isinstance(self.keep, int) and not isinstance(self.keep, bool) and self.keep > 1):
+            require_share(self.name, "keep", self.keep)
+        require_choice(self.name, "positions", self.positions, Positions)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.keep == 1
+
+    @property
+    def contiguous(self) -> bool:
+        return self.positions == "contiguous"
+
+    def num_tokens(self, num_tokens: int) -> int:
+        return min(num_tokens, self.keep) if self.keep > 1 else max(1, round(num_tokens * self.keep))
+
+    def budget(self, mask: Tensor) -> Tensor:
+        """(I,) how many of the tokens mask (I, L) of each picture are left."""
+        return mask.sum(1).clamp(max=self.keep) if self.keep > 1 else share_of(mask, self.keep)
+
+
+def choose_greedily(
+    count: Tensor, mask: Tensor, gain: Tensor, update: Callable[[int, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """(I, L) bool: count (I,) tokens of each picture, one after the other the one of the largest ``gain`` (I, L).
+
+    update: called as ``update(step, chosen, gain)`` with what each picture has just chosen (I,), gives the next gain.
+    """
+    kept = torch.zeros_like(mask)
+    for step in range(int(count.max())):
+        chosen = gain.masked_fill(kept | ~mask, -torch.inf).argmax(1)
+        kept |= torch.nn.functional.one_hot(chosen, mask.shape[1]).bool() & (step < count)[:, None]
+        gain = update(step, chosen, gain)
+    return kept
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """values (I, L, D) at index (I, M) -> (I, M, D)."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def first_of(chosen: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(I, count) the places of the first ``count`` True of each row of chosen (I, L), in order; and (I, count) bool,
+    False where there are fewer."""
+    place = torch.argsort(chosen.long(), dim=1, descending=True, stable=True)[:, :count]
+    return place, chosen.gather(1, place)
+
+
+def largest_of(values: Tensor, count: Tensor, mask: Tensor) -> Tensor:
+    """(I, L) bool, the ``count`` (I,) largest of each row of values (I, L), the earlier of equal ones; mask (I, L)."""
+    order = values.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return mask & (order.argsort(dim=1) < count[:, None])
+
+
+def cosines(features: Tensor) -> Tensor:
+    """(I, L, L) cosine similarity of features (I, L, C), in float32; of a pair the same both ways, to the last bit, so
+    that rounding does not choose between two tokens that are nearest to each other."""
+    unit = torch.nn.functional.normalize(features.float(), dim=-1)
+    alike = matmul_float32(unit, unit.transpose(1, 2))
+    return (alike + alike.transpose(1, 2)) / 2
 
 
 def keep_tokens(tokens: VisualTokens, keep: Tensor) -> CompressedTokens:
@@ -243,6 +363,11 @@ def sum_groups(values: Tensor, group: Tensor, groups: int) -> Tensor:
 def require_share(owner: str, name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise ValueError(f"{owner}: {name} must be above 0 and at most 1, not {value!r}")
+
+
+def require_choice(owner: str, name: str, value: str, known) -> None:
+    if value not in get_args(known):
+        raise ValueError(f"{owner}: {name} must be one of {', '.join(get_args(known))}, not {value!r}")
 
 
 def require_int(owner: str, name: str, value: int, at_least: int) -> None:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from llavolta.compression.compressors.base import CompressedTokens, Compressor, VisualTokens, require_int, require_share
+from llavolta.compression.compressors.base import (
+    CompressedTokens,
+    Compressor,
+    Positions,
+    VisualTokens,
+    require_choice,
+    require_int,
+    require_share,
+)
 from llavolta.compression.probe import matmul_float32
 
 Weights = Literal["unnormalised", "normalised"]
-Positions = Literal["contiguous", "original"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,7 @@ class PruMerge(Compressor):
     kept patches that end there move one place towards the front. Where the class token itself is fed to the language
     model (the frames of Video-LLaVA) it is one of the tokens.
 
-    At "vision" only. A tower without a class token (SigLIP), or whose patches are merged before the projector
-    (InternVL), is refused with UnsupportedModel.
+    At "vision" only. A tower without a class token (SigLIP) is refused with UnsupportedModel.
     """
 
     keep: float | Literal["adaptive"] = "adaptive"
@@ -42,7 +48,7 @@ class PruMerge(Compressor):
     positions: Positions = "contiguous"
     neighbours: int = 32
     name: ClassVar[str] = "prumerge"
-    needs: ClassVar[frozenset[str]] = frozenset({"tower"})
+    needs: ClassVar[frozenset[str]] = frozenset({"tower", "class_token"})
     published_share: ClassVar[float] = 0.055
 
     def __post_init__(self):
@@ -50,11 +56,8 @@ class PruMerge(Compressor):
             if isinstance(self.keep, str):
                 raise ValueError(f'{self.name}: keep must be "adaptive" or a share of the tokens, not {self.keep!r}')
             require_share(self.name, "keep", self.keep)
-        for option, known in (("weights", Weights), ("positions", Positions)):
-            if getattr(self, option) not in get_args(known):
-                raise ValueError(
-                    f"{self.name}: {option} must be one of {get_args(known)}, not {getattr(self, option)!r}"
-                )
+        require_choice(self.name, "weights", self.weights, Weights)
+        require_choice(self.name, "positions", self.positions, Positions)
         require_int(self.name, "neighbours", self.neighbours, at_least=0)
 
     @property

@@ -1,0 +1,32 @@
+"""Class attention: keep the patches that the vision tower's class token looks at most (FasterVLM)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from llavolta.compression.compressors.base import (
+    CompressedTokens,
+    KeepBudget,
+    VisualTokens,
+    keep_tokens,
+    largest_of,
+)
+
+
+@dataclass(frozen=True)
+class ClassAttention(KeepBudget):
+    """Keep the ``keep`` tokens of the largest class attention, in raster order.
+
+    ``a = mean over heads h of softmax(q_cls^h k^h / sqrt(d))`` in the layer whose output the model selects (FasterVLM,
+    arXiv 2412.01818v1; on one picture without tiles HiRED, arXiv 2408.10945, is the same). Where the tower has no class
+    token: the attention that each patch receives. HiRED's shares of the tiles of one image are not here: each tile is
+    a picture of its own.
+    """
+
+    name: ClassVar[str] = "cls"
+    needs: ClassVar[frozenset[str]] = frozenset({"tower"})
+    tower_layers: ClassVar[tuple[str | int, ...]] = ("selected",)
+
+    def __call__(self, tokens: VisualTokens) -> CompressedTokens:
+        return keep_tokens(tokens, largest_of(tokens.salience(), self.budget(tokens.mask), tokens.mask))

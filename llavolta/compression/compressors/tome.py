@@ -1,0 +1,73 @@
+"""ToMe: tokens that look alike merge, pair by pair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llavolta.compression.compressors.base import (
+    CompressedTokens,
+    KeepBudget,
+    VisualTokens,
+    first_of,
+    sum_groups,
+    take,
+)
+from llavolta.compression.probe import matmul_float32
+
+
+@dataclass(frozen=True)
+class ToMe(KeepBudget):
+    """Merge the most similar pairs of tokens, round by round, until ``keep`` are left (arXiv 2210.09461, section 3).
+
+    A round puts the tokens alternately into A and B, takes for each of A the most similar of B (cosine of the hidden
+    states; the paper's is of a layer's keys), and merges the r pairs of highest similarity, ``r = min(n - K, n // 2)``:
+    the mean of all tokens that came together stands at B's place. The paper merges 16 pairs in every layer of the
+    tower, and adds the log of the sizes to its attention; here it is one place and plain attention. Raster order.
+    """
+
+    name: ClassVar[str] = "tome"
+
+    def __call__(self, tokens: VisualTokens) -> CompressedTokens:
+        left, into = self._merged(tokens.hidden.detach().float(), tokens.mask, self.budget(tokens.mask))
+        anchor, mask = first_of(left, int(left.sum(1).max()))
+        groups = anchor.shape[1]
+        group = (left.cumsum(1) - 1).gather(1, into).masked_fill(~tokens.mask, groups)
+        size = sum_groups(tokens.mask.float()[..., None], group, groups)
+        hidden = sum_groups(tokens.hidden.float(), group, groups) / size.clamp(min=1)
+        return CompressedTokens(hidden.to(tokens.hidden.dtype), mask, anchor, group=group)
+
+    @staticmethod
+    @torch.no_grad()
+    def _merged(features: Tensor, mask: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """(I, L) bool, the tokens that are left; and (I, L) the place of the one that each token is part of."""
+        left, size = mask.clone(), mask.float()[..., None]
+        own = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+        into = own
+        while True:
+            count = left.sum(1)
+            pairs = torch.minimum(count - wanted, count // 2)
+            if not bool((pairs > 0).any()):
+                return left, into
+            order, real = first_of(left, int(count.max()))
+            a, b = order[:, ::2], order[:, 1::2]
+            unit = F.normalize(features, dim=-1)
+            alike = matmul_float32(take(unit, a), take(unit, b).transpose(1, 2))
+            best, partner = alike.masked_fill(~real[:, None, 1::2], -torch.inf).max(-1)
+            rank = (
+                best.masked_fill(~real[:, ::2], -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            )
+            goes = rank < pairs[:, None]  # (I, A)
+            place = torch.where(goes, b.gather(1, partner), a)  # where each of A is from now on
+            moves = own.scatter(1, a, place)
+            weighted = torch.zeros_like(features).scatter_add_(
+                1, moves[..., None].expand_as(features), features * size * left[..., None]
+            )
+            size = torch.zeros_like(size).scatter_add_(1, moves[..., None], size * left[..., None])
+            features = weighted / size.clamp(min=1)
+            left = left & ~torch.zeros_like(left).scatter(1, a, goes)
+            into = moves.gather(1, into)

@@ -1,0 +1,272 @@
+"""Published compressors against literal loops, picture by picture, of their descriptions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families_tiny import FAMILIES
+from tiny import IMAGE, Watched, ragged_batch, tiny_llava
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from llavolta import (
+    CDPruner,
+    ClassAttention,
+    DivPrune,
+    ToMe,
+    UnsupportedModel,
+    VisionZip,
+    VisPruner,
+    VisualTokens,
+    compress,
+    parse_plan,
+)
+from llavolta.compression.compressors.base import choose_greedily
+from llavolta.compression.probe import TowerProbe
+from llavolta.cost.bench import tower_tokens
+
+budgets = pytest.mark.parametrize("keep", [0.1, 0.5, 7, 100])
+grids = pytest.mark.parametrize("grid", [3, 6, 7])  # 9 and 49 tokens: odd
+
+
+def class_attention(tokens, picture: int) -> torch.Tensor:
+    """(L,) head by head."""
+    layer = tokens.probe.layers["selected"]
+    query, keys = layer.query[picture, 0], layer.key[picture]
+    width, given = len(query) // layer.heads, []
+    for head in range(layer.heads):
+        part = slice(head * width, (head + 1) * width)
+        given.append(torch.softmax(torch.stack([query[part] @ key[part] for key in keys]) / width**0.5, 0))
+    return (sum(given) / layer.heads)[1:]
+
+
+def ranked(values) -> list[int]:
+    return sorted(range(len(values)), key=lambda i: -float(values[i]))
+
+
+def cosine(a, b) -> float:
+    return float(F.cosine_similarity(a.double(), b.double(), dim=0))
+
+
+@grids
+@budgets
+def test_class_attention(grid, keep):
+    tokens = tower_tokens(3, grid, 128)  # two heads
+    out = ClassAttention(keep)(tokens)
+    for picture in range(3):
+        best = ranked(class_attention(tokens, picture))[: ClassAttention(keep).num_tokens(grid * grid)]
+        assert out.anchor[picture][out.mask[picture]].tolist() == sorted(best)
+
+
+@grids
+@budgets
+@pytest.mark.parametrize("weights", ["sum", "mean"])
+def test_visionzip(grid, keep, weights):
+    tokens, compressor = tower_tokens(3, grid, 128), VisionZip(keep, contextual=0.2, weights=weights)
+    out, total = compressor(tokens), compressor.num_tokens(grid * grid)
+    targets = round(0.2 * total)
+    for picture in range(3):
+        x, keys = tokens.hidden[picture], tokens.probe.layers["selected"].key[picture, 1:]
+        keys = keys.view(len(x), 2, 64).mean(1)
+        dominant = sorted(ranked(class_attention(tokens, picture))[: total - targets])
+        others = [i for i in range(len(x)) if i not in dominant]
+        step = max(1, len(others) // max(targets, 1))
+        chosen = others[::step][:targets]
+        assigned = {target: [] for target in chosen}
+        for i in (i for i in others if i not in chosen):
+            if chosen:
+                assigned[max(chosen, key=lambda t: cosine(keys[i], keys[t]))].append(i)
+        expected = [x[i] for i in dominant]
+        for target, more in assigned.items():
+            mean = sum(x[i] for i in more) / len(more) if more else 0
+            whole = sum((x[i] for i in more), x[target]) / (len(more) + 1)
+            expected.append(x[target] + mean if weights == "sum" else whole)
+        torch.testing.assert_close(out.hidden[picture], torch.stack(expected), rtol=1e-4, atol=1e-5)
+    assert out.mask.all() and (out.anchor.diff(dim=1) > 0).all() and out.anchor.max() < grid * grid
+
+
+def test_the_published_splits_of_visionzip():
+    assert [round(VisionZip().contextual * total) for total in (192, 128, 64)] == [30, 20, 10]
+
+
+@grids
+@budgets
+@pytest.mark.parametrize(("important", "batch"), [(0.5, 8), (0.75, 3), (1.0, 8)])
+def test_vispruner(grid, keep, important, batch):
+    tokens, compressor = tower_tokens(3, grid, 128), VisPruner(keep, important=important, batch=batch)
+    out, total = compressor(tokens), compressor.num_tokens(grid * grid)
+    for picture in range(3):
+        x = tokens.hidden[picture]
+        order = ranked(class_attention(tokens, picture))
+        kept, rest = order[: int(total * important)], order[int(total * important) :]
+        wanted = total - len(kept)
+        while wanted and len(rest) > wanted:
+            even, odd = rest[::2], rest[1::2]
+            score = {i: max(cosine(x[i], x[j]) for j in odd) for i in even}
+            even = sorted(even, key=lambda i: -score[i])[min(batch, len(rest) - wanted) :]
+            rest = even + odd
+        assert out.anchor[picture].tolist() == sorted(kept + rest[:wanted])
+
+
+def ragged_tokens(counts=(16, 9, 5), width=12) -> VisualTokens:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+    hidden = torch.randn(len(counts), max(counts), width, generator=generator)
+    return VisualTokens(hidden, mask, torch.arange(max(counts)).expand(len(counts), -1)[..., None])
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.6, 6, 1])
+def test_divprune(keep):
+    tokens, compressor = ragged_tokens(), DivPrune(keep)
+    out = compressor(tokens)
+    for picture, count in enumerate((16, 9, 5)):
+        x = tokens.hidden[picture, :count]
+        far = [[1 - cosine(a, b) for b in x] for a in x]
+        chosen = [max(range(count), key=lambda i: min(far[i][j] for j in range(count) if j != i))]
+        while len(chosen) < compressor.num_tokens(count):
+            rest = [i for i in range(count) if i not in chosen]
+            chosen.append(max(rest, key=lambda i: min(far[i][j] for j in chosen)))
+        assert out.anchor[picture][out.mask[picture]].tolist() == sorted(chosen)
+
+
+def test_equal_tokens_are_chosen_once():
+    tokens = ragged_tokens()
+    tokens.hidden[:] = tokens.hidden[:, :1]
+    for compressor in (DivPrune(6), ToMe(6)):
+        assert compressor(tokens).mask.sum(1).tolist() == [6, 6, 5]
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.6, 6])
+def test_tome(keep):
+    tokens, compressor = ragged_tokens(), ToMe(keep)
+    out = compressor(tokens)
+    for picture, count in enumerate((16, 9, 5)):
+        x = tokens.hidden[picture, :count]
+        members = {i: [i] for i in range(count)}
+        while len(members) > compressor.num_tokens(count):
+            places = sorted(members)
+            means = {i: x[members[i]].mean(0) for i in places}
+            pairs = []
+            for a in places[::2]:
+                b = max(places[1::2], key=lambda j: cosine(means[a], means[j]))
+                pairs.append((cosine(means[a], means[b]), a, b))
+            wanted = min(len(places) - compressor.num_tokens(count), len(places) // 2)
+            for _, a, b in sorted(pairs, reverse=True)[:wanted]:
+                members[b] += members.pop(a)
+        expected = torch.stack([x[members[i]].mean(0) for i in sorted(members)])
+        torch.testing.assert_close(out.hidden[picture][out.mask[picture]], expected)
+        assert out.anchor[picture][out.mask[picture]].tolist() == sorted(members)
+
+
+def in_a_model(plan: str, lengths, side: str = "right", grid: int = 4):
+    """The tokens and what is left of them; the row, visual columns and text columns behind of each picture; states."""
+    model, batch, watched = tiny_llava(grid=grid), ragged_batch(lengths, grid=grid, side=side), Watched()
+    del batch["labels"]
+    states = model(**batch, output_hidden_states=True).hidden_states
+    with compress(model, plan, observe=watched):
+        model(**batch)
+    pictures = []
+    for row, ids in enumerate(batch["input_ids"].tolist()):
+        visual = [column for column, token in enumerate(ids) if token == IMAGE]
+        behind = [
+            column
+            for column in range(visual[-1] + 1 if visual else 0, len(ids))
+            if batch["attention_mask"][row, column]
+        ]
+        for first in range(0, len(visual), grid * grid):
+            pictures.append((row, visual[first : first + grid * grid], behind))
+    [(tokens, out)] = watched.calls
+    return model, states, tokens, out, pictures
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("keep", [0.2, 0.5, 12])
+def test_cdpruner(keep, side):
+    _, states, tokens, out, pictures = in_a_model(f"0:cdpruner:{keep}", [[3, 4], [2, 0, 5], [1, 3, 2]], side)
+    for number, (row, visual, behind) in enumerate(pictures):
+        x, words = states[0][row, visual].double(), states[0][row, behind].double()
+        relevance = torch.tensor([sum(cosine(a, b) for b in words) / len(words) for a in x]).double()
+        relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
+        unit = F.normalize(x, dim=-1)
+        kernel = relevance[:, None] * (unit @ unit.T) * relevance
+        chosen: list[int] = []
+        for _ in range(CDPruner(keep).num_tokens(16)):  # the largest determinant, computed as one
+            rest = [i for i in range(16) if i not in chosen]
+            chosen.append(max(rest, key=lambda i: torch.linalg.det(kernel[[*chosen, i]][:, [*chosen, i]])))
+        assert out.anchor[number][out.mask[number]].tolist() == sorted(chosen)
+
+
+def test_beyond_the_rank_of_the_kernel_as_many_tokens_are_left():
+    model, batch, watched = tiny_llava(grid=8), ragged_batch([[3, 4]], grid=8), Watched()
+    with compress(model, "0:cdpruner:50", observe=watched):  # of width 32
+        out = model(**batch)
+    assert watched.calls[0][1].mask.sum() == 50 and torch.isfinite(out.logits).all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("keep", "image", "text"), [(0.5, 4, 4), (12, 2, 3), (0.2, 3, 0)])
+def test_dart(keep, image, text, side):
+    plan = f"2:dart:{keep}:image_pivots={image}:text_pivots={text}"
+    model, states, tokens, out, pictures = in_a_model(plan, [[3, 6], [2, 0, 5], [1, 3, 5]], side)
+    language, budget = model.model.language_model, round(16 * keep) if keep < 1 else keep
+    hooked = []
+    hook = language.layers[1].self_attn.k_proj.register_forward_hook(lambda *call: hooked.append(call[-1]))
+    batch = ragged_batch([[3, 6], [2, 0, 5], [1, 3, 5]], side=side)
+    model(**{name: value for name, value in batch.items() if name != "labels"})
+    hook.remove()
+    width = language.config.head_dim
+    for number, (row, visual, behind) in enumerate(pictures):
+        cos, sin = language.rotary_emb(hooked[0], torch.arange(hooked[0].shape[1])[None])
+        key = hooked[0][row].view(len(hooked[0][row]), -1, width)
+        half = torch.cat([-key[..., width // 2 :], key[..., : width // 2]], dim=-1)
+        norms = (key * cos[0][:, None] + half * sin[0][:, None]).abs().sum((1, 2))
+        unit = F.normalize(language.norm(states[2])[row].double(), dim=-1)
+        pivots = sorted(sorted(visual, key=lambda i: -norms[i])[:image])
+        references = pivots + sorted(sorted(behind, key=lambda i: -norms[i])[:text])
+        pool, kept = [i for i in visual if i not in pivots], list(pivots)
+        for pivot in references:
+            added = sorted(pool, key=lambda i: float(unit[i] @ unit[pivot]))[: budget // (image + text)]
+            kept, pool = kept + added, [i for i in pool if i not in added]
+        assert out.anchor[number][out.mask[number]].tolist() == sorted(visual.index(i) for i in kept)
+
+
+def test_what_a_patch_receives_ranks_where_there_is_no_class_token():
+    model, watched = tiny_llava(), Watched()
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+    torch.manual_seed(0)
+    tower = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=4, attn_implementation="eager"))
+    model.model.vision_tower = tower.eval()
+    for name in ("cls", "visionzip", "vispruner"):
+        with compress(model, {"vision": parse_plan(f"vision:{name}:0.5")["vision"]}, observe=watched):
+            batch = ragged_batch([[3, 4], [2, 0, 5]])
+            model.model.vision_feature_select_strategy = model.config.vision_feature_select_strategy = "full"
+            assert torch.isfinite(model(**batch).logits).all()
+    maps = tower(batch["pixel_values"], output_attentions=True).attentions[-2]  # (I, heads, L, L)
+    tokens = watched.calls[0][0]
+    torch.testing.assert_close(tokens.salience(), maps.mean((1, 2)), rtol=1e-4, atol=1e-6)
+    with pytest.raises(UnsupportedModel, match="no class token"):
+        tokens.attention("class", layer="selected")
+
+
+def test_patches_that_the_model_merges_are_ranked_by_their_mean():
+    """As InternVL's own pixel shuffle merges them: each patch carries its number."""
+    base = FAMILIES["internvl"]().model.model
+    numbers = torch.arange(64.0).view(1, 8, 8, 1).repeat(1, 1, 1, 4)
+    merged = base.pixel_shuffle(numbers, scale_factor=0.5).reshape(16, -1)
+    layer = tower_tokens(1, 8, 8).probe.layers["last"]
+    probe = TowerProbe({"last": layer}, 16, True)
+    whole = TowerProbe({"last": layer}, 64, True).attention("class")[0]
+    expected = [whole[row.long().unique()].mean() for row in merged]
+    assert probe.fits and torch.allclose(probe.attention("class")[0], torch.stack(expected))
+    assert not TowerProbe({"last": layer}, 17, True).fits
+
+
+def test_a_layer_that_was_not_listed_is_refused():
+    with pytest.raises(ValueError, match="list it in tower_layers"):
+        tower_tokens(1, 3, 8).attention("class", layer=5)
+
+
+def test_a_greedy_choice_stops_at_each_pictures_count():
+    gain, mask = torch.tensor([[3.0, 1, 2], [1, 2, 3]]), torch.tensor([[True] * 3, [True, True, False]])
+    kept = choose_greedily(torch.tensor([2, 1]), mask, gain, lambda step, chosen, gain: gain)
+    assert kept.tolist() == [[True, False, True], [False, True, False]]
