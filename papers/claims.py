@@ -436,7 +436,8 @@ def readme(text: str) -> str:
 
 NANO = (
     "Pictures: the model `nano` (30 layers, 144 visual tokens, pretrained parts) on scenes of everyday objects;",
-    "adapters and projector train, from one shared alignment, for far fewer steps than `nano-tuned`.",
+    "adapters and projector train, from one shared alignment, for far fewer steps than `nano-tuned`. All of it is made",
+    "by `make nano-evidence`.",
 )
 PAGES: dict[str, tuple[str, Callable[[Path], list[Claim]]]] = {
     "llavolta": ("LLaVolta", llavolta),

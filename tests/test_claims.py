@@ -161,3 +161,23 @@ def test_seeds_steps_and_the_ratio_s_verdict_are_those_of_the_figures(papers):
         published.to_csv(papers / "published.csv", index=False)
         claim = next(claim for claim in claims.llavolta(papers) if claim.text.startswith("Stage I"))
         assert claim.verdict == verdict and claim.published == f"> {percent}%"
+
+
+def test_no_verdict_on_accuracy_is_drawn_from_runs_that_learnt_nothing(papers):
+    """Both worlds side by side; a baseline hardly above constant answers can lose nothing."""
+    folder = papers.parent / "nano"
+    constant = pd.read_csv(folder / "accuracy.csv").query("type == 'overall' and plan == 'none'").constant.iloc[0]
+    questions = 300
+    for share, open_question in ((constant, True), (0.9, False)):
+        rows = [dict(question=i, type="what", correct=int(i < share * questions)) for i in range(questions)]
+        wide = pd.DataFrame(rows)
+        names = pd.read_csv(folder / "compare-costs.csv").scheme
+        right = wide[["question", "type"]].assign(**{name: wide.correct for name in names})
+        right.loc[: questions // 3, "three-stage"] = 0
+        right.to_csv(folder / "compare-correct.csv", index=False)
+        found = {claim.text: claim.verdict.split("; pictures: ")[1] for claim in claims.nano(folder)}
+        accuracy = [verdict for text, verdict in found.items() if text.startswith(("Nothing", "Heavy"))]
+        assert len(accuracy) == 3 and all(verdict.startswith(claims.OPEN) for verdict in accuracy) == open_question
+        if not open_question:
+            assert found["Nothing is lost at the end of training"] == claims.NO
+        assert not next(verdict for text, verdict in found.items() if "70%" in text).startswith(claims.OPEN)

@@ -208,6 +208,9 @@ def test_04_compare_schemes_goes_on_where_it_stopped(comparison, tmp_path):
     assert pictures(first) == 4 and "`heavy` (1 seed): " in outputs(first)
     finished = "0/*/model.safetensors"
     models = {path.parent.name: path.stat().st_mtime_ns for path in (tmp_path / "compare").glob(finished)}
+    right = pd.read_csv(tmp_path / "record" / "compare-correct.csv")  # of one seed, whose intervals are over questions
+    runs = pd.read_csv(tmp_path / "record" / "compare-runs.csv").query("type == 'overall'").set_index("scheme").accuracy
+    assert right[runs.index].mean().tolist() == pytest.approx(runs.tolist(), abs=1e-6)
     assert models.keys() == {"align", "single-stage", "heavy", "three-stage-reversed", "mine"}
     second = run("04_compare_schemes", tmp_path, seeds=2, **{**comparison, "workers": 2})
     assert "`heavy` (2 seeds): " in outputs(second)
