@@ -165,28 +165,20 @@ def tower_attentions(parts: Parts, layers: Iterable[str | int]) -> dict[str | in
 
 def tower_heads(attention: nn.Module) -> int:
     """How many heads an attention of a vision tower has."""
-    names = "num_heads", "num_attention_heads"
-    return next(getattr(of, name) for of in (attention, attention.config) for name in names if hasattr(of, name))
+    for name in ("num_heads", "num_attention_heads"):
+        if hasattr(attention, name):
+            return getattr(attention, name)
+    raise UnsupportedModel(f"{type(attention).__name__} does not say how many heads it has; use avgpool or kmeans")
 
 
-def has_class_token(parts: Parts) -> bool:
-    """Whether the vision towers have a class token before their patches."""
-    return all(_class_token(tower) for tower in towers(parts).values())
-
-
-def require_class_token(parts: Parts) -> None:
-    """Raises UnsupportedModel for a vision tower without a class token (SigLIP)."""
-    for name, tower in towers(parts).items():
-        if not _class_token(tower):
-            raise UnsupportedModel(
-                f"{name} ({type(tower).__name__}) has no class token whose attention could rank patches; use a "
-                "compressor that needs none, such as cls, visionzip or kmeans"
-            )
-
-
-def _class_token(tower: nn.Module) -> bool:
-    names = {parameter.rpartition(".")[2] for parameter, _ in tower.named_parameters()}
-    return bool(names & {"class_embedding", "cls_token"})
+def without_class_token(parts: Parts) -> list[str]:
+    """The vision towers that have no class token before their patches (SigLIP), by name and class."""
+    known = {"class_embedding", "cls_token"}
+    return [
+        f"{name} ({type(tower).__name__})"
+        for name, tower in towers(parts).items()
+        if known.isdisjoint(parameter.rpartition(".")[2] for parameter, _ in tower.named_parameters())
+    ]
 
 
 def encode_pictures(base: nn.Module, args: tuple, kwargs: dict) -> dict:

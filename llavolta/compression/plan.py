@@ -116,6 +116,8 @@ def check_layers(plan: Plan, num_layers: int) -> Plan:
             wrong = "ranks by the attention of a decoder layer, so from layer 0, not at 'vision'"
         elif "tower" in compressor.needs and layer != VISION:
             wrong = f"works on the vision tower's output only; write 'vision:{compressor.name}'"
+        elif layer not in (VISION, 0) and getattr(compressor, "positions", None) == "contiguous":
+            wrong = "closes gaps at 'vision' and layer 0 only; deeper, leave positions out or write positions=original"
         if wrong:
             raise PlanError(f"plan {format_plan(plan)!r}: {compressor.name} {wrong}")
     return plan

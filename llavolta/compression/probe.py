@@ -26,8 +26,8 @@ class LayerProbe:
 
     here, before: this layer and (if captured) the one before it. valid (B, T): False at padding. answers (B, T): rows
     that predict the first token of an answer, and labelled (B, T), both None without labels. images (I, L): flat rows.
-    norm: the decoder's last one.
     sample (B, T): the number of the packed sample that a token belongs to; all the same where a row is one sample.
+    norm: the decoder's final one.
     """
 
     here: LayerInput
@@ -67,7 +67,7 @@ class LayerProbe:
 
     def behind(self) -> Tensor:
         """(I, T) bool, the text of each picture's row behind its last picture, or all its text where there is none
-        behind; without answers where labels are given. Raises UnsupportedModel for a row without text."""
+        behind; without answers where labels are given. Raises UnsupportedModel for a row without text, or packed."""
         text, column = self._text(), torch.arange(self.valid.shape[1], device=self.valid.device)
         ends = (self.images % len(column)).masked_fill(~self.image_mask, 0).amax(1)
         last = ends.new_zeros(len(text)).scatter_reduce(0, self.row(), ends, "amax")
@@ -81,17 +81,18 @@ class LayerProbe:
         return chosen
 
     def _text(self) -> Tensor:
-        """(B, T) bool, real tokens that are neither visual nor, where labels are given, answers."""
-        text = self.valid.clone()
-        text.view(-1)[self.images[self.image_mask]] = False
-        return text if self.labelled is None else text & ~self.labelled
-
-    def question(self) -> tuple[Tensor, Tensor]:
+        """(B, T) bool, real tokens that are neither visual nor, where labels are given, answers. Raises
+        UnsupportedModel for packed rows, whose text is that of several samples."""
         if ((self.sample != self.sample.gather(1, self._last_row())) & self.valid).any():
             raise UnsupportedModel(
                 "rows of this batch are packed: they hold several samples, each with a question of its own; use a "
                 "compressor that does not read the question, or one sample a row"
             )
+        text = self.valid.clone()
+        text.view(-1)[self.images[self.image_mask]] = False
+        return text if self.labelled is None else text & ~self.labelled
+
+    def question(self) -> tuple[Tensor, Tensor]:
         rows, mask = _compact(self._text())
         return _take(self.here.hidden, rows), mask
 

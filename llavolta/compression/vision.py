@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llavolta.compression.compressors import CompressedTokens, Compressor, VisualTokens, keep_tokens
 from llavolta.compression.compressors.base import check_output
-from llavolta.compression.families import Parts, has_class_token, require_class_token, tower_attentions, tower_heads
+from llavolta.compression.families import Parts, tower_attentions, tower_heads, without_class_token
 from llavolta.compression.plan import VISION
 from llavolta.compression.probe import TowerLayer, TowerProbe
 from llavolta.errors import UnsupportedModel
@@ -64,9 +64,13 @@ class VisionStep:
         self.compressor, self.observe = compressor, observe
         asks = "tower" in compressor.needs
         self.attentions = tower_attentions(parts, compressor.tower_layers) if asks else {}
-        self.class_token = asks and has_class_token(parts)
-        if "class_token" in compressor.needs:
-            require_class_token(parts)
+        lacking = without_class_token(parts)
+        self.class_token = not lacking
+        if "class_token" in compressor.needs and lacking:
+            raise UnsupportedModel(
+                f"{', '.join(lacking)} has no class token whose attention could rank patches; use a compressor that "
+                "needs none, such as cls, visionzip or kmeans"
+            )
         self._now = _Now()
 
     def hooks(self, add: Callable) -> None:

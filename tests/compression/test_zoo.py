@@ -13,6 +13,7 @@ from llavolta import (
     CDPruner,
     ClassAttention,
     DivPrune,
+    PlanError,
     ToMe,
     UnsupportedModel,
     VisionZip,
@@ -270,3 +271,31 @@ def test_a_greedy_choice_stops_at_each_pictures_count():
     gain, mask = torch.tensor([[3.0, 1, 2], [1, 2, 3]]), torch.tensor([[True] * 3, [True, True, False]])
     kept = choose_greedily(torch.tensor([2, 1]), mask, gain, lambda step, chosen, gain: gain)
     assert kept.tolist() == [[True, False, True], [False, True, False]]
+
+
+def test_gaps_close_where_they_can():
+    """Positions "auto": at "vision" and layer 0, not from layer 1 on; what cannot be is refused."""
+    model, batch = tiny_llava(), ragged_batch([[3, 4]])
+    closed, open_ = ("0:divprune:4", "vision:cls:4"), ("0:divprune:4:original", "2:tome:4", "2:dart:8")
+    for plan in (*closed, *open_):
+        seen = []
+        with compress(model, plan) as handle:
+            last = model.model.language_model.layers[-1]
+            note = last.register_forward_pre_hook(lambda *_, h=handle, s=seen: s.append(h._now.state.rows.positions))
+            model(**batch)
+            note.remove()
+        positions = seen[0][0, :, 0].tolist()
+        assert positions[:3] == [0, 1, 2] and sorted(set(positions)) == positions
+        assert positions[-1] == (len(positions) - 1 if plan in closed else 3 + 16 + 4 - 1), plan
+    for plan in ("2:divprune:4:contiguous", "1:tome:0.5:positions=contiguous"):
+        with pytest.raises(PlanError, match="at 'vision' and layer 0 only; deeper, leave positions out"):
+            compress(model, plan)
+
+
+def test_the_question_of_packed_rows_is_refused():
+    model, batch = tiny_llava(), ragged_batch([[3, 4]])
+    length = batch["input_ids"].shape[1]
+    batch["position_ids"] = torch.cat([torch.arange(length - 2), torch.arange(2)])[None]
+    for plan in ("0:cdpruner:0.5", "1:dart:8"):
+        with compress(model, plan), pytest.raises(UnsupportedModel, match="packed"):
+            model(**batch)

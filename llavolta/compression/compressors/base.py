@@ -162,8 +162,8 @@ class Compressor(ABC):
     (``"2:avgpool:8"`` -> ``AveragePool(8)``), check them in ``__post_init__``, and write ``__call__``.
     ``needs``: "previous_layer" for ``tokens.attention(previous=True)``, so from layer 1; "decoder" for what exists at
     decoder layers only; "tower" for attention and keys of the vision tower (of its ``tower_layers``), so at "vision"
-    only, and with it "class_token" if the tower must have one. ``over_clips``: at
-    decoder layers the frames of a clip that no text parts are one row.
+    only, and with it "class_token" if the tower must have one. ``over_clips``: at decoder layers the frames of a clip
+    that no text parts are one row.
     """
 
     name: ClassVar[str] = ""
@@ -198,7 +198,8 @@ class Compressor(ABC):
 
     @property
     def contiguous(self) -> bool:
-        """Whether all tokens behind a gap, text too, move up, as if the shorter sequence had been fed."""
+        """At "vision" and layer 0: whether all tokens behind a gap, text too, move up, as if the shorter sequence had
+        been fed."""
         return False
 
     def __str__(self) -> str:
@@ -243,17 +244,19 @@ class KeepBudget(Compressor):
     """Base of the compressors that leave ``keep`` of a picture's n tokens: a share of them up to 1, or a whole number
     above 1 (all, where there are fewer), counted by picture, also by tile of one image.
 
-    positions: at "vision" and layer 0 "contiguous", as if the shorter sequence had been fed: what follows moves up; or
-    "original", as always from layer 1 on, where the layers before have rotated keys by the original ones.
+    positions: "contiguous", as if the shorter sequence had been fed: what follows moves up; "original"; or "auto":
+    contiguous at "vision" and layer 0, original from layer 1 on, where contiguous cannot be, as the layers before have
+    rotated keys by the original ones.
     """
 
     keep: float | int = 0.25
-    positions: Positions = "contiguous"
+    positions: Literal["auto"] | Positions = "auto"
 
     def __post_init__(self):
         if not (isinstance(self.keep, int) and not isinstance(self.keep, bool) and self.keep > 1):
             require_share(self.name, "keep", self.keep)
-        require_choice(self.name, "positions", self.positions, Positions)
+        if self.positions != "auto":
+            require_choice(self.name, "positions", self.positions, Positions)
 
     @property
     def is_identity(self) -> bool:
@@ -261,7 +264,7 @@ class KeepBudget(Compressor):
 
     @property
     def contiguous(self) -> bool:
-        return self.positions == "contiguous"
+        return self.positions != "original"
 
     def num_tokens(self, num_tokens: int) -> int:
         return min(num_tokens, self.keep) if self.keep > 1 else max(1, round(num_tokens * self.keep))

@@ -12,7 +12,6 @@ from torch import Tensor
 from llavolta.compression.compressors.base import (
     CompressedTokens,
     KeepBudget,
-    Positions,
     VisualTokens,
     first_of,
     keep_tokens,
@@ -37,7 +36,6 @@ class DART(KeepBudget):
     that of their places.
     """
 
-    positions: Positions = "original"
     image_pivots: int = 4
     text_pivots: int = 4
     name: ClassVar[str] = "dart"
