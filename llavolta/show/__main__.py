@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         figure = plots.asked([(picture, asked, view.answer, right) for picture, asked, view, right in rows])
         file = Path(options.output)
         file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=120)
+        figure.savefig(file, dpi=120, bbox_inches="tight")  # with all lines of a long answer
     except (UserError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
