@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import create_masks_for_generate
 
 from llavolta.compression.families import Parts
-from llavolta.compression.masks import is_flat, look_up_mask, sliding_window, whole_cache
-from llavolta.compression.rows import columns
+from llavolta.compression.masks import add_to_mask, is_flat, look_up_mask, sliding_window, whole_cache
+from llavolta.compression.rows import columns, positions_by_row
 from llavolta.compression.state import CachedRows, Pass
 from llavolta.errors import UnsupportedModel
+
+_OF_KEYS = {"size": 1.0, "calibration": 0.0, "positions": 0.0}  # in CachedRows, and what text has
 
 
 class CacheBook:
     """By cache and layer of the plan, what the rows of the layers from there on stand for.
 
     ``begin`` a pass, ``note`` at each layer of the plan what the cache will hold, look up each layer's ``mask``, and
-    ``close`` the pass behind the decoder: one that fails on the way leaves the book as it was.
+    ``close`` the pass behind the decoder: one that fails on the way leaves the book as it was. uneven: layers behind
+    hold tokens that layer 0 has not, so stock masks made for layer 0's cache do not do.
     """
 
-    def __init__(self, parts: Parts):
-        self.parts = parts
+    def __init__(self, parts: Parts, uneven: bool = False):
+        self.parts, self.uneven = parts, uneven
         self._held: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # {layer of the plan: CachedRows}
         self._left: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # keys as they were, see _rows_of_before
 
@@ -38,7 +41,8 @@ class CacheBook:
         if state.past == 0:
             self._held.pop(state.cache, None)  # new, or emptied by reset()
         held = self._up_to_date(state)
-        if held and len(set(getattr(self.parts.decoder.config, "layer_types", None) or ())) > 1:
+        mixed = len(set(getattr(self.parts.decoder.config, "layer_types", None) or ())) > 1
+        if held and (mixed or self.uneven):
             return self._with_whole_masks(state, inputs, max(rows.seen for rows in held.values()))
         first = held.get(0)
         state.seen = seen = state.past if first is None else first.seen
@@ -78,9 +82,7 @@ class CacheBook:
         of_before = _rows_of_before(_last_keys(state.cache), *self._left[state.cache])  # held, so not empty
         if of_before is not None:
             for segment, rows in held.items():
-                names = [
-                    name for name in ("later", "original", "valid", "moved") if isinstance(getattr(rows, name), Tensor)
-                ]
+                names = [f.name for f in fields(rows) if isinstance(getattr(rows, f.name), Tensor)]
                 held[segment] = replace(rows, **{name: getattr(rows, name)[of_before] for name in names})
         gone = {rows.valid.shape[1] - state.cache.get_seq_length(segment) for segment, rows in held.items()}
         seen = max(rows.seen for rows in held.values())
@@ -93,7 +95,8 @@ class CacheBook:
         if not all((rows.original[:, -count:] == last).all() & rows.valid[:, -count:].all() for rows in held.values()):
             return held
         for segment, rows in held.items():
-            cut = {name: getattr(rows, name)[:, :-count] for name in ("later", "original", "valid")}
+            names = ("later", "original", "valid", *_OF_KEYS)
+            cut = {name: getattr(rows, name)[:, :-count] for name in names if getattr(rows, name) is not None}
             held[segment] = replace(rows, seen=rows.seen - count, **cut)
         return held
 
@@ -149,11 +152,64 @@ class CacheBook:
             torch.cat([past.original, index + past.seen], dim=1),
             torch.cat([past.valid, valid], dim=1),
             past.seen + length,
-            past.moved + state.moved,
+            moved=past.moved + state.moved,
+            **self._of_keys(past, state),
         )
 
-    def mask(self, mask, segment: int, number: int, state: Pass):
-        """The stock attention ``mask`` of layer ``number`` for its rows and cached rows; see look_up_mask."""
+    def _of_keys(self, past: CachedRows | None, state: Pass) -> dict[str, Tensor]:
+        """What the bias of the cached rows and those of this pass is made of, by the name in CachedRows; (B, n) each."""
+        rows, found, (batch, new) = state.rows, {}, state.real.shape
+        new = new if rows is None else rows.index.shape[1]
+        held = state.past if past is None else past.valid.shape[1]
+        for name, rest in _OF_KEYS.items():
+            before = None if past is None else getattr(past, name)
+            now = None if rows is None else getattr(rows, name, None)
+            if name == "positions":
+                now = self._places(state) if "calibration" in found else None
+            if before is None and now is None:
+                continue
+            like = state.real.new_full((batch, 0), rest, dtype=torch.float)
+            before = like.new_full((batch, held), rest) if before is None else before
+            found[name] = torch.cat([before, like.new_full((batch, new), rest) if now is None else now], dim=1)
+        return found
+
+    def _places(self, state: Pass) -> Tensor:
+        """(B, T) positions of this pass's rows."""
+        rows = state.rows
+        positions = positions_by_row(state.position_ids, len(state.real)) if rows is None else rows.positions
+        if positions.shape[-1] > 1:
+            raise UnsupportedModel(
+                "attention is calibrated by the distance of two tokens, which this model's 3-D positions do not give; "
+                "use restore with calibration=0, which corrects for the size of merged tokens alone"
+            )
+        return positions[..., 0].float()
+
+    def _bias(self, past: CachedRows | None, state: Pass, dtype: torch.dtype) -> Tensor | None:
+        """(B, 1 or Q, K) on the logits, of the cached rows and those of this pass as keys; None if there is none."""
+        found = self._of_keys(past, state)
+        if not found:
+            return None
+        size, calibration = found.get("size"), found.get("calibration")
+        bias = (torch.zeros_like(calibration) if size is None else size.log())[:, None]
+        if calibration is not None:
+            frequency = getattr(self.parts.rotary, "inv_freq", None)
+            if frequency is None:
+                raise UnsupportedModel(
+                    f"{type(self.parts.rotary).__name__} has no single inv_freq to calibrate attention by; use restore "
+                    "with calibration=0"
+                )
+            places = found["positions"]
+            distance = (self._places(state)[..., None] - places[:, None]).abs().long()  # (B, Q, K)
+            away = torch.arange(int(distance.max()) + 1, device=distance.device)
+            alike = (away[:, None] * frequency.to(away.device)).cos().mean(1)  # by distance
+            calibration = calibration[:, None]
+            more = (calibration - alike[distance]).clamp(min=1e-6).log()
+            bias = bias + torch.where(calibration > 0, more, 0)
+        return bias.to(dtype)
+
+    def mask(self, mask, segment: int, number: int, state: Pass, dtype: torch.dtype):
+        """The stock attention ``mask`` of layer ``number`` for its rows and cached rows; see look_up_mask. dtype: that
+        of an additive one."""
         if (segment, id(mask)) not in state.masks:
             rows = state.rows
             past = self._held.get(state.cache, {}).get(segment) if state.cache is not None else None
@@ -165,9 +221,14 @@ class CacheBook:
             before_valid = torch.ones_like(before, dtype=torch.bool) if past is None else past.valid
             key = torch.cat([before, query + state.past], dim=1)
             key_valid = torch.cat([before_valid, valid], dim=1)
+            bias = self._bias(past, state, dtype)
             key, key_valid, first = _sliding_cache(state.cache, number, mask, key, key_valid, valid.shape[1], state)
             offset, flat = state.past - first, is_flat(self.parts.decoder)
-            state.masks[segment, id(mask)] = look_up_mask(mask, query, key - first, key_valid, offset, flat)
+            found = look_up_mask(mask, query, key - first, key_valid, offset, flat)
+            if bias is not None:
+                bias = bias[..., bias.shape[-1] - key.shape[1] :]
+                found = add_to_mask(found, bias, query, key - first, key_valid, offset, flat)
+            state.masks[segment, id(mask)] = found
         return state.masks[segment, id(mask)]
 
     def close(self, state: Pass) -> None:

@@ -54,6 +54,23 @@ def look_up_mask(mask, query: Tensor, key: Tensor, key_valid: Tensor, past: int,
     )
 
 
+def add_to_mask(mask, bias: Tensor, query: Tensor, key: Tensor, key_valid: Tensor, past: int, flat: bool) -> Tensor:
+    """The additive mask (B, 1, Q, K) of what ``mask`` (see look_up_mask) lets through, with ``bias`` (B, 1 or Q, K) on
+    the logits. Raises UnsupportedModel for a backend that takes none."""
+    if flat or hasattr(mask, "mask_mod"):
+        raise UnsupportedModel(
+            f"{'flash' if flat else 'flex'} attention takes no bias for single keys, which tokens that stand for "
+            'several need; load the model with attn_implementation="sdpa", or use a plan without it (tome, divprune)'
+        )
+    least = torch.finfo(bias.dtype).min
+    if mask is None:
+        seen = (key_valid[:, None] & (key[:, None] <= query[..., None] + past))[:, None]
+        return torch.where(seen, bias[:, None], least)
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias[:, None], least)
+    return torch.where(mask > torch.finfo(mask.dtype).min / 2, mask + bias[:, None], mask).to(bias.dtype)
+
+
 def _look_up_block_mask(mask, query: Tensor, key: Tensor, key_valid: Tensor):
     from torch.nn.attention.flex_attention import create_block_mask
 

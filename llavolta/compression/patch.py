@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from llavolta.compression import labelled
 from llavolta.compression.cache import CacheBook
-from llavolta.compression.compressors import CompressedTokens, Compressor, VisualTokens
+from llavolta.compression.compressors import CompressedTokens, Compressor, VisualTokens, keep_tokens
 from llavolta.compression.compressors.base import check_output
 from llavolta.compression.compressors.prefix import Prefixed
+from llavolta.compression.compressors.withdraw import Enter, Wait
 from llavolta.compression.families import encode_pictures, find_parts, is_compiled, pools_frames, visual_tokens
 from llavolta.compression.generation import WatchedGeneration
 from llavolta.compression.plan import VISION, Layer, Plan, PlanError, check_layers, format_plan, parse_plan
@@ -102,15 +103,19 @@ class Compression:
         self._steps: dict[int, list[Compressor]] = {layer: [c] for layer, c in working.items()}
         if before is not None:
             self._steps[0] = [DropMarked(before.contiguous), *self._steps.get(0, [])]
+        self._enters = next((layer for layer, c in working.items() if isinstance(c, Enter)), None)
+        if self._enters is not None:
+            self._steps[0] = [*self._steps.get(0, []), Wait()]
         if prefix is not None:
             if 0 not in self._steps:
                 raise PlanError(f"plan {written!r} makes no room for a prefix at 'vision' or layer 0")
             self._steps[0][-1] = Prefixed(self._steps[0][-1], prefix)
         self._captured = {layer - 1 for layer, c in working.items() if "previous_layer" in c.needs}
+        self._keeps_start = any("start" in c.needs for c in working.values())
         self._observe, self._observed = observe, set(working)
         self.labelled_only = labelled_only if labelled_only is not None else bool(self._steps)
         self._now = Now()
-        self._book = CacheBook(self.parts)
+        self._book = CacheBook(self.parts, uneven=self._enters is not None)
         self._hooks: list = []
         if self.parts.decoder in _active:
             raise RuntimeError("this model is being compressed already; remove() the first handle or leave its block")
@@ -155,7 +160,8 @@ class Compression:
             add(WatchedGeneration(parts.top, self._now))
         add(parts.base.register_forward_hook(self._after_base, always_call=True))
         add(parts.rotary.register_forward_hook(self._after_rotary, with_kwargs=True))
-        for number in range(min(self._steps.keys() | self._captured), len(parts.layers)):
+        first = 0 if self._keeps_start else min(self._steps.keys() | self._captured)
+        for number in range(first, len(parts.layers)):
             segment = max((layer for layer in self._steps if layer <= number), default=None)
             hook = partial(self._before_layer, number, segment)
             add(parts.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
@@ -242,6 +248,8 @@ class Compression:
         if number in self._steps:
             if state.has_pictures:
                 for compressor in self._steps[number]:
+                    if isinstance(compressor, Wait):
+                        hidden = self._hold(hidden, state)
                     at = LayerInput(module, hidden, state.rotary_of_rows(stock_rotary, self.parts.rotary))
                     hidden = self._shrink(compressor, number, at, state)
             if state.cache is not None:
@@ -250,21 +258,47 @@ class Compression:
             kwargs["position_embeddings"] = state.rotary_of_rows(stock_rotary, self.parts.rotary)
             kwargs["position_ids"] = None  # the attention code takes gaps in them for packed sequences
         if state.rows is not None or segment in state.cached:
-            kwargs["attention_mask"] = self._book.mask(stock_mask, segment, number, state)
+            kwargs["attention_mask"] = self._book.mask(stock_mask, segment, number, state, hidden.dtype)
+        if number == 0 and self._keeps_start and state.has_pictures:
+            at = LayerInput(module, hidden, kwargs.get("position_embeddings"))
+            state.start = at, state.rows or state.first_rows(self.parts)
         if number in self._captured:
             state.previous = LayerInput(module, hidden, kwargs.get("position_embeddings"))
         return (hidden, *args[1:]), kwargs
 
+    def _hold(self, hidden: Tensor, state: Pass) -> Tensor:
+        """Keep what layer 0 was given, without padding between: its visual tokens enter at a later layer."""
+        rows = state.rows or state.first_rows(self.parts)
+        if rows.deepstack:
+            raise UnsupportedModel(
+                "this model adds features to its visual tokens behind its first layers (deep-stack), where tokens that "
+                "enter later are not yet; use a plan without 'enter'"
+            )
+        tokens = rows.tokens(hidden, False, None)
+        hidden, state.rows, _ = rows.compressed(hidden, keep_tokens(tokens, tokens.mask), False, True, False)
+        state.waiting = hidden, state.rows
+        return hidden
+
     def _shrink(self, compressor: Compressor, number: int, at: LayerInput, state: Pass) -> Tensor:
         """hidden (B, T, C) -> (B, T', C) after ``compressor``; state.rows then describes the new rows."""
+        if isinstance(compressor, Enter):
+            held, rows = state.waiting
+            hidden, state.rows, state.waiting = rows.rejoined(held, at.hidden), rows, None
+            return hidden
         rows = state.rows or state.first_rows(self.parts)
         if compressor.over_clips and rows.pictures.has_clips:
             rows = rows.by_clip()
         decoder = self.parts.decoder
         probe = self._now.probe(at, rows, getattr(decoder, "norm", None))
+        if "start" in compressor.needs:
+            first, start = state.start
+            probe.start = start.tokens(first.hidden, decoder.training, self._now.probe(first, start, probe.norm))
         tokens = rows.tokens(at.hidden, decoder.training, probe)
-        out, whole = check_output(compressor(tokens), tokens, f"compressor {compressor} at layer {number}")
-        if self._observe is not None and number in self._observed and not isinstance(compressor, DropMarked):
+        where = f"compressor {compressor} at layer {number}"
+        out, whole = check_output(compressor(tokens), tokens, where, compressor.may_empty)
+        if compressor.may_empty and not bool(rows.text().any(1).all()):
+            raise UnsupportedModel(f"{where} would leave a row of pictures alone without any token; put text beside it")
+        if self._observe is not None and number in self._observed and not isinstance(compressor, DropMarked | Wait):
             self._observe(number, tokens, out)
         contiguous = compressor.contiguous and number == 0  # deeper, earlier layers have rotated keys by the places
         hidden, state.rows, moved = rows.compressed(at.hidden, out, whole, number == 0, contiguous)

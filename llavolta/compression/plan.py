@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 
-from llavolta.compression.compressors import COMPRESSORS, Compressor
+from llavolta.compression.compressors import COMPRESSORS, Compressor, Enter
 from llavolta.errors import UserError
 
 VISION = "vision"
@@ -116,6 +116,14 @@ def check_layers(plan: Plan, num_layers: int) -> Plan:
             wrong = "ranks by the attention of a decoder layer, so from layer 0, not at 'vision'"
         elif "tower" in compressor.needs and layer != VISION:
             wrong = f"works on the vision tower's output only; write 'vision:{compressor.name}'"
+        elif compressor.may_empty and layer != list(plan)[-1]:
+            wrong = f"leaves no visual token behind layer {layer}, so nothing can follow it"
+        elif isinstance(compressor, Enter) and layer == 0:
+            wrong = "is for layers from 1 on; tokens enter at layer 0 as it is"
+        elif isinstance(compressor, Enter) and any(other not in (VISION, 0) and other < layer for other in plan):
+            wrong = (
+                f"leaves no visual token before layer {layer}, so nothing can stand there but at 'vision' and layer 0"
+            )
         elif layer not in (VISION, 0) and getattr(compressor, "positions", None) == "contiguous":
             wrong = "closes gaps at 'vision' and layer 0 only; deeper, leave positions out or write positions=original"
         if wrong:
@@ -127,8 +135,9 @@ def tokens_per_layer(plan: str | Mapping[Layer, Compressor] | None, num_layers: 
     """Visual tokens of one image of ``num_tokens`` tokens that each of ``num_layers`` layers works on."""
     plan = check_layers(parse_plan(plan), num_layers)
     counts, left = [], plan[VISION].num_tokens(num_tokens) if VISION in plan else num_tokens
+    first = next((layer for layer, compressor in plan.items() if isinstance(compressor, Enter)), 0)
     for layer in range(num_layers):
         if layer in plan:
             left = plan[layer].num_tokens(left)
-        counts.append(left)
+        counts.append(left if layer >= first else 0)
     return counts

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from llavolta.errors import UnsupportedModel
+
+if TYPE_CHECKING:
+    from llavolta.compression.compressors import VisualTokens
 
 
 @dataclass
@@ -27,7 +31,8 @@ class LayerProbe:
     here, before: this layer and (if captured) the one before it. valid (B, T): False at padding. answers (B, T): rows
     that predict the first token of an answer, and labelled (B, T), both None without labels. images (I, L): flat rows.
     sample (B, T): the number of the packed sample that a token belongs to; all the same where a row is one sample.
-    norm: the decoder's final one.
+    norm: the decoder's final one. index (B, T): each token's column in the input of this pass. start: the visual
+    tokens at layer 0, where a compressor asks for them.
     """
 
     here: LayerInput
@@ -39,21 +44,48 @@ class LayerProbe:
     answers: Tensor | None = None
     labelled: Tensor | None = None
     norm: nn.Module | None = None
+    index: Tensor | None = None
+    start: VisualTokens | None = None
 
     @torch.no_grad()
-    def attention(self, query: str, previous: bool) -> Tensor:
+    def attention(self, query: str | Tensor, previous: bool) -> Tensor:
+        if isinstance(query, Tensor):
+            return self._attention_of(query, previous)
         if query not in ("last", "instruction"):
             raise ValueError(f"query must be 'last' or 'instruction' at a decoder layer, not {query!r}")
-        if previous and self.before is None:
-            raise ValueError('the attention of the previous layer needs "previous_layer" in needs, and a layer above 0')
         chosen = self._queries(query)
         rows, mask = _compact(chosen)
-        weights = attention_rows(self.before if previous else self.here, rows, self.valid, self.sample)  # (B, Q, T)
+        weights = attention_rows(self._at(previous), rows, self.valid, self.sample)  # (B, Q, T)
         weights = weights.masked_fill(~mask[..., None], 0).sum(1) / self._of_sample(chosen.long()).clamp(min=1)
         return weights.reshape(-1)[self.images]
 
+    def _at(self, previous: bool) -> LayerInput:
+        if previous and self.before is None:
+            raise ValueError('the attention of the previous layer needs "previous_layer" in needs, and a layer above 0')
+        return self.before if previous else self.here
+
+    def _attention_of(self, chosen: Tensor, previous: bool) -> Tensor:
+        """(I, L) from the tokens of its row that ``chosen`` (I, T) marks for each picture, their mean."""
+        at, row = self._at(previous), self.row()
+        rows, mask = _compact(chosen)
+        rotary = tuple(part if len(part) == 1 else part[row] for part in at.rotary)
+        at = LayerInput(at.layer, at.hidden[row], rotary)
+        weights = attention_rows(at, rows, self.valid[row], self.sample[row])  # (I, Q, T)
+        weights = weights.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        return weights.gather(1, self.images % self.valid.shape[1])
+
+    def from_start(self, marks: Tensor) -> Tensor:
+        """marks (I, T0) of the tokens at layer 0 of each picture's row -> (I, T) of those that are here."""
+        before, here = (probe.index[probe.row()] for probe in (self.start.probe, self))
+        there = self.start.probe.valid[self.start.probe.row()]
+        wide = marks.new_zeros(len(marks), 1 + max(int(before.max()), int(here.max())), dtype=torch.long)
+        wide = wide.scatter_reduce(1, before, (marks & there).long(), "amax").bool()
+        return wide.gather(1, here) & self.valid[self.row()]
+
     @torch.no_grad()
-    def keys(self) -> Tensor:
+    def keys(self, rotated: bool = False) -> Tensor:
+        if rotated:
+            return _rotated(self.here, "k").transpose(1, 2).flatten(2).flatten(0, 1)[self.images]
         hidden = self.here.hidden.flatten(0, 1)[self.images]
         layer = self.here.layer
         return _attention_module(layer).k_proj(layer.input_layernorm(hidden))
@@ -193,7 +225,7 @@ class TowerProbe:
     def question(self):
         raise ValueError("there is no question yet at 'vision'; use a decoder layer")
 
-    row = rotated_keys = behind = question
+    row = rotated_keys = behind = from_start = question
 
 
 def matmul_float32(a: Tensor, b: Tensor) -> Tensor:

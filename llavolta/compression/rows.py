@@ -19,7 +19,8 @@ class Rows:
     index: the column of this pass's stock attention mask. later: the column that the same token will have in the
     stock masks of later passes on the same cache. valid: False at padding. positions: (B, T, A). pictures: the flat
     rows of each picture's tokens. deepstack: features (I, L, C) that are due after a layer. rotary: the rotary
-    embeddings that replace a stock one.
+    embeddings that replace a stock one. size (B, T): for how many tokens each stands as a key, 1 for text; None: for
+    itself. calibration (B, T): see CompressedTokens; None: 0.
     """
 
     index: Tensor
@@ -29,6 +30,8 @@ class Rows:
     pictures: Pictures
     deepstack: dict[int, Tensor] = field(default_factory=dict)
     rotary: dict[int, object] = field(default_factory=dict)
+    size: Tensor | None = None
+    calibration: Tensor | None = None
 
     @classmethod
     def of_inputs(cls, real: Tensor, positions: Tensor, pictures: Pictures, deepstack: dict[int, Tensor]) -> Rows:
@@ -48,8 +51,10 @@ class Rows:
         """The visual tokens in hidden (B, T, C), as a compressor gets them."""
         pictures = self.pictures
         flat, positions = hidden.reshape(-1, hidden.shape[-1]), self.positions.reshape(-1, self.positions.shape[-1])
-        at = pictures.rows
-        return VisualTokens(flat[at], pictures.mask, positions[at], pictures.grid, training, probe, pictures.frames)
+        at, size = pictures.rows, None if self.size is None else self.size.reshape(-1)[pictures.rows]
+        return VisualTokens(
+            flat[at], pictures.mask, positions[at], pictures.grid, training, probe, pictures.frames, size
+        )
 
     def compressed(
         self, hidden: Tensor, out: CompressedTokens, whole: bool, first: bool, contiguous: bool
@@ -90,6 +95,16 @@ class Rows:
             gone = (self.valid & ~keep).cumsum(1)
             moved = gone[:, -1:]
             new_positions = new_positions - gone.gather(1, take).view(-1, 1)
+
+        def per_key(name: str, rest: float) -> Tensor | None:  # what ``out`` says of keys, else that of its anchors
+            before, of_visual = getattr(self, name), getattr(out, name)
+            if before is None and of_visual is None:
+                return None
+            before = torch.full_like(self.index, rest, dtype=torch.float) if before is None else before
+            before = before.reshape(-1)
+            of_visual = before[anchor_rows] if of_visual is None else of_visual.float()
+            return before[source].index_copy(0, real(target), real(of_visual)).view(batch, new_length)
+
         left = out.mask.sum(1)
         grid = out.grid if out.grid is not None else torch.stack([torch.ones_like(left), left], dim=1)
         frames = torch.ones_like(left) if out.frames is None else out.frames
@@ -100,8 +115,24 @@ class Rows:
             new_positions.view(batch, new_length, -1),
             Pictures(target, out.mask, grid, pictures.clip, frames, pictures.has_clips),
             {layer: merge_like(out, features, pictures.mask) for layer, features in self.deepstack.items()},
+            size=per_key("size", 1),
+            calibration=per_key("calibration", 0),
         )
         return new.view(batch, new_length, width), rows, moved
+
+    def text(self) -> Tensor:
+        """(B, T) bool, real tokens that are not visual."""
+        text = self.valid.clone()
+        text.view(-1)[self.pictures.rows[self.pictures.mask]] = False
+        return text
+
+    def rejoined(self, held: Tensor, text: Tensor) -> Tensor:
+        """held (B, T, C) with text (B, T', C), the hidden states of its tokens of text alone, in their places."""
+        chosen = self.text()
+        column = torch.argsort(~chosen, dim=1, stable=True)[:, : text.shape[1]]
+        real = columns(text.shape[1], text) < chosen.sum(1, keepdim=True)
+        column = column.where(real, held.shape[1])[..., None].expand_as(text)  # padding goes to a column to spare
+        return torch.cat([held, held[:, :1]], dim=1).scatter(1, column, text)[:, :-1]
 
     def add_deepstack(self, hidden: Tensor, layer: int) -> Tensor:
         """hidden (B, T, C) plus the features that the model adds to its visual tokens after ``layer``, if any."""

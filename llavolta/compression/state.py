@@ -24,6 +24,9 @@ class CachedRows:
     original: Tensor
     valid: Tensor
     seen: int  # how many tokens, compressed or not, this cache was shown
+    size: Tensor | None = None
+    calibration: Tensor | None = None
+    positions: Tensor | None = None  # (B, n), kept beside calibration
     moved: Tensor | int = 0  # (B, 1) how far the positions of later tokens move up
 
 
@@ -46,6 +49,8 @@ class Pass:
     masks: dict[tuple[int, int], object] = field(default_factory=dict)  # by layer of the plan and stock mask
     cached: dict[int, CachedRows] = field(default_factory=dict)  # what the cache will hold, by layer of the plan
     moved: Tensor | int = 0  # (B, 1) how far closing the gaps of this pass has moved its last token up
+    start: tuple[LayerInput, Rows] | None = None  # what layer 0 works on, where a compressor will ask for it
+    waiting: tuple[Tensor, Rows] | None = None  # hidden (B, T, C) and rows of layer 0, where tokens enter later
 
     @classmethod
     def of_inputs(cls, inputs: dict, by_kind: dict[str, Tensor]) -> Pass:
@@ -128,7 +133,7 @@ class Now(threading.local):
         if self.prompt is not None:
             valid = valid & (index + state.seen < self.prompt)
         marks = (None, None) if self.labels is None else answer_marks(self.labels, index)
-        return LayerProbe(at, state.previous, valid, pictures.rows, pictures.mask, sample, *marks, norm)
+        return LayerProbe(at, state.previous, valid, pictures.rows, pictures.mask, sample, *marks, norm, index)
 
 
 def _position_ids(args: tuple, kwargs: dict) -> Tensor:

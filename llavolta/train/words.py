@@ -1,6 +1,8 @@
-"""A projector fitted to words before any text is read: each patch of an object towards the embedding of its name."""
+"""A projector fitted to words before any text is read: each patch of an object towards its name and its place."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,39 +18,52 @@ BATCH = 1024  # patches
 PICTURES = 4000  # at most, whose patches are kept in memory
 LEARNING_RATE = 2e-3
 SHARPNESS = 20.0  # of the cosine similarities that names are told by
+PLACES = (
+    ("top left", "top middle", "top right"),
+    ("middle left", "center", "middle right"),
+    ("bottom left", "bottom middle", "bottom right"),
+)
 
 
 def fit_to_words(model: nn.Module, processor, data: LlavaData, steps: int, seed: int, progress: bool) -> float:
     """Train the projector of ``model``, a LLaVA, for ``steps`` on the patches of the objects that ``data`` names.
 
     Entries tell them by ``objects``: [{name, box}], box x0, y0, x1, y1 in pixels of the picture. A patch whose centre
-    is in a box (the smallest of several) is drawn to the mean input embedding of its name's tokens, by squared error
-    and by cross-entropy over all names; other patches are drawn to 0. Returns the share of the last tenth of the
-    pictures' patches, which it is not fitted to, that are named right. Raises ConfigError if no entry names an object.
+    is in a box (the smallest of several) is drawn to the mean input embedding of its name's tokens plus that of its
+    place in the picture (``PLACES``, interpolated between their centres), by squared error and, less its place, by
+    cross-entropy over all names; other patches are drawn to 0. Returns the share of the last tenth of the pictures'
+    patches, which it is not fitted to, that are named right. Raises ConfigError if no entry names an object.
     """
-    features, names, label, heldout = _patches(model, processor, data, seed, progress)
-    words = _embeddings(model, processor, names)  # (N, C)
+    patches = _patches(model, processor, data, seed, progress)
+    features, label, place = patches.features, patches.label, patches.place
+    words = _embeddings(model, processor, patches.names)  # (N, C)
+    places = _places(model, processor, patches.side)  # (side * side, C)
     projector = find_parts(model).projector
     _standardise(projector, features)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
-    fitted, scale = (~heldout).nonzero()[:, 0], words.pow(2).mean()
+    fitted, scale = (~patches.heldout).nonzero()[:, 0], words.pow(2).mean()
     with torch.enable_grad():
         for _ in tqdm(range(steps), desc="words: projector", mininterval=2, disable=not progress, leave=False):
             chosen = fitted[torch.randint(len(fitted), (BATCH,), generator=generator)]
             wanted, out = label[chosen], projector(features[chosen].to(words))
             shown = wanted >= 0
-            target = torch.where(shown[:, None], words[wanted.clamp(min=0)], 0)
-            loss = F.mse_loss(out, target) / scale + F.cross_entropy(_similarities(out[shown], words), wanted[shown])
+            at = places[place[chosen]]
+            target = torch.where(shown[:, None], words[wanted.clamp(min=0)] + at, 0)
+            named = _similarities((out - at)[shown], words)
+            loss = F.mse_loss(out, target) / scale + F.cross_entropy(named, wanted[shown])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
     optimizer.zero_grad(set_to_none=True)
-    asked = (heldout & (label >= 0)).nonzero()[:, 0]
+    asked = (patches.heldout & (label >= 0)).nonzero()[:, 0]
     with torch.no_grad():
-        named = [_similarities(projector(features[part].to(words)), words).argmax(1) for part in asked.split(8192)]
+        named = [
+            _similarities(projector(features[part].to(words)) - places[place[part]], words).argmax(1)
+            for part in asked.split(8192)
+        ]
     return (torch.cat(named) == label[asked]).float().mean().item()
 
 
@@ -56,16 +71,27 @@ def _similarities(out: Tensor, words: Tensor) -> Tensor:
     return SHARPNESS * F.normalize(out, dim=1) @ F.normalize(words, dim=1).T
 
 
+class _Patches(NamedTuple):
+    """features (P, C_v); label (P,), a name's number, -1 for the background; place (P,) in a grid of side * side;
+    heldout (P,), whether of a picture that is not fitted to."""
+
+    features: Tensor
+    names: list[str]
+    label: Tensor
+    place: Tensor
+    side: int
+    heldout: Tensor
+
+
 @torch.no_grad()
-def _patches(model, processor, data: LlavaData, seed: int, progress: bool) -> tuple[Tensor, list[str], Tensor, Tensor]:
-    """features (P, C_v) of patches; the names; label (P,), of a name, -1 for the background; heldout (P,)."""
+def _patches(model, processor, data: LlavaData, seed: int, progress: bool) -> _Patches:
     parts, held = find_parts(model), []
     if parts.projector is None:
         raise ConfigError("align_words fits a projector that works patch by patch; set it to 0 for this projector")
     hook = parts.projector.register_forward_pre_hook(lambda module, args: held.append(args[0]))
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:PICTURES].tolist()
     numbers: dict[str, int] = {}
-    features, labels, counts = [], [], []
+    features, labels, places, counts = [], [], [], []
     device, dtype = model.device, model.dtype
     try:
         for start in tqdm(
@@ -88,6 +114,7 @@ def _patches(model, processor, data: LlavaData, seed: int, progress: bool) -> tu
                 )
                 features.append(feature[kept].half())
                 labels.append(label[kept])
+                places.append(kept)
                 counts.append(len(kept))
     finally:
         hook.remove()
@@ -95,7 +122,8 @@ def _patches(model, processor, data: LlavaData, seed: int, progress: bool) -> tu
         raise ConfigError(f"align_words needs entries with 'objects', which {data.file.name} has not; set it to 0")
     heldout = torch.arange(len(counts)) >= len(counts) - max(1, len(counts) // 10)
     heldout = heldout.repeat_interleave(torch.tensor(counts)).to(device)
-    return torch.cat(features), list(numbers), torch.cat(labels).to(device), heldout
+    label, place = torch.cat(labels).to(device), torch.cat(places).to(device)
+    return _Patches(torch.cat(features), list(numbers), label, place, side, heldout)
 
 
 def _labels(objects: list[dict], size: tuple[int, int], side: int, pixels: int, numbers: dict[str, int]) -> Tensor:
@@ -118,6 +146,13 @@ def _embeddings(model, processor, names: list[str]) -> Tensor:
     table = model.get_input_embeddings().weight.detach().float()
     ids = processor.tokenizer([f" {name}" for name in names], add_special_tokens=False)["input_ids"]
     return torch.stack([table[row].mean(0) for row in ids])
+
+
+def _places(model, processor, side: int) -> Tensor:
+    """(side * side, C) the embedding of each patch's place in a grid, between those of PLACES."""
+    said = _embeddings(model, processor, [name for row in PLACES for name in row])
+    grid = said.T.reshape(1, -1, len(PLACES), len(PLACES[0]))
+    return F.interpolate(grid, size=(side, side), mode="bilinear", align_corners=False)[0].flatten(1).T
 
 
 @torch.no_grad()

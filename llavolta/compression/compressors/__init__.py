@@ -24,6 +24,7 @@ from llavolta.compression.compressors.random_drop import RandomDrop
 from llavolta.compression.compressors.tome import ToMe
 from llavolta.compression.compressors.visionzip import VisionZip
 from llavolta.compression.compressors.vispruner import VisPruner
+from llavolta.compression.compressors.withdraw import Enter, Withdraw
 
 __all__ = [
     "COMPRESSORS",
@@ -37,6 +38,7 @@ __all__ = [
     "Compressor",
     "DivPrune",
     "Downsample",
+    "Enter",
     "FastV",
     "KMeans",
     "KeepRatio",
@@ -48,5 +50,6 @@ __all__ = [
     "VisPruner",
     "VisionZip",
     "VisualTokens",
+    "Withdraw",
     "keep_tokens",
 ]

@@ -28,6 +28,7 @@ class VisualTokens:
     grid: (I, 2) height and width in tokens of the picture or frame, without a class token before its patches; (1, n)
     where the n tokens are not (or no longer) a known rectangle.
     frames: (I,) frames in the row, of equally many tokens, one after the other.
+    size: (I, L) for how many tokens each stands as a key: see CompressedTokens; 1 at first.
     training: whether the model is in training mode.
     probe: what computes ``attention``, ``keys`` and ``question`` when they are asked for. At "vision" there is no
     decoder layer yet: attention and keys of the tower are all, for a compressor that needs "tower".
@@ -40,8 +41,11 @@ class VisualTokens:
     training: bool = False
     probe: LayerProbe | TowerProbe | None = None
     frames: Tensor | None = None
+    size: Tensor | None = None
 
     def __post_init__(self):
+        if self.size is None:
+            self.size = torch.ones_like(self.mask, dtype=torch.float)
         if self.frames is None:
             self.frames = torch.ones_like(self.mask[:, 0], dtype=torch.long)
         if self.grid is None:
@@ -50,7 +54,7 @@ class VisualTokens:
 
     def attention(
         self,
-        query: Literal["last", "instruction", "class", "received"] = "last",
+        query: Literal["last", "instruction", "class", "received"] | Tensor = "last",
         previous: bool = False,
         layer: str | int = "last",
         per_head: bool = False,
@@ -58,7 +62,7 @@ class VisualTokens:
         """(I, L) attention that each visual token gets, the mean over heads (and queries), in float32, no gradient.
 
         query: "last", the last real token of each row of the batch; or "instruction", the tokens just before each
-        answer where labels are given, else the last. previous: in the layer before this one, as it computed it
+        answer where labels are given, else the last; or (I, T) bool, tokens of each picture's row. previous: in the layer before this one, as it computed it
         (a compressor that asks for it lists "previous_layer" in ``needs``); else in this layer, from its own input
         norm, query and key projections and rotary embeddings. The softmax is over all earlier tokens of this pass,
         also in layers with a sliding window, and not over an older part of a conversation in the cache.
@@ -79,12 +83,13 @@ class VisualTokens:
         class_token = isinstance(self.probe, TowerProbe) and self.probe.class_token
         return self.attention("class" if class_token else "received", layer=layer, per_head=True)
 
-    def keys(self, layer: str | int = "last", per_head: bool = False) -> Tensor:
+    def keys(self, layer: str | int = "last", per_head: bool = False, rotated: bool = False) -> Tensor:
         """(I, L, D) keys of this layer (at "vision": of the tower's ``layer``), all heads side by side, before
-        rotation; no gradient. per_head: at "vision", their mean over heads (I, L, D / heads), in float32."""
+        rotation, or rotated (not at "vision"); no gradient. per_head: at "vision", their mean over heads
+        (I, L, D / heads), in float32."""
         if isinstance(self.probe, TowerProbe):
             return self.probe.keys(layer, per_head)
-        return self._probe().keys()
+        return self._probe().keys(rotated)
 
     @property
     def question(self) -> tuple[Tensor, Tensor]:
@@ -103,6 +108,18 @@ class VisualTokens:
         side; no gradient. For a compressor that lists "previous_layer" in ``needs``."""
         probe = self._probe()
         return probe.rotated_keys()[probe.row()]
+
+    @property
+    def start(self) -> VisualTokens:
+        """The visual tokens as they were at layer 0, for a compressor that lists "start" in ``needs``."""
+        start = self._probe().start
+        if start is None:
+            raise ValueError('the tokens of layer 0 need "start" in needs')
+        return start
+
+    def from_start(self, marks: Tensor) -> Tensor:
+        """marks (I, T0) of the tokens of each picture's row at layer 0 -> (I, T) of those that are still there."""
+        return self._probe().from_start(marks)
 
     @property
     def column(self) -> Tensor:
@@ -139,6 +156,10 @@ class CompressedTokens:
     dropped. Features that the model adds to visual tokens in later layers (deep-stack) are merged in the same way.
     grid: (I, 2) height and width of what is left, or None if that is no rectangle; frames: (I,) how many of these, or
     None for one.
+    size: (I, M) for how many tokens each stands as a key: the layers behind add its log to the logits of attention
+    (proportional attention: ToMe, arXiv 2210.09461, eq. 1); None: as before. Not where attention is "flash" or "flex",
+    nor at "vision". calibration: (I, M) c > 1 adds ``log(c - D(distance))`` to the logits of a key, where D is the mean
+    cosine of the rotation by its distance to the query (RESTORE, ICML 2026); 0: nothing; None: as before.
     """
 
     hidden: Tensor
@@ -148,6 +169,8 @@ class CompressedTokens:
     group: Tensor | None = None
     grid: Tensor | None = None
     frames: Tensor | None = None
+    size: Tensor | None = None
+    calibration: Tensor | None = None
 
 
 class NameTaken(UserError, ValueError):
@@ -160,16 +183,18 @@ class Compressor(ABC):
 
     Write a frozen dataclass whose fields are the options in the order of the plan text
     (``"2:avgpool:8"`` -> ``AveragePool(8)``), check them in ``__post_init__``, and write ``__call__``.
-    ``needs``: "previous_layer" for ``tokens.attention(previous=True)``, so from layer 1; "decoder" for what exists at
+    ``needs``: "previous_layer" for ``tokens.attention(previous=True)``, so from layer 1; "start" for
+    ``tokens.start``; "decoder" for what exists at
     decoder layers only; "tower" for attention and keys of the vision tower (of its ``tower_layers``), so at "vision"
     only, and with it "class_token" if the tower must have one. ``over_clips``: at decoder layers the frames of a clip
-    that no text parts are one row.
+    that no text parts are one row. ``may_empty``: whether it may leave a picture without any token.
     """
 
     name: ClassVar[str] = ""
     needs: ClassVar[frozenset[str]] = frozenset()
     tower_layers: ClassVar[tuple[str | int, ...]] = ("last",)
     over_clips: ClassVar[bool] = False
+    may_empty: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -185,7 +210,7 @@ class Compressor(ABC):
 
     @abstractmethod
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
-        """Compress every picture of the batch; at least one token of each must stay."""
+        """Compress every picture of the batch; at least one token of each must stay, unless the class ``may_empty``."""
 
     @abstractmethod
     def num_tokens(self, num_tokens: int) -> float:
@@ -325,7 +350,9 @@ def keep_tokens(tokens: VisualTokens, keep: Tensor) -> CompressedTokens:
     return CompressedTokens(hidden, torch.arange(longest, device=keep.device) < count[:, None], anchor)
 
 
-def check_output(out: CompressedTokens, tokens: VisualTokens, where: str) -> tuple[CompressedTokens, bool]:
+def check_output(
+    out: CompressedTokens, tokens: VisualTokens, where: str, may_empty: bool = False
+) -> tuple[CompressedTokens, bool]:
     """A compressor's output that has been found sound, its anchors clamped at padding; and whether none is padding."""
     pictures, length, width = tokens.hidden.shape
     kept = tuple(out.mask.shape)
@@ -343,7 +370,7 @@ def check_output(out: CompressedTokens, tokens: VisualTokens, where: str) -> tup
         out.mask.all(),
     )
     some_left, sound, finite, whole = torch.stack(found).tolist()  # the host waits for the device once
-    if not some_left:
+    if not (some_left or may_empty):
         raise ValueError(f"{where} left an image with no token; every image must keep at least one")
     if not sound:
         raise ValueError(f"{where} returned anchors that do not rise, or that stand at padding")
