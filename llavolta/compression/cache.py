@@ -157,7 +157,7 @@ class CacheBook:
         )
 
     def _of_keys(self, past: CachedRows | None, state: Pass) -> dict[str, Tensor]:
-        """What the bias of the cached rows and those of this pass is made of, by the name in CachedRows; (B, n) each."""
+        """What the bias of the cached rows and this pass's is made of, by the name in CachedRows; (B, n) each."""
         rows, found, (batch, new) = state.rows, {}, state.real.shape
         new = new if rows is None else rows.index.shape[1]
         held = state.past if past is None else past.valid.shape[1]

@@ -139,9 +139,10 @@ def _stacks(module: nn.Module) -> list[nn.ModuleList]:
 
 
 def tower_attentions(parts: Parts, layers: Iterable[str | int]) -> dict[str | int, list[nn.Module]]:
-    """The attention, with ``q_proj`` and ``k_proj``, of ``layers`` of each vision tower.
+    """The attention, with ``q_proj`` and ``k_proj`` or with ``qkv``, of ``layers`` of each vision tower.
 
-    layers: "last", "selected" (the layer whose output the model selects) or a number, from the end if below 0. Raises
+    layers: "last", "selected" (the layer whose output the model selects), "early" (5 of 24) or a number, from the
+    end if below 0. Raises
     UnsupportedModel for a tower without such a layer.
     """
     selected = getattr(parts.base.config, "vision_feature_layer", -1)
@@ -152,11 +153,12 @@ def tower_attentions(parts: Parts, layers: Iterable[str | int]) -> dict[str | in
     for name, tower in towers(parts).items():
         stack = max(_stacks(tower), key=len)
         for layer, attentions in found.items():
-            number = numbers.get(layer, layer)
+            number = round((len(stack) - 1) * 5 / 23) if layer == "early" else numbers.get(layer, layer)
             if not -len(stack) <= number < len(stack):
                 raise UnsupportedModel(f"{name} has {len(stack)} layers, no layer {number}")
             modules = stack[number].modules()
-            attention = next((m for m in modules if hasattr(m, "q_proj") and hasattr(m, "k_proj")), None)
+            ready = (m for m in modules if hasattr(m, "q_proj") and hasattr(m, "k_proj") or hasattr(m, "qkv"))
+            attention = next(ready, None)
             if attention is None:
                 raise UnsupportedModel(f"{name}: no q_proj and k_proj in its layer {type(stack[number]).__name__}")
             attentions.append(attention)

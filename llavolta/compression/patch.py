@@ -32,12 +32,12 @@ from llavolta.compression.compressors import CompressedTokens, Compressor, Visua
 from llavolta.compression.compressors.base import check_output
 from llavolta.compression.compressors.prefix import Prefixed
 from llavolta.compression.compressors.withdraw import Enter, Wait
-from llavolta.compression.families import encode_pictures, find_parts, is_compiled, pools_frames, visual_tokens
+from llavolta.compression.families import PIXELS, encode_pictures, find_parts, is_compiled, pools_frames, visual_tokens
 from llavolta.compression.generation import WatchedGeneration
 from llavolta.compression.plan import VISION, Layer, Plan, PlanError, check_layers, format_plan, parse_plan
 from llavolta.compression.probe import LayerInput
 from llavolta.compression.state import Now, Pass
-from llavolta.compression.vision import BLENDED, DropMarked, VisionStep
+from llavolta.compression.vision import BLENDED, DropMarked, TowerWatch, VisionStep
 from llavolta.errors import UnsupportedModel
 
 Observer = Callable[[Layer, VisualTokens, CompressedTokens], None]
@@ -101,6 +101,7 @@ class Compression:
         before = working.pop(VISION, None)
         self._vision = None if before is None else VisionStep(before, self.parts, written, observe)
         self._steps: dict[int, list[Compressor]] = {layer: [c] for layer, c in working.items()}
+        self._tower = TowerWatch(working[0], self.parts) if 0 in working and "tower" in working[0].needs else None
         if before is not None:
             self._steps[0] = [DropMarked(before.contiguous), *self._steps.get(0, [])]
         self._enters = next((layer for layer, c in working.items() if isinstance(c, Enter)), None)
@@ -165,6 +166,8 @@ class Compression:
             segment = max((layer for layer in self._steps if layer <= number), default=None)
             hook = partial(self._before_layer, number, segment)
             add(parts.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
+        if self._tower is not None:
+            self._tower.hooks(add)
         if self._vision is not None:
             self._vision.hooks(add)
             add(parts.projector.register_forward_pre_hook(self._before_projector))
@@ -290,6 +293,9 @@ class Compression:
             rows = rows.by_clip()
         decoder = self.parts.decoder
         probe = self._now.probe(at, rows, getattr(decoder, "norm", None))
+        if "tower" in compressor.needs:
+            kinds = [state.by_kind[kind].reshape(-1).nonzero()[:, 0] for kind in PIXELS if kind in state.by_kind]
+            probe.tower = self._tower.probe(0, spread=rows.pictures.mask, places=torch.cat(kinds).to(at.hidden.device))
         if "start" in compressor.needs:
             first, start = state.start
             probe.start = start.tokens(first.hidden, decoder.training, self._now.probe(first, start, probe.norm))

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 
-from llavolta.compression.compressors import COMPRESSORS, Compressor, Enter
+from llavolta.compression.compressors import COMPRESSORS, Compressor, Enter, Restore
+from llavolta.compression.compressors.restore import options_of_restore
 from llavolta.errors import UserError
 
 VISION = "vision"
@@ -60,6 +61,11 @@ def _parse_entry(entry: str, plan: str) -> tuple[Layer, Compressor]:
     kind = COMPRESSORS[name]
     names = [field.name for field in fields(kind)]
     try:
+        if issubclass(kind, Restore) and options:
+            options, inner = options_of_restore(options)
+            inside = _parse_entry(":".join([layer, *inner]), plan)[1]
+            parsed = parse_options(name, options, ["calibration"])
+            return layer if layer == VISION else int(layer), kind(inside, **parsed)
         given = parse_options(name, options, names)
         missing = [f.name for f in fields(kind) if f.name not in given and f.default is f.default_factory is MISSING]
         if missing:
@@ -114,8 +120,12 @@ def check_layers(plan: Plan, num_layers: int) -> Plan:
             wrong = "ranks by the layer before it, so from layer 1"
         elif "decoder" in compressor.needs and layer == VISION:
             wrong = "ranks by the attention of a decoder layer, so from layer 0, not at 'vision'"
-        elif "tower" in compressor.needs and layer != VISION:
+        elif "class_token" in compressor.needs and layer != VISION:
             wrong = f"works on the vision tower's output only; write 'vision:{compressor.name}'"
+        elif "tower" in compressor.needs and layer not in (VISION, 0):
+            wrong = "ranks by the vision tower, so at 'vision' or layer 0"
+        elif "tower" in compressor.needs and layer == 0 and VISION in plan:
+            wrong = "ranks by the vision tower, all of whose tokens must come to layer 0: nothing can stand at 'vision'"
         elif compressor.may_empty and layer != list(plan)[-1]:
             wrong = f"leaves no visual token behind layer {layer}, so nothing can follow it"
         elif isinstance(compressor, Enter) and layer == 0:

@@ -32,7 +32,7 @@ class LayerProbe:
     that predict the first token of an answer, and labelled (B, T), both None without labels. images (I, L): flat rows.
     sample (B, T): the number of the packed sample that a token belongs to; all the same where a row is one sample.
     norm: the decoder's final one. index (B, T): each token's column in the input of this pass. start: the visual
-    tokens at layer 0, where a compressor asks for them.
+    tokens at layer 0, where a compressor asks for them. tower: what may be asked of the vision tower, at layer 0.
     """
 
     here: LayerInput
@@ -46,6 +46,7 @@ class LayerProbe:
     norm: nn.Module | None = None
     index: Tensor | None = None
     start: VisualTokens | None = None
+    tower: TowerProbe | None = None
 
     @torch.no_grad()
     def attention(self, query: str | Tensor, previous: bool) -> Tensor:
@@ -89,6 +90,20 @@ class LayerProbe:
         hidden = self.here.hidden.flatten(0, 1)[self.images]
         layer = self.here.layer
         return _attention_module(layer).k_proj(layer.input_layernorm(hidden))
+
+    @torch.no_grad()
+    def own_attention(self) -> Tensor:
+        attention, row = _attention_module(self.here.layer), self.row()
+        query, key = _split(self.here, "q"), _split(self.here, "k")  # (B, heads, T, d)
+        column = torch.arange(self.valid.shape[1], device=self.valid.device)
+        place = self.images % len(column)
+        upto = self.valid[row] & (column <= place.masked_fill(~self.image_mask, 0).amax(1, keepdim=True))  # (I, T)
+        weight = upto.float() / upto.sum(1, keepdim=True)
+        mean = torch.einsum("ihtd,it->ihd", query[row].float(), weight)
+        mean = mean.unflatten(1, (key.shape[1], -1))  # (I, key heads, query heads of each, d)
+        scores = torch.einsum("ikgd,iktd->ikgt", mean, key[row].float()) * attention.scaling
+        given = scores.masked_fill(~upto[:, None, None], -torch.inf).softmax(-1).mean((1, 2))
+        return given.gather(1, place)
 
     @torch.no_grad()
     def rotated_keys(self) -> Tensor:
@@ -153,41 +168,63 @@ class LayerProbe:
 @dataclass
 class TowerLayer:
     """What the query and key projections of a layer of the vision tower gave for its T tokens, (I, T, D) each, with all
-    ``heads`` side by side."""
+    ``heads`` side by side; rotated, where the tower does. mask (I, T): False at padding; None: there is none. plain:
+    keys without their rotation, where there is one."""
 
     query: Tensor
     key: Tensor
     heads: int
+    mask: Tensor | None = None
+    plain: Tensor | None = None
+
+    @property
+    def keys(self) -> Tensor:
+        return self.key if self.plain is None else self.plain
 
     def attention(self, rows: slice, per_head: bool) -> Tensor:
         """(I, T) what each token gets from ``rows``, their mean: the softmax over all T tokens, of each head (and their
         mean) or of all heads as one of width D."""
         heads = self.heads if per_head else 1
         query, key = self.query[:, rows].unflatten(-1, (heads, -1)), self.key.unflatten(-1, (heads, -1))
-        scale = key.shape[-1] ** -0.5
-        given = [  # head by head: those of all T rows at once would take much memory
-            (matmul_float32(query[:, :, head], key[:, :, head].transpose(1, 2)) * scale).softmax(-1).mean(1)
-            for head in range(heads)
-        ]
-        return sum(given) / heads
+        scale, given = key.shape[-1] ** -0.5, 0
+        for head in range(heads):  # those of all T rows and heads at once would take much memory
+            scores = matmul_float32(query[:, :, head], key[:, :, head].transpose(1, 2)) * scale
+            if self.mask is None:
+                given = given + scores.softmax(-1).mean(1)
+            else:
+                asking = self.mask[:, rows, None]
+                weights = scores.masked_fill(~self.mask[:, None], -torch.inf).softmax(-1) * asking
+                given = given + weights.sum(1) / asking.sum(1)
+        return given / heads
 
 
 @dataclass
 class TowerProbe:
-    """What a compressor may ask at "vision": attention and keys of the tower's layers that it lists.
+    """What a compressor may ask at "vision" and layer 0: attention and keys of the tower's layers that it lists.
 
-    layers: by the names they were asked for. length: L, the tokens of a picture that go to the projector. class_token:
+    layers: by the names they were asked for. length: L, the tokens that a picture of the tower becomes. class_token:
     whether one stands before the patches. If the model merges square blocks of patches into its L tokens, a token's
-    answers are the means over its block.
+    answers are the means over its block. unit: where patches of unlike pictures stand in one row, merged ``unit`` at a
+    time, and order: of the merged ones. spread (I, L): at layer 0, where the tokens of all pictures
+    stand, and places (n,): the number there of each one that the tower saw.
     """
 
     layers: dict[str | int, TowerLayer]
     length: int
     class_token: bool
+    unit: int = 1
+    order: Tensor | None = None
+    spread: Tensor | None = None
+    places: Tensor | None = None
 
     @property
     def fits(self) -> bool:
         """Whether it is known which patches the L tokens are made of."""
+        first = next(iter(self.layers.values()))
+        if first.mask is not None:
+            return int(first.mask.sum()) == self.unit * int(self.spread.sum())
+        if self.spread is not None and len(first.key) * self.length != int(self.spread.sum()):
+            return False
         total = next(iter(self.layers.values())).key.shape[1]
         patches = total - self.class_token
         side, merged = round(patches**0.5), round((patches / self.length) ** 0.5)
@@ -201,20 +238,36 @@ class TowerProbe:
         if query == "class" and not self.class_token:
             raise UnsupportedModel("the vision tower has no class token whose attention could rank patches")
         rows = slice(0, 1) if query == "class" else slice(None)
-        return self._per_token(self._layer(layer).attention(rows, per_head)[..., None])[..., 0]
+        at = self._layer(layer)
+        return self._per_token(at.attention(rows, per_head)[..., None], at.mask)[..., 0]
 
     @torch.no_grad()
     def keys(self, layer: str | int = "last", per_head: bool = False) -> Tensor:
         at = self._layer(layer)
-        return self._per_token(at.key.unflatten(-1, (at.heads, -1)).float().mean(-2) if per_head else at.key)
+        values = at.keys.unflatten(-1, (at.heads, -1)).float().mean(-2) if per_head else at.keys
+        return self._per_token(values, at.mask)
 
     def _layer(self, name: str | int) -> TowerLayer:
         if name not in self.layers:
             raise ValueError(f"layer {name!r} of the vision tower was not kept; list it in tower_layers")
         return self.layers[name]
 
-    def _per_token(self, values: Tensor) -> Tensor:
+    def _per_token(self, values: Tensor, mask: Tensor | None) -> Tensor:
         """(I, T, D) -> (I, L, D)."""
+        if mask is not None:
+            values = values[mask].unflatten(0, (-1, self.unit)).mean(1)
+            values = values if self.order is None else values[self.order]
+        else:
+            values = self._of_blocks(values)
+        if self.spread is None:
+            return values
+        spread = values.new_zeros(*self.spread.shape, values.shape[-1])
+        flat = values.reshape(-1, values.shape[-1])
+        spread[self.spread] = flat[self.places.argsort()]
+        return spread
+
+    def _of_blocks(self, values: Tensor) -> Tensor:
+        """(I, T, D) of whole square pictures -> (I, L, D)."""
         patches = values.shape[1] - self.class_token
         if patches <= self.length:
             return values[:, -self.length :]
@@ -267,12 +320,20 @@ def _rotated(at: LayerInput, which: str, rows: Tensor | None = None) -> Tensor:
     rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if rotate is None:
         raise UnsupportedModel(f"{type(attention).__name__}: no apply_rotary_pos_emb beside it to rotate queries with")
-    normed, (cos, sin) = at.layer.input_layernorm(at.hidden), at.rotary
+    cos, sin = at.rotary
     if rows is not None:
-        normed, cos, sin = (_take(values, rows) for values in (normed, cos, sin))
-    split = getattr(attention, f"{which}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
-    heads = getattr(attention, f"{which}_norm", nn.Identity())(split).transpose(1, 2)
+        cos, sin = (_take(values, rows) for values in (cos, sin))
+    heads = _split(at, which, rows)
     return rotate(heads, heads, cos, sin)[0]
+
+
+def _split(at: LayerInput, which: str, rows: Tensor | None = None) -> Tensor:
+    """(B, heads, T, d) queries or keys before rotation; see _rotated."""
+    attention = _attention_module(at.layer)
+    normed = at.layer.input_layernorm(at.hidden)
+    normed = normed if rows is None else _take(normed, rows)
+    split = getattr(attention, f"{which}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
+    return getattr(attention, f"{which}_norm", nn.Identity())(split).transpose(1, 2)
 
 
 def _attention_module(layer: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from transformers.vision_utils import get_vision_window_index
 
 from llavolta.compression.compressors import CompressedTokens, Compressor, VisualTokens, keep_tokens
 from llavolta.compression.compressors.base import check_output
-from llavolta.compression.families import Parts, tower_attentions, tower_heads, without_class_token
+from llavolta.compression.families import Parts, tower_attentions, tower_heads, towers, without_class_token
 from llavolta.compression.plan import VISION
 from llavolta.compression.probe import TowerLayer, TowerProbe
 from llavolta.errors import UnsupportedModel
@@ -43,17 +45,132 @@ class DropMarked(Compressor):
         return num_tokens
 
 
+class _Noted(threading.local):
+    """What the last tower gave in this thread, until it is taken."""
+
+    def __init__(self):
+        self.layers: dict[tuple, list] = {}  # call by call of the tower: images, then clips
+        self.sizes: list[Tensor] = []  # (I, 3) where the tower is told them
+
+
+class TowerWatch:
+    """Notes queries and keys in the tower layers that a compressor lists, and makes a TowerProbe of them."""
+
+    def __init__(self, compressor: Compressor, parts: Parts):
+        self.compressor, self.towers = compressor, list(towers(parts).values())
+        self.attentions = tower_attentions(parts, compressor.tower_layers)
+        lacking = without_class_token(parts)
+        self.class_token = not lacking
+        if "class_token" in compressor.needs and lacking:
+            raise UnsupportedModel(
+                f"{', '.join(lacking)} has no class token whose attention could rank patches; use a compressor that "
+                "needs none, such as cls, visionzip or kmeans"
+            )
+        self._noted = _Noted()
+
+    def hooks(self, add: Callable) -> None:
+        for layer, attentions in self.attentions.items():
+            for attention in attentions:
+                if hasattr(attention, "qkv"):
+                    add(attention.register_forward_pre_hook(partial(self._note, (layer, "call")), with_kwargs=True))
+                    add(attention.qkv.register_forward_hook(partial(self._note, (layer, "qkv"))))
+                else:
+                    for name in ("query", "key"):
+                        note = partial(self._note, (layer, name))
+                        add(getattr(attention, f"{name[0]}_proj").register_forward_hook(note))
+        for tower in self.towers:
+            if hasattr(tower, "spatial_merge_size"):
+                add(tower.register_forward_pre_hook(self._note_sizes, with_kwargs=True))
+
+    def _note(self, where: tuple, module, *given) -> None:
+        noted = given[-1].detach() if isinstance(given[-1], Tensor) else given[-1]
+        self._noted.layers.setdefault(where, []).append(noted)
+
+    def _note_sizes(self, tower, args, kwargs) -> None:
+        self._noted.sizes.append(kwargs.get("grid_thw", args[1] if len(args) > 1 else None))
+
+    def probe(
+        self, length: int, images: int | None = None, spread: Tensor | None = None, places: Tensor | None = None
+    ) -> TowerProbe:
+        """Of ``images`` pictures of ``length`` tokens at the projector; or of all whose tokens are where ``spread``
+        (I, L) is True at layer 0, which are at ``places`` (n,) in the order in which the tower saw them. Raises
+        UnsupportedModel if it is unknown which patches became which tokens."""
+        noted, self._noted.layers = self._noted.layers, {}
+        sizes, self._noted.sizes = self._noted.sizes, []
+        asked = self.attentions.items()
+        if all((layer, "call") in noted for layer, _ in asked):
+            layers = {layer: _packed(noted[layer, "call"], noted[layer, "qkv"], of[0]) for layer, of in asked}
+            unit, order = _merging(self.towers[0], torch.cat(sizes))
+            probe = TowerProbe(layers, length, False, unit, order, spread)
+        elif all((layer, "key") in noted for layer, _ in asked):
+            calls = [call.shape[1:] for layer, _ in asked for call in noted[layer, "key"]]
+            if len(set(calls)) > 1:
+                raise UnsupportedModel(
+                    f"images and clips of this batch have unlike numbers of patches, so {self.compressor} cannot rank "
+                    "them together; give one kind a batch, or use a compressor that needs no attention of the tower"
+                )
+            layers = {
+                layer: TowerLayer(torch.cat(noted[layer, "query"]), torch.cat(noted[layer, "key"]), tower_heads(of[0]))
+                for layer, of in asked
+            }
+            if spread is not None:
+                length = int(spread.sum()) // len(next(iter(layers.values())).key)
+            probe = TowerProbe(layers, length, self.class_token, spread=spread)
+        else:
+            raise UnsupportedModel(
+                f"{self.compressor} reads the vision tower, which did not work in this pass; give pixels, not features"
+            )
+        probe.places = places
+        given = next(iter(layers.values())).key.shape[:2]
+        if (images is not None and given[0] != images) or not probe.fits:
+            reach, other = f"{images} x {length} reach the projector", "layer 0"
+            if spread is not None:
+                reach, other = f"{int(spread.sum())} reach layer 0", repr(VISION)
+            raise UnsupportedModel(
+                f"the vision tower made {given[0]} x {given[1]} tokens, but {reach}: it is unknown which became which, "
+                f"so {self.compressor} cannot rank them; use it at {other}, or a compressor that needs no attention of "
+                "the tower, such as downsample or kmeans"
+            )
+        return probe
+
+
+def _packed(calls: list[dict], outputs: list[Tensor], attention) -> TowerLayer:
+    """Of a tower that takes the patches of all pictures in one row (Qwen's)."""
+    query, key, _ = torch.cat(outputs).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)  # (S, heads, d)
+    plain = key
+    if calls[0].get("position_embeddings") is not None:
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
+        rotation = zip(*(call["position_embeddings"] for call in calls), strict=True)
+        query, key = rotate(query, key, *map(torch.cat, rotation))
+    count = torch.cat([call["cu_seqlens"].diff() for call in calls])
+    mask = torch.arange(int(count.max()), device=key.device) < count.to(key.device)[:, None]
+
+    def padded(values: Tensor) -> Tensor:
+        out = values.new_zeros(*mask.shape, values[0].numel())
+        out[mask] = values.flatten(1)
+        return out
+
+    return TowerLayer(padded(query), padded(key), attention.num_heads, mask, padded(plain))
+
+
+def _merging(tower, sizes: Tensor) -> tuple[int, Tensor | None]:
+    """How many patches become one token, and the order of these where the tower works in windows."""
+    unit = tower.spatial_merge_size**2
+    if not hasattr(tower, "window_size"):
+        return unit, None
+    options = dict(window_size=tower.window_size, patch_size=tower.patch_size)
+    index, _ = get_vision_window_index(sizes, spatial_merge_size=tower.spatial_merge_size, **options)
+    return unit, index.argsort()
+
+
 class _Now(threading.local):
     """Between the tower and what is behind the projector, in this thread."""
 
     kept: tuple[CompressedTokens, int] | None = None  # what the projector works on, and how many tokens it was
 
-    def __init__(self):
-        self.tower: dict[tuple, Tensor] = {}  # what the last tower gave, until the projector takes it
-
 
 class VisionStep:
-    """What happens around the projector; attentions: those of the towers that are watched, if ``compressor`` asks."""
+    """What happens around the projector; tower: watched, if ``compressor`` asks."""
 
     def __init__(self, compressor: Compressor, parts: Parts, plan: str, observe: Callable | None):
         if parts.projector is None:
@@ -62,27 +179,12 @@ class VisionStep:
                 "itself, so nothing can be compressed before it; use layer 0, which is behind it"
             )
         self.compressor, self.observe = compressor, observe
-        asks = "tower" in compressor.needs
-        self.attentions = tower_attentions(parts, compressor.tower_layers) if asks else {}
-        lacking = without_class_token(parts)
-        self.class_token = not lacking
-        if "class_token" in compressor.needs and lacking:
-            raise UnsupportedModel(
-                f"{', '.join(lacking)} has no class token whose attention could rank patches; use a compressor that "
-                "needs none, such as cls, visionzip or kmeans"
-            )
+        self.tower = TowerWatch(compressor, parts) if "tower" in compressor.needs else None
         self._now = _Now()
 
     def hooks(self, add: Callable) -> None:
-        """Watch the projections of queries and keys in the layers that the compressor lists."""
-        for layer, attentions in self.attentions.items():
-            for attention in attentions:
-                for name in ("query", "key"):
-                    note = partial(self._note_tower, (layer, name))
-                    add(getattr(attention, f"{name[0]}_proj").register_forward_hook(note))
-
-    def _note_tower(self, where: tuple, module, args, output) -> None:
-        self._now.tower[where] = output.detach()
+        if self.tower is not None:
+            self.tower.hooks(add)
 
     def shorten(self, hidden: Tensor, training: bool) -> Tensor:
         """hidden (I, L, D) of the tower -> (I, M, D), which the projector works on."""
@@ -93,9 +195,11 @@ class VisionStep:
         positions = torch.arange(length, device=hidden.device)[None, :, None].expand(images, -1, -1)
         side = round(length**0.5)
         grid = torch.tensor((side, side) if side * side == length else (1, length), device=hidden.device)
-        probe = self._probe(images, length)
+        probe = None if self.tower is None else self.tower.probe(length, images)
         tokens = VisualTokens(hidden, mask, positions, grid.expand(images, -1), training, probe)
         out, _ = check_output(self.compressor(tokens), tokens, f"compressor {self.compressor} at 'vision'")
+        if out.size is not None or out.calibration is not None:
+            raise UnsupportedModel(f"{self.compressor} weighs tokens by what they stand for: use it from layer 0 on")
         if self.observe is not None:
             self.observe(VISION, tokens, out)
         self._now.kept = out, length
@@ -112,21 +216,3 @@ class VisionStep:
         index = out.anchor.masked_fill(~out.mask, length)[..., None].expand_as(output)
         rows = output.new_full((output.shape[0], length + 1, output.shape[2]), DROPPED)
         return rows.scatter(1, index, output)[:, :length]
-
-    def _probe(self, images: int, length: int) -> TowerProbe | None:
-        if not self.attentions:
-            return None
-        noted, self._now.tower = self._now.tower, {}
-        layers = {
-            layer: TowerLayer(noted[layer, "query"], noted[layer, "key"], tower_heads(attentions[0]))
-            for layer, attentions in self.attentions.items()
-        }
-        probe = TowerProbe(layers, length, self.class_token)
-        given = next(iter(layers.values())).key.shape[:2]
-        if given[0] != images or not probe.fits:
-            raise UnsupportedModel(
-                f"the vision tower made {given[0]} x {given[1]} tokens, but {images} x {length} reach the projector: "
-                f"it is unknown which became which, so {self.compressor} cannot rank them; use a compressor that needs "
-                "no attention of the tower, such as downsample or kmeans"
-            )
-        return probe

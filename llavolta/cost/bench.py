@@ -318,7 +318,7 @@ def tower_tokens(images: int, grid: int = 24, width: int = 1024) -> VisualTokens
     )
     query = torch.cat([query[:, None], torch.randn(images, length, width, generator=generator)], dim=1)
     heads = max(1, width // 64)
-    layers = {name: TowerLayer(query.clone(), key.clone(), heads) for name in ("last", "selected")}
+    layers = {name: TowerLayer(query.clone(), key.clone(), heads) for name in ("last", "selected", "early")}
     mask = torch.ones(images, length, dtype=torch.bool)
     positions = torch.arange(length)[None, :, None].expand(images, -1, -1)
     sides = torch.full((images, 2), grid)

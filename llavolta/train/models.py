@@ -154,7 +154,7 @@ def with_adapters(model, config: TrainConfig, base: str) -> PeftModel:
     adapters = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
-        lora_dropout=0.05,
+        lora_dropout=config.lora_dropout,
         target_modules=linear,
         modules_to_save=[PROJECTOR, *TOWERS] if config.train_tower else [PROJECTOR],
     )

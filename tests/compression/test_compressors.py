@@ -60,7 +60,8 @@ def example(name: str) -> Compressor:
 def places(name: str) -> list:
     """Where the compressor can stand: at a decoder layer, before the projector, or at either."""
     needs = COMPRESSORS[name].needs
-    return [1] * ("tower" not in needs) + ["vision"] * (not needs & {"decoder", "previous_layer"})
+    decoder = [] if "class_token" in needs else [0] if "tower" in needs else [1]
+    return decoder + ["vision"] * (not needs & {"decoder", "previous_layer"})
 
 
 every_compressor = pytest.mark.parametrize("name", sorted(COMPRESSORS))
@@ -91,6 +92,13 @@ def test_the_matrix_has_every_compressor_of_the_package_and_a_users():
         "cdpruner",
         "dart",
         "tome",
+        "sparsevlm",
+        "vscan",
+        "holov",
+        "pact",
+        "restore",
+        "withdraw",
+        "enter",
     }
     assert methods | {"loudest"} <= COMPRESSORS.keys()
     assert parse_plan("2:loudest:7") == {2: COMPRESSORS["loudest"](7)}

@@ -10,19 +10,25 @@ from tiny import IMAGE, Watched, ragged_batch, tiny_llava
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from llavolta import (
+    PACT,
     CDPruner,
     ClassAttention,
     DivPrune,
+    HoloV,
     PlanError,
+    Restore,
+    SparseVLM,
     ToMe,
     UnsupportedModel,
     VisionZip,
     VisPruner,
     VisualTokens,
+    VScan,
     compress,
     parse_plan,
 )
 from llavolta.compression.compressors.base import choose_greedily
+from llavolta.compression.plan import format_plan
 from llavolta.compression.probe import TowerProbe
 from llavolta.cost.bench import tower_tokens
 
@@ -299,3 +305,257 @@ def test_the_question_of_packed_rows_is_refused():
     for plan in ("0:cdpruner:0.5", "1:dart:8"):
         with compress(model, plan), pytest.raises(UnsupportedModel, match="packed"):
             model(**batch)
+
+
+def attention_of(model, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+    """(heads, T, T) causal attention of one row's states (T, C) in a layer of a tiny Llama, head by head."""
+    language = model.model.language_model
+    at, normed = language.layers[layer].self_attn, language.layers[layer].input_layernorm(hidden)
+    cos, sin = (part[0] for part in language.rotary_emb(hidden[None], torch.arange(len(hidden))[None]))
+    width = at.head_dim
+
+    def split(linear):
+        heads = linear(normed).view(len(hidden), -1, width).transpose(0, 1)
+        return heads * cos + torch.cat([-heads[..., width // 2 :], heads[..., : width // 2]], -1) * sin
+
+    query, key = split(at.q_proj), split(at.k_proj)
+    key = key.repeat_interleave(len(query) // len(key), 0)
+    scores = (query @ key.transpose(1, 2)) / width**0.5
+    return scores.masked_fill(torch.ones(len(hidden), len(hidden)).triu(1).bool(), -torch.inf).softmax(-1)
+
+
+def density_peaks(x: list[torch.Tensor], groups: int) -> list[list[int]]:
+    """Members of each group of x, one by one."""
+    places, width = range(len(x)), len(x[0])
+    away = [[float((a.double() - b.double()).norm()) / width**0.5 for b in x] for a in x]
+    density = []
+    for i in places:
+        nearest = sorted(away[i])[:groups]
+        density.append(torch.tensor(-sum(d * d for d in nearest) / len(nearest)).exp().item())
+    score = []
+    for i in places:
+        denser = [away[i][j] for j in places if density[j] > density[i]]
+        score.append(density[i] * (min(denser) if denser else max(map(max, away))))
+    centres = sorted(places, key=lambda i: -score[i])[:groups]
+    members = {centre: [] for centre in centres}
+    for i in places:
+        members[i if i in members else min(centres, key=lambda c: away[i][c])].append(i)
+    return [members[centre] for centre in centres]
+
+
+@pytest.mark.parametrize("recycle", [True, False])
+@pytest.mark.parametrize("keep", [0.2, 0.5, 4])
+def test_sparsevlm(keep, recycle):
+    plan = f"2:sparsevlm:{keep}:recycle={str(recycle).lower()}"
+    lengths = [[3, 6], [2, 0, 5], [1, 3, 5]]
+    model, states, tokens, out, pictures = in_a_model(plan, lengths, grid=6)
+    batch = ragged_batch(lengths, grid=6)
+    for number, (row, visual, behind) in enumerate(pictures):
+        v, t = states[0][row, visual], states[0][row, behind]
+        weight = (v @ t.T).softmax(-1).mean(0)
+        raters = [column for column, w in zip(behind, weight, strict=True) if w > weight.mean()]
+        real = batch["attention_mask"][row].bool()
+        score = attention_of(model, 2, states[2][row][real])[:, raters].mean((0, 1))[visual]
+        best = ranked(score)
+        kept = sorted(best[: SparseVLM(keep).budget(torch.ones(1, 36, dtype=torch.bool)).item()])
+        expected = [states[2][row, visual[i]] for i in kept]
+        if recycle:
+            dropped = [i for i in best if i not in kept]
+            again = sorted(dropped[: int(0.3 * len(dropped)) + 1])
+            x = [states[2][row, visual[i]] for i in again]
+            groups = density_peaks(x, len(x) // 10 + 1)
+            expected += [torch.stack([x[i] for i in group]).mean(0) for group in groups]
+        assert len(expected) == SparseVLM(keep, recycle=recycle).num_tokens(36)
+        found = out.hidden[number][out.mask[number]]
+        torch.testing.assert_close(found[: len(kept)], torch.stack(expected[: len(kept)]), rtol=1e-4, atol=1e-5)
+        found, merged = found[len(kept) :], expected[len(kept) :]
+        for mean in merged:  # in any order
+            assert (found - mean).abs().amax(1).min() < 1e-4
+
+
+def test_sparsevlm_in_three_layers_asks_the_same_words():
+    model, batch, watched = tiny_llava(grid=6), ragged_batch([[3, 6], [2, 1, 5]], grid=6), Watched()
+    with compress(model, "1:sparsevlm:20;2:sparsevlm:9;3:sparsevlm:4", observe=watched):
+        loss = model(**batch).loss
+    assert torch.isfinite(loss)
+    raters = [SparseVLM().raters(tokens) for tokens, _ in watched.calls]
+    assert all((one == raters[0]).all() for one in raters)
+
+
+@grids
+@budgets
+@pytest.mark.parametrize("window", [2, 6])
+def test_vscan(grid, keep, window):
+    tokens, compressor = tower_tokens(3, grid, 128), VScan(keep, window=window)
+    generator = torch.Generator().manual_seed(1)
+    tokens.probe.layers["early"].key += torch.randn(tokens.probe.layers["early"].key.shape, generator=generator)
+    out, total = compressor(tokens), compressor.num_tokens(grid * grid)
+    for picture in range(3):
+        x, early = tokens.hidden[picture], tokens.salience("early")[picture].tolist()
+        late, places = tokens.salience("selected")[picture].tolist(), range(grid * grid)
+        windows: dict = {}
+        for i in places:
+            windows.setdefault((i // grid // window, i % grid // window), []).append(i)
+        each = total // 2 // len(windows)
+        kept = [i for members in windows.values() for i in sorted(members, key=lambda i: -early[i])[:each]]
+        kept += sorted((i for i in places if i not in kept), key=lambda i: -early[i])[: total // 2 - len(kept)]
+        kept += sorted((i for i in places if i not in kept), key=lambda i: -late[i])[: total - len(kept)]
+        kept.sort()
+        members = {i: [i] for i in kept}
+        for i in (i for i in places if i not in kept):
+            members[max(kept, key=lambda k: cosine(x[i], x[k]))].append(i)
+        assert out.anchor[picture].tolist() == kept
+        expected = torch.stack([x[members[i]].mean(0) for i in kept])
+        torch.testing.assert_close(out.hidden[picture], expected, rtol=1e-4, atol=1e-5)
+
+
+@grids
+@budgets
+@pytest.mark.parametrize(("crops", "shape"), [(4, "square"), (9, "square"), (5, "rows")])
+def test_holov(grid, keep, crops, shape):
+    tokens, compressor = tower_tokens(3, grid, 128), HoloV(keep, crops=crops, shape=shape)
+    out, total, places = compressor(tokens), compressor.num_tokens(grid * grid), range(grid * grid)
+    side = round(crops**0.5)
+    for picture in range(3):
+        x, a = tokens.hidden[picture], [1000 * float(v) for v in tokens.salience()[picture]]
+        parts: list[list[int]] = [[] for _ in range(crops)]
+        for i in places:
+            row, column = divmod(i, grid)
+            parts[i * crops // len(x) if shape == "rows" else row * side // grid * side + column * side // grid].append(
+                i
+            )
+        variance = {}
+        for part in parts:
+            for i in part:
+                alike = [0 if i == j else cosine(x[i], x[j]) for j in part]
+                mean = sum(alike) / len(part)
+                variance[i] = sum((s - mean) ** 2 for s in alike) / max(len(part) - 1, 1)
+        scale = sum(a) / sum(variance.values()) if sum(variance.values()) else 0
+        score = [sum(a[i] + 0.09 * scale * variance[i] for i in part) / max(len(part), 1) for part in parts]
+        share = [int(total * s / sum(score)) for s in score]
+        best = sorted((c for c in range(crops) if parts[c]), key=lambda c: -score[c])
+        for c in best[: total - sum(share)]:
+            share[c] += 1
+        share = [min(n, len(part)) for n, part in zip(share, parts, strict=True)]
+        for c in best:
+            share[c] += min(total - sum(share), len(parts[c]) - share[c])
+        kept = [i for part, n in zip(parts, share, strict=True) for i in sorted(part, key=lambda i: -a[i])[:n]]
+        assert len(kept) == total and out.anchor[picture].tolist() == sorted(kept)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("keep", "cutoff", "recover"), [(0.55, 0.3, 1.5), (0.8, 0.6, 1.0), (1.0, 1.0, 1.5)])
+def test_pact(keep, cutoff, recover, side):
+    lengths = [[3, 6], [2, 0, 5], [1, 3, 5]]
+    model, states, tokens, out, pictures = in_a_model(f"1:pact:{keep}:{cutoff}:{recover}", lengths, side)
+    language, real = model.model.language_model, ragged_batch(lengths, side=side)["attention_mask"].bool()
+    at, norm = language.layers[1].self_attn, language.layers[1].input_layernorm
+    for number, (row, visual, _) in enumerate(pictures):
+        upto = [column for column in range(visual[-1] + 1) if real[row, column]]
+        normed = norm(states[1][row])
+        query = at.q_proj(normed).view(len(normed), -1, at.head_dim)[upto].mean(0)
+        key = at.k_proj(normed).view(len(normed), -1, at.head_dim)
+        given = []
+        for head in range(len(query)):
+            keys = key[upto][:, head * key.shape[1] // len(query)]
+            given.append((keys @ query[head] / at.head_dim**0.5).softmax(0))
+        given = torch.stack(given).mean(0)[[upto.index(i) for i in visual]]
+        h = states[1][row, visual]
+        kept = sorted(ranked(given * h.norm(dim=-1))[: round(keep * 16)])
+        cos, sin = language.rotary_emb(h[None], torch.arange(len(normed))[None])
+        half = torch.cat([-key[..., at.head_dim // 2 :], key[..., : at.head_dim // 2]], dim=-1)
+        rotated = (key * cos[0][:, None] + half * sin[0][:, None]).flatten(1)[visual]
+        away = [[1 - cosine(a, b) for b in rotated] for a in rotated]
+        density = {i: sum(torch.tensor(-((away[i][j] / 2) ** 2)).exp().item() for j in kept) for i in kept}
+        centres: list[int] = []
+        for i in sorted(kept, key=lambda i: -density[i]):
+            if all(away[i][c] > cutoff for c in centres):
+                centres.append(i)
+        members: dict[int, list[int]] = {c: [] for c in sorted(centres)}
+        for i in range(16):
+            nearest = i if i in members else min(centres, key=lambda c: away[i][c])
+            if i in kept or away[i][nearest] <= recover * cutoff:
+                members[nearest].append(i)
+        mask = out.mask[number]
+        assert out.anchor[number][mask].tolist() == list(members)
+        expected = torch.stack([h[group].mean(0) for group in members.values()])
+        torch.testing.assert_close(out.hidden[number][mask], expected, rtol=1e-4, atol=1e-5)
+        assert out.size[number][mask].tolist() == [len(group) for group in members.values()]
+
+
+@pytest.mark.parametrize("calibration", [0, 2.0, 3])
+def test_restore(calibration):
+    tokens = ragged_tokens()
+    inner = DivPrune(5)
+    out = Restore(inner, calibration=calibration)(tokens)
+    for picture, count in enumerate((16, 9, 5)):
+        x, chosen = tokens.hidden[picture, :count], inner(tokens)
+        kept = chosen.anchor[picture][chosen.mask[picture]].tolist()
+        members = {i: [i] for i in kept}
+        for i in (i for i in range(count) if i not in kept):
+            members[max(kept, key=lambda k: cosine(x[i], x[k]))].append(i)
+        mask, groups = out.mask[picture], [sorted(members[i]) for i in kept]
+        assert out.anchor[picture][mask].tolist() == kept
+        torch.testing.assert_close(out.hidden[picture][mask], torch.stack([x[group].mean(0) for group in groups]))
+        assert out.positions[picture, :, 0][mask].tolist() == [group[(len(group) - 1) // 2] for group in groups]
+        assert out.size[picture][mask].tolist() == [len(group) for group in groups]
+        if calibration:
+            marks = out.calibration[picture][mask].tolist()
+            assert marks == [calibration if len(group) > 1 else 0 for group in groups]
+        else:
+            assert out.calibration is None
+
+
+@pytest.mark.parametrize(
+    "plan", ["0:restore:restore:divprune:2", "1:restore:withdraw", "1:restore:calibration=0.5:tome"]
+)
+def test_what_restore_cannot_go_around(plan):
+    with pytest.raises(PlanError, match="restore"):
+        parse_plan(plan)
+
+
+def test_restore_reads_back_as_it_is_written():
+    for text in ("0:restore:holov:64:auto:16:0.09:square", "1:restore:calibration=0:divprune:0.3:auto"):
+        assert format_plan(parse_plan(text)) == text
+        assert parse_plan(format_plan(parse_plan(text))) == parse_plan(text)
+    assert format_plan({1: PACT(proportional=False)}) == "1:pact:0.55:0.21:1.5:proportional=false"
+
+
+@torch.no_grad()
+def test_what_a_tower_of_packed_patches_gives_is_known_at_layer_0():
+    """Qwen2.5-VL: images and clips of unlike sizes, in windows; against attention of its last block, image by image."""
+    family = FAMILIES["qwen2_5_vl"]()
+    tower, watched, calls, outputs = family.model.model.visual, Watched(), [], []
+    attention = tower.blocks[-1].attn
+    hooks = [
+        attention.register_forward_pre_hook(lambda m, args, kwargs: calls.append((args, kwargs)), with_kwargs=True),
+        tower.register_forward_hook(lambda m, args, out: outputs.append((out.last_hidden_state, out.pooler_output))),
+    ]
+    with compress(family.model, "0:cls:0.5", observe=watched):
+        family.model(**family.batch)
+    for hook in hooks:
+        hook.remove()
+
+    ids = family.batch["input_ids"].reshape(-1)
+    expected, config = torch.zeros(len(ids)), family.model.config
+    for (args, given), (last, pooled), token in zip(
+        calls, outputs, (config.image_token_id, config.video_token_id), strict=True
+    ):
+        hidden = given.get("hidden_states", args[0] if args else None)
+        query, key, _ = attention.qkv(hidden).view(len(hidden), 3, attention.num_heads, -1).unbind(1)
+        cos, sin = (part[:, None] for part in given["position_embeddings"])
+        width, received = query.shape[-1], torch.zeros(len(hidden))
+        query, key = (
+            x * cos + torch.cat([-x[..., width // 2 :], x[..., : width // 2]], -1) * sin for x in (query, key)
+        )
+        ends = given["cu_seqlens"].tolist()
+        for start, end in zip(ends, ends[1:], strict=False):
+            maps = torch.einsum("qhd,khd->hqk", query[start:end], key[start:end]) / width**0.5
+            received[start:end] = maps.softmax(-1).mean((0, 1))
+        pooled = torch.cat(list(pooled)) if isinstance(pooled, tuple) else pooled
+        order = torch.cdist(pooled, tower.merger(last)).argmin(1)  # which merged patches became which token
+        expected[ids == token] = received.view(-1, tower.spatial_merge_size**2).mean(1)[order]
+    [(tokens, _)] = watched.calls
+    found, rows = tokens.salience(), tokens.probe.images
+    torch.testing.assert_close(found[tokens.mask], expected[rows[tokens.mask]], rtol=1e-4, atol=1e-6)
+    assert len(found[tokens.mask].unique()) > 5

@@ -31,7 +31,8 @@ class VisualTokens:
     size: (I, L) for how many tokens each stands as a key: see CompressedTokens; 1 at first.
     training: whether the model is in training mode.
     probe: what computes ``attention``, ``keys`` and ``question`` when they are asked for. At "vision" there is no
-    decoder layer yet: attention and keys of the tower are all, for a compressor that needs "tower".
+    decoder layer yet: attention and keys of the tower are all, for a compressor that needs "tower"; at layer 0 it has
+    both.
     """
 
     hidden: Tensor
@@ -62,33 +63,41 @@ class VisualTokens:
         """(I, L) attention that each visual token gets, the mean over heads (and queries), in float32, no gradient.
 
         query: "last", the last real token of each row of the batch; or "instruction", the tokens just before each
-        answer where labels are given, else the last; or (I, T) bool, tokens of each picture's row. previous: in the layer before this one, as it computed it
-        (a compressor that asks for it lists "previous_layer" in ``needs``); else in this layer, from its own input
-        norm, query and key projections and rotary embeddings. The softmax is over all earlier tokens of this pass,
-        also in layers with a sliding window, and not over an older part of a conversation in the cache.
+        answer where labels are given, else the last; or (I, T) bool, tokens of each picture's row. previous: in the
+        layer before this one, as it computed it (a compressor that asks for it lists "previous_layer" in ``needs``);
+        else in this layer, from its own input norm, query and key projections and rotary embeddings. The softmax is
+        over all earlier tokens of this pass, also in layers with a sliding window, and not over an older part of a
+        conversation in the cache.
 
-        At "vision" there are "class", ``softmax(q_cls k^T / sqrt(D))`` of a tower's encoder layer over the class token
-        and all patches, and "received", the mean over the attention of all tokens of a picture. layer: "last",
-        "selected" (the one whose output the model selects) or a number; a compressor lists those that it asks for in
-        ``tower_layers``. per_head: the mean of each head's softmax, else all heads as one of width D, as in PruMerge
-        (arXiv 2403.15388).
+        For a compressor that needs "tower", at "vision" and layer 0: "class", ``softmax(q_cls k^T / sqrt(D))`` of a
+        tower's encoder layer over the class token and all patches; "received", the mean over the attention of all
+        tokens of a picture. layer: "last", "selected" (the one whose output the model selects) or a number; a
+        compressor lists those that it asks for in ``tower_layers``. per_head: the mean of each head's softmax, else
+        all heads as one of width D, as in PruMerge (arXiv 2403.15388).
         """
-        if isinstance(self.probe, TowerProbe):
-            return self.probe.attention(query, layer, per_head)
+        if isinstance(query, str) and (query in ("class", "received") or isinstance(self.probe, TowerProbe)):
+            return self._tower().attention(query, layer, per_head)
         return self._probe().attention(query, previous)
 
-    def salience(self, layer: str | int = "selected") -> Tensor:
-        """(I, L) at "vision": each head's attention of the class token, its mean over heads; where the tower has no
-        class token (SigLIP), the attention that a patch receives, the mean over heads and all patches."""
-        class_token = isinstance(self.probe, TowerProbe) and self.probe.class_token
-        return self.attention("class" if class_token else "received", layer=layer, per_head=True)
+    def own_attention(self) -> Tensor:
+        """(I, L) what the mean of this layer's queries, of each picture and of all tokens before it in its row, gives
+        to the keys of these, before rotation: each head's softmax, their mean; no gradient (PACT, arXiv 2504.08966)."""
+        return self._probe().own_attention()
 
-    def keys(self, layer: str | int = "last", per_head: bool = False, rotated: bool = False) -> Tensor:
-        """(I, L, D) keys of this layer (at "vision": of the tower's ``layer``), all heads side by side, before
-        rotation, or rotated (not at "vision"); no gradient. per_head: at "vision", their mean over heads
-        (I, L, D / heads), in float32."""
-        if isinstance(self.probe, TowerProbe):
-            return self.probe.keys(layer, per_head)
+    def salience(self, layer: str | int = "selected") -> Tensor:
+        """(I, L) where a compressor may ask the tower: each head's attention of the class token, its mean over heads;
+        if the tower has no class token (SigLIP), the attention that a patch receives, the mean over heads and patches.
+        """
+        return self.attention("class" if self._tower().class_token else "received", layer=layer, per_head=True)
+
+    def keys(self, layer: str | int | None = None, per_head: bool = False, rotated: bool = False) -> Tensor:
+        """(I, L, D) keys of this decoder layer, all heads side by side, before rotation or ``rotated``; no gradient.
+
+        layer: of the tower's ("last" where there is none else, at "vision"), before rotation; per_head: their mean over
+        heads (I, L, D / heads), in float32.
+        """
+        if layer is not None or isinstance(self.probe, TowerProbe):
+            return self._tower().keys(layer or "last", per_head)
         return self._probe().keys(rotated)
 
     @property
@@ -135,6 +144,15 @@ class VisualTokens:
     def row(self) -> Tensor:
         """(I,) the row of the batch that each picture stands in."""
         return self._probe().row()
+
+    def _tower(self) -> TowerProbe:
+        tower = self.probe if isinstance(self.probe, TowerProbe) else getattr(self.probe, "tower", None)
+        if tower is None:
+            raise ValueError(
+                "attention and keys of the vision tower exist at 'vision' and layer 0, for a compressor that lists "
+                '"tower" in needs'
+            )
+        return tower
 
     def _probe(self) -> LayerProbe | TowerProbe:
         if self.probe is None:
@@ -186,8 +204,9 @@ class Compressor(ABC):
     ``needs``: "previous_layer" for ``tokens.attention(previous=True)``, so from layer 1; "start" for
     ``tokens.start``; "decoder" for what exists at
     decoder layers only; "tower" for attention and keys of the vision tower (of its ``tower_layers``), so at "vision"
-    only, and with it "class_token" if the tower must have one. ``over_clips``: at decoder layers the frames of a clip
-    that no text parts are one row. ``may_empty``: whether it may leave a picture without any token.
+    or layer 0, and with it "class_token" if the tower must have one, at "vision" only. ``over_clips``: at decoder
+    layers the frames of a clip that no text parts are one row. ``may_empty``: whether it may leave a picture without
+    any token.
     """
 
     name: ClassVar[str] = ""
@@ -228,9 +247,14 @@ class Compressor(ABC):
         return False
 
     def __str__(self) -> str:
-        """The plan text, such as ``avgpool:8``; switches that are off are left out."""
-        options = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        written = [f"{name}=true" if value is True else str(value) for name, value in options if value is not False]
+        """The plan text, such as ``avgpool:8``; switches that are off by default and in fact are left out."""
+        written = []
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if isinstance(value, bool):
+                written += [f"{option.name}={str(value).lower()}"] * (value or option.default is True)
+            else:
+                written.append(str(value))
         return ":".join([self.name, *written])
 
 
@@ -338,6 +362,38 @@ def cosines(features: Tensor) -> Tensor:
     unit = torch.nn.functional.normalize(features.float(), dim=-1)
     alike = matmul_float32(unit, unit.transpose(1, 2))
     return (alike + alike.transpose(1, 2)) / 2
+
+
+def by_size(tokens: VisualTokens, work: Callable[..., CompressedTokens], *values: Tensor) -> CompressedTokens:
+    """``work(tokens, *values)``, called with pictures of one size at a time, which have no padding and no probe.
+
+    values: (I, L, ...) what was asked of the probe, cut as the tokens are.
+    """
+    if bool(tokens.mask.all()) and bool((tokens.grid == tokens.grid[:1]).all()):
+        return work(tokens, *values)
+    sizes, which = torch.cat([tokens.grid, tokens.mask.sum(1, keepdim=True)], 1).unique(dim=0, return_inverse=True)
+    parts = []
+    for number, count in enumerate(sizes[:, 2].tolist()):
+        chosen = (which == number).nonzero()[:, 0]
+        names = ("hidden", "mask", "positions", "size")
+        cut = {name: getattr(tokens, name)[chosen, :count] for name in names}
+        alike = VisualTokens(**cut, grid=tokens.grid[chosen], frames=tokens.frames[chosen], training=tokens.training)
+        parts.append((chosen, work(alike, *(value[chosen, :count] for value in values))))
+    longest, length = max(part.mask.shape[1] for _, part in parts), tokens.mask.shape[1]
+    images = len(tokens.mask)
+
+    def joined(name: str, wide: int) -> Tensor | None:
+        if any(getattr(part, name) is None for _, part in parts):
+            return None
+        whole = None
+        for chosen, part in parts:
+            value = getattr(part, name).expand(len(chosen), *getattr(part, name).shape[1:])
+            whole = value.new_zeros(images, wide, *value.shape[2:]) if whole is None else whole
+            whole = whole.index_put((chosen[:, None], torch.arange(value.shape[1], device=chosen.device)), value)
+        return whole
+
+    names = ("hidden", "mask", "anchor", "positions", "size", "calibration")
+    return CompressedTokens(**{name: joined(name, longest) for name in names}, group=joined("group", length))
 
 
 def keep_tokens(tokens: VisualTokens, keep: Tensor) -> CompressedTokens:

@@ -27,9 +27,11 @@ class ToMe(KeepBudget):
     A round puts the tokens alternately into A and B, takes for each of A the most similar of B (cosine of the hidden
     states; the paper's is of a layer's keys), and merges the r pairs of highest similarity, ``r = min(n - K, n // 2)``:
     the mean of all tokens that came together stands at B's place. The paper merges 16 pairs in every layer of the
-    tower, and adds the log of the sizes to its attention; here it is one place and plain attention. Raster order.
+    tower, and adds the log of the sizes to its attention; here it is one place. proportional: and the layers behind do
+    the same (eq. 1), from layer 0 on. Raster order.
     """
 
+    proportional: bool = False
     name: ClassVar[str] = "tome"
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
@@ -39,7 +41,8 @@ class ToMe(KeepBudget):
         group = (left.cumsum(1) - 1).gather(1, into).masked_fill(~tokens.mask, groups)
         size = sum_groups(tokens.mask.float()[..., None], group, groups)
         hidden = sum_groups(tokens.hidden.float(), group, groups) / size.clamp(min=1)
-        return CompressedTokens(hidden.to(tokens.hidden.dtype), mask, anchor, group=group)
+        size = sum_groups(tokens.size[..., None], group, groups)[..., 0].clamp(min=1) if self.proportional else None
+        return CompressedTokens(hidden.to(tokens.hidden.dtype), mask, anchor, group=group, size=size)
 
     @staticmethod
     @torch.no_grad()

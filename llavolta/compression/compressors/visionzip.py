@@ -13,6 +13,7 @@ from llavolta.compression.compressors.base import (
     CompressedTokens,
     KeepBudget,
     VisualTokens,
+    by_size,
     largest_of,
     require_choice,
     require_share,
@@ -52,10 +53,13 @@ class VisionZip(KeepBudget):
         require_choice(self.name, "weights", self.weights, Weights)
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
+        return by_size(tokens, self._zipped, tokens.salience(), tokens.keys("selected", per_head=True))
+
+    def _zipped(self, tokens: VisualTokens, salience: Tensor, keys: Tensor) -> CompressedTokens:
         images, length = tokens.mask.shape
         total = self.num_tokens(length)
         targets = min(round(self.contextual * total), total)
-        dominant = largest_of(tokens.salience(), self.budget(tokens.mask) - targets, tokens.mask)
+        dominant = largest_of(salience, self.budget(tokens.mask) - targets, tokens.mask)
         order = torch.argsort(dominant.long(), dim=1, descending=True, stable=True)  # dominant first, in raster order
         count = total - targets
         first, rest = order[:, :count], order[:, count:]
@@ -64,7 +68,7 @@ class VisionZip(KeepBudget):
         if targets:
             step = max(1, rest.shape[1] // targets)
             target = rest[:, : step * targets : step]
-            chosen = self._nearest(tokens.keys("selected", per_head=True), rest, target)  # (I, L') of 0..targets - 1
+            chosen = self._nearest(keys, rest, target)  # (I, L') of 0..targets - 1
             group.scatter_(1, rest, count + chosen)
             kept = torch.cat([kept, self._contextual(tokens.hidden, rest, target, chosen)], dim=1)
         slot = torch.arange(total, device=order.device)

@@ -13,6 +13,7 @@ from llavolta.compression.compressors.base import (
     CompressedTokens,
     KeepBudget,
     VisualTokens,
+    by_size,
     keep_tokens,
     require_int,
     require_share,
@@ -45,8 +46,11 @@ class VisPruner(KeepBudget):
         require_int(self.name, "batch", self.batch, at_least=1)
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
+        return by_size(tokens, self._pruned, tokens.salience())
+
+    def _pruned(self, tokens: VisualTokens, salience: Tensor) -> CompressedTokens:
         total = self.num_tokens(tokens.mask.shape[1])
-        order = tokens.salience().argsort(dim=1, descending=True, stable=True)
+        order = salience.argsort(dim=1, descending=True, stable=True)
         first = int(total * self.important)
         chosen = torch.cat([order[:, :first], self._thinned(tokens.hidden, order[:, first:], total - first)], dim=1)
         return keep_tokens(tokens, torch.zeros_like(tokens.mask).scatter(1, chosen, True))
