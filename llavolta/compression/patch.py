@@ -294,8 +294,9 @@ class Compression:
         decoder = self.parts.decoder
         probe = self._now.probe(at, rows, getattr(decoder, "norm", None))
         if "tower" in compressor.needs:
-            kinds = [state.by_kind[kind].reshape(-1).nonzero()[:, 0] for kind in PIXELS if kind in state.by_kind]
-            probe.tower = self._tower.probe(0, spread=rows.pictures.mask, places=torch.cat(kinds).to(at.hidden.device))
+            kinds = [state.by_kind[kind] for kind in PIXELS if kind in state.by_kind]
+            features = [output.pooler_output for output in state.encoded.values()]
+            probe.tower = self._tower.probe(features, spread=rows.pictures.mask, kinds=kinds)
         if "start" in compressor.needs:
             first, start = state.start
             probe.start = start.tokens(first.hidden, decoder.training, self._now.probe(first, start, probe.norm))

@@ -206,7 +206,7 @@ class TowerProbe:
     whether one stands before the patches. If the model merges square blocks of patches into its L tokens, a token's
     answers are the means over its block. unit: where patches of unlike pictures stand in one row, merged ``unit`` at a
     time, and order: of the merged ones. spread (I, L): at layer 0, where the tokens of all pictures
-    stand, and places (n,): the number there of each one that the tower saw.
+    stand, and source (n,): which of the tower's each of them is.
     """
 
     layers: dict[str | int, TowerLayer]
@@ -215,16 +215,24 @@ class TowerProbe:
     unit: int = 1
     order: Tensor | None = None
     spread: Tensor | None = None
-    places: Tensor | None = None
+    source: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the tower's pictures become, all together."""
+        first = next(iter(self.layers.values()))
+        return len(first.key) * self.length if first.mask is None else int(first.mask.sum()) // self.unit
 
     @property
     def fits(self) -> bool:
         """Whether it is known which patches the L tokens are made of."""
         first = next(iter(self.layers.values()))
+        if self.spread is not None:
+            whole = self.tokens > 0 and len(self.source) == int(self.spread.sum())
+            if not whole or int(self.source.max()) != self.tokens - 1:
+                return False
         if first.mask is not None:
-            return int(first.mask.sum()) == self.unit * int(self.spread.sum())
-        if self.spread is not None and len(first.key) * self.length != int(self.spread.sum()):
-            return False
+            return True
         total = next(iter(self.layers.values())).key.shape[1]
         patches = total - self.class_token
         side, merged = round(patches**0.5), round((patches / self.length) ** 0.5)
@@ -263,7 +271,7 @@ class TowerProbe:
             return values
         spread = values.new_zeros(*self.spread.shape, values.shape[-1])
         flat = values.reshape(-1, values.shape[-1])
-        spread[self.spread] = flat[self.places.argsort()]
+        spread[self.spread] = flat[self.source]
         return spread
 
     def _of_blocks(self, values: Tensor) -> Tensor:

@@ -51,13 +51,19 @@ class _Noted(threading.local):
     def __init__(self):
         self.layers: dict[tuple, list] = {}  # call by call of the tower: images, then clips
         self.sizes: list[Tensor] = []  # (I, 3) where the tower is told them
+        self.features: list | None = None  # what became of it, once it was asked about
+
+    def renew(self) -> None:
+        """Forget what was asked about: the tower works again."""
+        if self.features is not None:
+            self.__init__()
 
 
 class TowerWatch:
     """Notes queries and keys in the tower layers that a compressor lists, and makes a TowerProbe of them."""
 
     def __init__(self, compressor: Compressor, parts: Parts):
-        self.compressor, self.towers = compressor, list(towers(parts).values())
+        self.compressor, self.towers, self.base = compressor, list(towers(parts).values()), parts.base
         self.attentions = tower_attentions(parts, compressor.tower_layers)
         lacking = without_class_token(parts)
         self.class_token = not lacking
@@ -83,20 +89,31 @@ class TowerWatch:
                 add(tower.register_forward_pre_hook(self._note_sizes, with_kwargs=True))
 
     def _note(self, where: tuple, module, *given) -> None:
+        self._noted.renew()
         noted = given[-1].detach() if isinstance(given[-1], Tensor) else given[-1]
         self._noted.layers.setdefault(where, []).append(noted)
 
     def _note_sizes(self, tower, args, kwargs) -> None:
+        self._noted.renew()
         self._noted.sizes.append(kwargs.get("grid_thw", args[1] if len(args) > 1 else None))
 
     def probe(
-        self, length: int, images: int | None = None, spread: Tensor | None = None, places: Tensor | None = None
+        self,
+        features: list,
+        length: int = 0,
+        images: int | None = None,
+        spread: Tensor | None = None,
+        kinds: list[Tensor] | None = None,
     ) -> TowerProbe:
-        """Of ``images`` pictures of ``length`` tokens at the projector; or of all whose tokens are where ``spread``
-        (I, L) is True at layer 0, which are at ``places`` (n,) in the order in which the tower saw them. Raises
-        UnsupportedModel if it is unknown which patches became which tokens."""
-        noted, self._noted.layers = self._noted.layers, {}
-        sizes, self._noted.sizes = self._noted.sizes, []
+        """Of ``images`` pictures of ``length`` tokens at the projector; or at layer 0 of all whose tokens are where
+        ``spread`` (I, L) is True, and in the batch where those of each modality, in the tower's order, ``kinds`` (B, T)
+        are. features: what the model made of the pictures, by which they are known again where ``generate`` hands them
+        over anew. Raises UnsupportedModel if it is unknown which patches became which tokens."""
+        if self._noted.features is None:
+            self._noted.features = features
+        known = len(features) == len(self._noted.features)
+        known = known and all(a is b for a, b in zip(features, self._noted.features, strict=True))
+        noted, sizes = self._noted.layers if known else {}, self._noted.sizes
         asked = self.attentions.items()
         if all((layer, "call") in noted for layer, _ in asked):
             layers = {layer: _packed(noted[layer, "call"], noted[layer, "qkv"], of[0]) for layer, of in asked}
@@ -114,15 +131,17 @@ class TowerWatch:
                 for layer, of in asked
             }
             if spread is not None:
-                length = int(spread.sum()) // len(next(iter(layers.values())).key)
+                length = _length(features, len(next(iter(layers.values())).key))
             probe = TowerProbe(layers, length, self.class_token, spread=spread)
         else:
             raise UnsupportedModel(
                 f"{self.compressor} reads the vision tower, which did not work in this pass; give pixels, not features"
             )
-        probe.places = places
         given = next(iter(layers.values())).key.shape[:2]
-        if (images is not None and given[0] != images) or not probe.fits:
+        if kinds is not None:
+            probe.source = _sources(kinds, max(probe.tokens, 1)).to(spread.device)
+        newlines = kinds is not None and getattr(self.base, "image_newline", None) is not None  # among the tokens
+        if (images is not None and given[0] != images) or newlines or not probe.fits:
             reach, other = f"{images} x {length} reach the projector", "layer 0"
             if spread is not None:
                 reach, other = f"{int(spread.sum())} reach layer 0", repr(VISION)
@@ -163,6 +182,26 @@ def _merging(tower, sizes: Tensor) -> tuple[int, Tensor | None]:
     return unit, index.argsort()
 
 
+def _length(features: list, pictures: int) -> int:
+    """How many tokens each of the tower's ``pictures`` became, 0 if that is unknown. features: by modality, for each
+    image its (n, C); more of them than pictures where they are repeated, as for beams; fewer where images are tiled."""
+    rows = [len(feature) for of_kind in features for feature in of_kind]
+    shares = max(len(rows), pictures)
+    return sum(rows) // shares if sum(rows) % shares == 0 and shares % pictures == 0 else 0
+
+
+def _sources(kinds: list[Tensor], made: int) -> Tensor:
+    """(n,) for each visual token of the batch, in the order of the text, which of the ``made`` of the tower it is.
+    kinds: see TowerWatch.probe. Rows may be repeated, as beams are: then each k rows are the same sample."""
+    if len(kinds) > 1 or int(kinds[0].sum()) <= made:
+        return torch.cat([where.reshape(-1).nonzero()[:, 0] for where in kinds]).argsort()
+    count = kinds[0].sum(1)
+    times = int(count.sum()) // made
+    count = count.tolist()
+    first = [sum(count[: row // times * times : times]) for row in range(len(count))]
+    return torch.cat([torch.arange(start, start + n) for start, n in zip(first, count, strict=True)])
+
+
 class _Now(threading.local):
     """Between the tower and what is behind the projector, in this thread."""
 
@@ -195,7 +234,7 @@ class VisionStep:
         positions = torch.arange(length, device=hidden.device)[None, :, None].expand(images, -1, -1)
         side = round(length**0.5)
         grid = torch.tensor((side, side) if side * side == length else (1, length), device=hidden.device)
-        probe = None if self.tower is None else self.tower.probe(length, images)
+        probe = None if self.tower is None else self.tower.probe([hidden], length, images)
         tokens = VisualTokens(hidden, mask, positions, grid.expand(images, -1), training, probe)
         out, _ = check_output(self.compressor(tokens), tokens, f"compressor {self.compressor} at 'vision'")
         if out.size is not None or out.calibration is not None:
