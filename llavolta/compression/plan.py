@@ -1,14 +1,17 @@
 """Plans: which compressor sits at the input of which decoder layer, as a dict or as text.
 
 ``"2:avgpool:8"`` is ``{2: AveragePool(stride=8)}``; several entries are joined by ``;``, options after the name
-are given in order or as ``option=value``; ``"none"`` is the empty plan. Layer ``"vision"`` stands for the vision
+are given in order or as ``option=value``; ``"none"`` is the empty plan; ``"0:avgpool2d:1|2|4"``,
+where a stage of a scheme can stand, is one of three, drawn for each step. Layer ``"vision"`` stands for the vision
 tower's output, before the projector; layer 0 is the decoder's input, after it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from itertools import product
 
 from llavolta.compression.compressors import COMPRESSORS, Compressor, Enter, Restore
 from llavolta.compression.compressors.restore import options_of_restore
@@ -88,6 +91,12 @@ def parse_options(owner: str, options: list[str], names: list[str]) -> dict:
             raise ValueError(f"option {key!r} of {owner!r} is unknown or given twice; options: {names}")
         given[key] = _number_or_text(value)
     return given
+
+
+def drawn_from(plan: str) -> tuple[str, ...]:
+    """The plans that ``plan`` is drawn from: ``"0:avgpool2d:1|2|4"`` gives three; of several ``|`` each with each."""
+    parts = [part.split("|") for part in re.split("([:;])", plan)]
+    return tuple("".join(chosen) for chosen in product(*parts))
 
 
 def _number_or_text(value: str) -> int | float | bool | str:

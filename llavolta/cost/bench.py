@@ -55,7 +55,8 @@ def step_times(
 ) -> pd.DataFrame:
     """Seconds of a training step (forward, backward, AdamW) under each plan, interleaved on the same ``batches``.
 
-    A plan may also be a stage of a scheme: of one with slow steps it is the mean over its fast and slow steps.
+    A plan may also be a stage of a scheme: of one with slow steps it is the mean over its fast and slow steps, of one
+    that is drawn the mean over its plans.
     The learning rate is 0, so the model stays as it is. config: a run's, whose adapters and precision the steps have
     (default: float32, all but the tower trains). Returns one row per plan: seconds (median), ratio (the median
     over rounds of this plan's time over that of "none" in the same round), flops_ratio (what the FLOPs promise).
@@ -91,6 +92,8 @@ def _step_times(model, batches, stages: dict[str, Stage], rounds: int, trains: d
     device = next(model.parameters()).device
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
 
+    drawn = {name: stage.fixed() for name, stage in stages.items() if len(stage.choices) > 1}
+
     def step(stage: Stage, slow: bool) -> None:
         for batch in batches:
             with slow_mode(model, stage, batch) if slow else fast_mode(model, stage):
@@ -98,12 +101,15 @@ def _step_times(model, batches, stages: dict[str, Stage], rounds: int, trains: d
             optimizer.step()
             optimizer.zero_grad()
 
-    tasks = {name: partial(step, stage, False) for name, stage in stages.items()}
+    tasks = {name: partial(step, stage, False) for name, stage in stages.items() if name not in drawn}
+    tasks |= {choice.plan: partial(step, choice, False) for choices in drawn.values() for choice in choices}
     slow = {name: f"slow step of {name}" for name, stage in stages.items() if stage.slow_every}
     tasks |= {slow[name]: partial(step, stages[name], True) for name in slow}
     taken = pd.DataFrame(interleaved(tasks, rounds, device, progress) / len(batches), columns=list(tasks))
     for name in slow:
         taken[name] += (taken[slow[name]] - taken[name]) / stages[name].slow_every
+    for name, choices in drawn.items():
+        taken[name] = taken[[choice.plan for choice in choices]].mean(axis=1)
     seconds = taken[list(stages)]
     text, images, labelled = _sizes(model, batches)
     costs = [cost_model(model.config).stage(stage, text, images, labelled, **trains) for stage in stages.values()]

@@ -92,7 +92,9 @@ class Explorer:
     def plan(self) -> str:
         """The plan that the controls say."""
         values = {name: control.value for name, control in self.options.items()}
-        given = [f"{name}={value}" for name, value in values.items() if value is not False]  # a switch that is off
+        inner = [values.pop("inner")] if "inner" in values else []  # another compressor's text, which stands last
+        off = {f.name for f in dataclasses.fields(COMPRESSORS[self.compressor.value]) if f.default is False}
+        given = [f"{name}={value}" for name, value in values.items() if value is not False or name not in off] + inner
         return ":".join([str(self.layer.value), self.compressor.value, *given])
 
     @property
@@ -169,7 +171,9 @@ class Explorer:
         tokens = getattr(self.model.config, "image_seq_length", None) or 576
         self.options = {}
         for option in dataclasses.fields(kind):
-            default = None if option.default is dataclasses.MISSING else option.default
+            made = option.default_factory is not dataclasses.MISSING
+            default = option.default_factory() if made else option.default
+            default = None if default is dataclasses.MISSING else default
             control = _control(option.name, types.get(option.name), values.get(option.name, default), tokens)
             control.observe(self.refresh, "value")
             self.options[option.name] = control

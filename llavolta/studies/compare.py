@@ -70,7 +70,8 @@ def contestants(names: Sequence[str], own: Mapping[str, Sequence], num_layers: i
             raise CompareError(f"a scheme of your own cannot be called {name!r}; that one exists")
         chosen[name] = Scheme.of(name, stages)
         for stage in chosen[name].stages:
-            check_layers(stage.compressors, num_layers)
+            for plan in stage.choices:
+                check_layers(plan, num_layers)
     return chosen
 
 

@@ -187,7 +187,7 @@ class TrainConfig(BaseModel):
         if self.plan is not None and not self.stage:
             raise ConfigError("plan replaces the plan of one stage of the scheme; say which with stage (from 1)")
         if self.plan is not None:
-            parse_plan(self.plan)
+            Stage(self.plan, 1)
 
     def changed(self, **changes) -> TrainConfig:
         """This configuration with other values of some parameters, checked as a whole."""
@@ -236,7 +236,7 @@ class TrainConfig(BaseModel):
             stages = list(scheme.stages)
             stages[self.stage - 1] = replace(stages[self.stage - 1], plan=self.plan)
             scheme = Scheme(f"{scheme.name} with {self.plan} in stage {self.stage}", tuple(stages))
-        for plan in (*(stage.compressors for stage in scheme.stages), parse_plan(self.align_plan)):
+        for plan in (*(plan for stage in scheme.stages for plan in stage.choices), parse_plan(self.align_plan)):
             check_layers(plan, num_layers)
         scheme.boundaries(total_steps)
         return scheme

@@ -64,7 +64,7 @@ def load_isolator(model: nn.Module, folder: Path) -> None:
 def fast_mode(model: nn.Module, stage: Stage) -> Compression:
     """``stage``'s plan in force, behind the mode isolator if it has slow steps; logits at labelled rows only."""
     prefix = getattr(unwrap(model), ISOLATOR) if stage.slow_every else None
-    return compress(model, stage.compressors, labelled_only=True, prefix=prefix)
+    return compress(model, stage.choices[0], labelled_only=True, prefix=prefix)
 
 
 @contextmanager

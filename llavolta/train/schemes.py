@@ -7,7 +7,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from llavolta.compression.plan import VISION, Plan, PlanError, check_layers, format_plan, parse_plan, tokens_per_layer
+from llavolta.compression.plan import (
+    VISION,
+    Plan,
+    PlanError,
+    check_layers,
+    drawn_from,
+    format_plan,
+    parse_plan,
+    tokens_per_layer,
+)
 from llavolta.errors import UserError
 
 REFERENCE_LAYERS = 32  # the depth (Vicuna-7B) that the published layers K refer to
@@ -49,7 +58,8 @@ class Pass:
 class Stage:
     """One stage of a scheme: the ``plan`` in force and its ``share`` of the optimizer steps (0 to 1).
 
-    compressors: the plan, parsed once; the plan itself is the text that it prints as.
+    The plan may be drawn anew for each step, uniformly: ``"0:avgpool2d:1|2|4"``; see ``drawn``.
+    choices: the plans that it is drawn from, mostly one, parsed once; the plan itself is the text that it prints as.
     slow_every: 0, or after how many steps there is one of DualSpeed's slow steps, on all tokens; the steps between are
     its fast ones, on what ``plan`` leaves behind the mode isolator. See llavolta.train.dualspeed.
     """
@@ -57,17 +67,21 @@ class Stage:
     plan: str
     share: float
     slow_every: int = 0
-    compressors: Plan = field(init=False, repr=False, compare=False)
+    choices: tuple[Plan, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "compressors", parse_plan(self.plan))
-        object.__setattr__(self, "plan", format_plan(self.compressors))
+        drawn = drawn_from(self.plan) if isinstance(self.plan, str) else (self.plan,)
+        object.__setattr__(self, "choices", tuple(parse_plan(plan) for plan in drawn))
+        if len(drawn) == 1:
+            object.__setattr__(self, "plan", format_plan(self.choices[0]))
+        elif self.slow_every:
+            raise SchemeError(f"plan {self.plan!r} is drawn for each step, which cannot be with slow_every")
         if isinstance(self.share, bool) or not (isinstance(self.share, (int, float)) and 0 < self.share <= 1):
             raise SchemeError(f"a stage's share must be above 0 and at most 1, not {self.share!r}")
         every = self.slow_every
         if isinstance(every, bool) or not isinstance(every, int) or every < 0 or every == 1:
             raise SchemeError(f"slow_every must be 0 (no slow steps) or a whole number of at least 2, not {every!r}")
-        if every and not {0, VISION} & self.compressors.keys():
+        if every and not {0, VISION} & self.choices[0].keys():
             raise SchemeError(
                 f"fast steps are shortened before the decoder: with slow_every, plan {self.plan!r} needs a compressor "
                 "at layer 0 or 'vision', such as '0:random:0.1'"
@@ -80,9 +94,19 @@ class Stage:
     def passes(self) -> tuple[Pass, ...]:
         """What the steps of this stage compute: a slow step asks the fast mode, too, without training it."""
         if not self.slow_every:
-            return (Pass(self.plan),)
+            return tuple(Pass(format_plan(plan), 1 / len(self.choices)) for plan in self.choices)
         slow, fast = 1 / self.slow_every, Pass(self.plan, 1 - 1 / self.slow_every, ISOLATOR_TOKENS)
         return (fast, Pass("none", slow), replace(fast, share=slow, trains=False))
+
+    def drawn(self, step: int, seed: int) -> Stage:
+        """The stage as it is in optimizer step ``step``, of one plan; the same for the same seed."""
+        if len(self.choices) == 1:
+            return self
+        return self.fixed()[random.Random(f"{seed} {step}").randrange(len(self.choices))]
+
+    def fixed(self) -> list[Stage]:
+        """A stage of each plan that this one's is drawn from."""
+        return [replace(self, plan=format_plan(plan)) for plan in self.choices]
 
     def tokens_per_layer(self, num_layers: int, num_tokens: int) -> list[float]:
         """As plan.tokens_per_layer: the mean over the stage's steps, of the passes that train."""
@@ -182,7 +206,7 @@ class Scheme:
         """
         return replace(
             self,
-            stages=tuple(replace(s, plan=scale_plan(s.compressors, num_layers, reference_layers)) for s in self.stages),
+            stages=tuple(replace(s, plan=scale_plan(s.plan, num_layers, reference_layers)) for s in self.stages),
         )
 
 
@@ -193,6 +217,12 @@ def scale_layer(layer: int, num_layers: int, reference_layers: int = REFERENCE_L
 
 def scale_plan(plan: str | Plan, num_layers: int, reference_layers: int = REFERENCE_LAYERS) -> str:
     """``plan`` moved from a model of ``reference_layers`` layers to one of ``num_layers``; see Scheme.scaled."""
+    if isinstance(plan, str) and "|" in plan:  # in options, whatever the layers are
+        scaled = [scale_plan(drawn, num_layers, reference_layers) for drawn in drawn_from(plan)]
+        layers = [entry.split(":")[0] for entry in scaled[0].split(";")]
+        entries = sorted(plan.split(";"), key=lambda e: -1 if VISION in e.split(":")[0] else int(e.split(":")[0]))
+        rest = [entry.strip().split(":", 1)[1] for entry in entries]
+        return ";".join(f"{layer}:{options}" for layer, options in zip(layers, rest, strict=True))
     scaled = {}
     for layer, compressor in parse_plan(plan).items():
         new = layer if layer == VISION else scale_layer(layer, num_layers, reference_layers)

@@ -34,7 +34,7 @@ class StageCallback(TrainerCallback):
     def __init__(self, scheme: Scheme, stop_after: int | None = None, stopping: Callable[[], bool] = lambda: False):
         self.scheme, self.stop_after, self.stopping = scheme, stop_after, stopping
         self.handle: Compression | None = None
-        self.stage: int | None = None
+        self.stage: tuple[int, str] | None = None  # and the plan that is in force
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if any(stage.slow_every for stage in self.scheme.stages) and not hasattr(unwrap(model), ISOLATOR):
@@ -44,10 +44,11 @@ class StageCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         stage = self.scheme.stage_at(state.global_step, state.max_steps)
         slow = self.scheme.is_slow(state.global_step, state.max_steps)
-        if self.handle is None or slow or stage != self.stage:
+        drawn = self.scheme.stages[stage].drawn(state.global_step, args.seed)
+        if self.handle is None or slow or (stage, drawn.plan) != self.stage:
             self.release()
-            self.stage = stage
-            self.handle = None if slow else fast_mode(model, self.scheme.stages[stage])
+            self.stage = stage, drawn.plan
+            self.handle = None if slow else fast_mode(model, drawn)
 
     def on_step_end(self, args, state, control, **kwargs):
         ends = self.scheme.boundaries(state.max_steps)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llavolta import SCHEMES, AveragePool, PlanError, Scheme, Stage, compression_ratio, format_plan, parse_plan
 from llavolta.compression.plan import tokens_per_layer
-from llavolta.train.schemes import NAMED, scale_plan
+from llavolta.train.schemes import NAMED, SchemeError, scale_plan
 
 NAMES = ["single-stage", "heavy", "light", "three-stage", "four-stage-wider", "four-stage-deeper"]
 
@@ -136,3 +136,24 @@ def test_truth_values_are_neither_pivots_nor_shares():
         Scheme.from_pivots("s", ["2:avgpool:8", "none"], [True], 4)
     with pytest.raises(ValueError, match="share must be"):
         Stage("none", True)
+
+
+def test_a_plan_may_be_drawn_for_each_step():
+    stage = Stage("2:avgpool2d:1|2|4;16:avgpool:2", 1)
+    assert stage.plan == "2:avgpool2d:1|2|4;16:avgpool:2" and len(stage.choices) == 3
+    drawn = [stage.drawn(step, seed=3).plan for step in range(600)]
+    assert drawn == [stage.drawn(step, seed=3).plan for step in range(600)]
+    assert drawn != [stage.drawn(step, seed=4).plan for step in range(600)]
+    counts = [drawn.count(plan) for plan in sorted(set(drawn))]
+    assert len(counts) == 3 and min(counts) > 150
+    assert sum(p.share for p in stage.passes) == pytest.approx(1)
+    means = [(144 + 36 + 9) / 3, (72 + 18 + 5) / 3]
+    assert stage.tokens_per_layer(32, 144)[2::14][:2] == pytest.approx(means)
+    scheme = Scheme("matryoshka", (stage,))
+    assert Scheme.of("matryoshka", scheme.written) == scheme
+    assert scheme.scaled(8).stages[0].plan == "1:avgpool2d:1|2|4;4:avgpool:2"
+    assert len(Stage("0:avgpool:1|2;4:random:0.5|1", 1).choices) == 4
+    with pytest.raises(SchemeError, match="cannot be with slow_every"):
+        Stage("0:avgpool2d:1|2", 1, slow_every=2)
+    with pytest.raises(PlanError, match="unknown compressor"):
+        Stage("0:avgpool:1|2;4:none:3", 1)

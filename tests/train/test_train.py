@@ -93,6 +93,29 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, settings,
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 10))
 
 
+@pytest.mark.parametrize("at", [3, 5])
+def test_a_run_of_drawn_plans_resumes_bit_for_bit(settings, tmp_path, monkeypatch, at):
+    drawn = {**settings, "scheme": [{"plan": "0:avgpool2d:1|2|3|4", "share": 1}], "align_steps": 0, "max_steps": 6}
+    seen, step, count = [], StageTrainer.training_step, []
+
+    def watched(self, model, inputs, *args):
+        count.append(1)
+        if len(count) == 6 + at + 1:
+            raise Interrupt
+        seen.append(self.callback_handler.callbacks)
+        seen[-1] = next(str(c.stage[1]) for c in seen[-1] if hasattr(c, "stop_after"))
+        return step(self, model, inputs, *args)
+
+    monkeypatch.setattr(StageTrainer, "training_step", watched)
+    train(TrainConfig(output=str(tmp_path / "whole"), **drawn), progress=False)
+    config = TrainConfig(output=str(tmp_path / "run"), save_steps=1, **drawn)
+    with pytest.raises(Interrupt):
+        train(config, progress=False)
+    train(config, progress=False)
+    assert seen[:6] == seen[6:] and len(set(seen)) > 1
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
 def test_what_a_run_writes(whole):
     config = yaml.safe_load((whole / "config.yaml").read_text())
     assert config["scheme"] == "three-stage" and config["resolved_stages"][0]["plan"] == "1:avgpool:8"

@@ -62,6 +62,37 @@ def test_patches_are_named_after_the_fit_and_nothing_but_the_projector_moves(box
     assert moved and all("multi_modal_projector" in name for name in moved)
 
 
+def test_patches_say_where_they_are_too(boxes, small_model, monkeypatch):
+    """What is left of a fitted token without its name is nearest to the words of its place."""
+    monkeypatch.setattr(words, "PLACES", (("4", "5", "6"), ("7", "8", "9"), ("read", "all", "digits")))  # known words
+    model, processor = load_model(str(small_model))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)
+    tower = dict(model.model.vision_tower.named_parameters())
+    (places,) = (value for name, value in tower.items() if name.endswith("position_embedding.weight"))
+    torch.nn.init.normal_(places, std=0.5)  # of a tower that never learnt anything they are next to nothing
+    data = LlavaData(boxes)
+    words.fit_to_words(model, processor, data, steps=300, seed=0, progress=False)
+    patches = words._patches(model, processor, data, 0, False)
+    projector, shown = model.model.multi_modal_projector, patches.label >= 0
+    names = words._embeddings(model, processor, patches.names)
+    with torch.no_grad():
+        rest = projector(patches.features[shown].float()) - names[patches.label[shown]]
+    said = [name for row in words.PLACES for name in row]
+    corners = [0, 2, 6, 8]
+    places = words._embeddings(model, processor, said)
+    assert words._places(model, processor, 3).allclose(places, atol=1e-6)
+    row, column = patches.place[shown] // patches.side, patches.place[shown] % patches.side
+    edge = patches.side // 6  # so near to a corner that its words are right alone
+    for number, corner in enumerate(corners):
+        down, right = divmod(number, 2)
+        there = (row >= patches.side - edge if down else row < edge) & (
+            column >= patches.side - edge if right else column < edge
+        )
+        nearest = (rest[there][:, None] - places[corners]).norm(dim=-1).argmin(1)
+        assert there.any() and (nearest == number).float().mean() > 0.7, said[corner]  # chance: a quarter
+
+
 def test_it_comes_before_alignment_and_runs_are_the_same_again(boxes, small_model, tmp_path, capsys):
     shared = dict(
         model=str(small_model), data=str(boxes), align_data=str(boxes), align_words=20, align_steps=1, stage=0
