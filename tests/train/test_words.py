@@ -74,7 +74,7 @@ def test_patches_say_where_they_are_too(boxes, small_model, monkeypatch):
         row, column = (torch.arange(144) // 12 - 5.5) / 4, (torch.arange(144) % 12 - 5.5) / 4
         places[1:, :2] = torch.stack([row, column], 1)
     data = LlavaData(boxes)
-    words.fit_to_words(model, processor, data, steps=300, seed=0, progress=False)
+    words.fit_to_words(model, processor, data, steps=1500, seed=0, progress=False)
     patches = words._patches(model, processor, data, 0, False)
     projector, shown = model.model.multi_modal_projector, patches.label >= 0
     names = words._embeddings(model, processor, patches.names)
