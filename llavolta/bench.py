@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from llavolta.cost import throughput
-from llavolta.cost.bench import Sizes, compressor_times, embedded_batches, scheme_times, step_report
+from llavolta.cost.bench import Sizes, compressor_times, embedded_batches, scheme_times, step_report, zoo_times
 from llavolta.cost.gpu_report import gpu_report
 from llavolta.cost.precision import precision_times
 from llavolta.errors import UserError
@@ -26,6 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("images", "tower_images", "grid", "width", "layers", "rounds"):
         default = inspect.signature(compressor_times).parameters[name].default
         compressors.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    zoo = commands.add_parser("zoo", help="every method's own time, as a share of a prefill and of a training step")
+    for name in ("width", "layers", "grid", "batch", "rounds"):
+        zoo.add_argument(f"--{name}", type=int, default=inspect.signature(zoo_times).parameters[name].default)
     step = commands.add_parser("step", help="a training step and a prefill under several plans")
     for name, kind in typing.get_type_hints(Sizes).items():
         step.add_argument(f"--{name}", type=kind, default=getattr(Sizes, name))
@@ -77,6 +80,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}\n")
         print(table.to_string(float_format="{:.3f}".format))
         return int(table.error.abs().max() > 0.1)
+    if command == "zoo":
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}\n")
+        print(zoo_times(**options).to_string(index=False, float_format="{:.4f}".format))
+        return 0
     if command == "compressors":
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}\n")
         print(compressor_times(**options).to_string(index=False, float_format="{:.4f}".format))

@@ -150,11 +150,16 @@ def check_layers(plan: Plan, num_layers: int) -> Plan:
     return plan
 
 
+def entry_layer(plan: Plan) -> int:
+    """The first decoder layer that works on visual tokens: 0, or that of ``enter``."""
+    return next((layer for layer, compressor in plan.items() if isinstance(compressor, Enter)), 0)
+
+
 def tokens_per_layer(plan: str | Mapping[Layer, Compressor] | None, num_layers: int, num_tokens: int) -> list[float]:
     """Visual tokens of one image of ``num_tokens`` tokens that each of ``num_layers`` layers works on."""
     plan = check_layers(parse_plan(plan), num_layers)
     counts, left = [], plan[VISION].num_tokens(num_tokens) if VISION in plan else num_tokens
-    first = next((layer for layer, compressor in plan.items() if isinstance(compressor, Enter)), 0)
+    first = entry_layer(plan)
     for layer in range(num_layers):
         if layer in plan:
             left = plan[layer].num_tokens(left)

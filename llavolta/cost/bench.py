@@ -25,7 +25,7 @@ from llavolta.compression.families import find_parts, unwrap
 from llavolta.compression.labelled import IGNORED
 from llavolta.compression.masks import cache_bytes
 from llavolta.compression.patch import compress
-from llavolta.compression.plan import parse_plan
+from llavolta.compression.plan import parse_plan, tokens_per_layer
 from llavolta.compression.probe import TowerLayer, TowerProbe
 from llavolta.cost.flops import cost_model
 from llavolta.cost.planner import fit_speed
@@ -303,6 +303,89 @@ def prefill_times(model, batch: dict, plans: Sequence[str], rounds: int = 5, pro
             "cache_ratio": bytes_ / bytes_[0],
         }
     )
+
+
+ZOO = (
+    "vision:cls:0.25",
+    "vision:visionzip:0.25",
+    "vision:vispruner:0.25",
+    "vision:tome:0.25",
+    "vision:kmeans:0.25",
+    "vision:prumerge+:0.25",
+    "0:avgpool2d:2",
+    "0:divprune:0.25",
+    "0:cdpruner:0.25",
+    "0:holov:0.25",
+    "0:vscan:0.25",
+    "0:restore:divprune:0.25",
+    "2:fastv:0.25",
+    "2:dart:0.25",
+    "3:sparsevlm:0.25",
+    "4:pact:0.55",
+)
+"""Every method at about a quarter of the tokens."""
+
+
+def zoo_times(
+    width: int = 1024, layers: int = 24, grid: int = 24, batch: int = 1, rounds: int = 3, progress: bool = True
+) -> pd.DataFrame:
+    """The own time of each method of ZOO in a random LLaVA whose tower and decoder have ``layers`` of ``width``, with
+    grid x grid visual tokens and 60 of text, as a share of a prefill and of a training step (tower frozen) without it.
+
+    One row per plan: own (seconds of the compressor alone, median), prefill and step (its share of theirs), tokens
+    (left, mean over layers), saved (what the plan saves of a prefill's time, its own time counted in: below 0 where a
+    method costs more than it saves).
+    """
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=max(1, width // 64))
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, intermediate_size=4 * width, image_size=14 * grid, patch_size=14),
+        text_config=LlamaConfig(**sizes, intermediate_size=width * 11 // 4, vocab_size=2000),
+        image_token_index=5,
+        image_seq_length=grid * grid,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).eval()
+    inputs = Sizes(visual=grid * grid, batch=batch).inputs()
+    inputs["pixel_values"] = torch.randn(batch, 3, 14 * grid, 14 * grid)
+    own: dict[str, float] = {}
+
+    def timed(plan: str) -> float:
+        """Seconds of the plan's compressors, called again with what they were given, while their layers are there."""
+        taken = []
+
+        def again(layer, tokens, out) -> None:
+            compressor = parse_plan(plan)[layer]
+            taken.append(min(_seconds(partial(compressor, tokens)) for _ in range(rounds)))
+
+        with torch.no_grad(), compress(model, plan, observe=again):
+            model(**{name: value for name, value in inputs.items() if name != "labels"}, logits_to_keep=1)
+        return sum(taken)
+
+    for plan in tqdm(ZOO, desc="methods", disable=not progress, leave=False):
+        own[plan] = timed(plan)
+    prefills = prefill_times(model, inputs, ZOO, rounds, progress).set_index("plan")
+    step = step_times(model, [inputs], [], rounds, progress=progress).seconds.iloc[0]
+    rows = [
+        dict(
+            plan=plan,
+            tokens=float(np.mean(tokens_per_layer(plan, layers, grid * grid))),
+            own=own[plan],
+            prefill=own[plan] / prefills.seconds["none"],
+            step=own[plan] / step,
+            saved=1 - prefills.ratio[plan],
+        )
+        for plan in ZOO
+    ]
+    return pd.DataFrame(rows)
+
+
+def _seconds(task: Callable[[], object]) -> float:
+    start = now(torch.device("cpu"))
+    task()
+    return now(torch.device("cpu")) - start
 
 
 BEFORE_PROJECTOR = (

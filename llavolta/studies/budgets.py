@@ -34,17 +34,29 @@ from llavolta.train.schemes import NEIGHBOURS, SCHEMES, Scheme, scale_layer, sca
 
 FULL, DOWNSAMPLE = "no compression", "downsampling"
 METHODS = {
-    "random drop": (VISION, "random:{keep}"),
-    DOWNSAMPLE: (VISION, "downsample:{keep}"),
-    "average pooling": (0, "avgpool:{stride}"),
-    "k-means": (VISION, "kmeans:{keep}"),
-    "PruMerge": (VISION, "prumerge:{keep}"),
-    "PruMerge+": (VISION, "prumerge+:{keep}"),
-    "average pooling, layer 2": (2, "avgpool:{stride}"),
-    "FastV": (2, "fastv:{keep}"),
-    "PyramidDrop": ((8, 16, 24), "pyramiddrop:{keep}"),
+    "random drop": "vision:random:{keep}",
+    DOWNSAMPLE: "vision:downsample:{keep}",
+    "average pooling": "0:avgpool:{stride}",
+    "k-means": "vision:kmeans:{keep}",
+    "PruMerge": "vision:prumerge:{keep}",
+    "PruMerge+": "vision:prumerge+:{keep}",
+    "class attention": "vision:cls:{keep}",
+    "VisionZip": "vision:visionzip:{keep}",
+    "VisPruner": "vision:vispruner:{keep}",
+    "ToMe": "vision:tome:{keep}",
+    "DivPrune": "0:divprune:{keep}",
+    "CDPruner": "0:cdpruner:{keep}",
+    "HoloV": "0:holov:{keep}",
+    "HoloV + RESTORE": "0:restore:holov:{keep}",
+    "VScan": "0:vscan:{keep};16:pyramiddrop:0.334",
+    "average pooling, layer 2": "2:avgpool:{stride}",
+    "FastV": "2:fastv:{keep}",
+    "DART": "2:dart:{keep}",
+    "SparseVLM": "3:sparsevlm:{keep};7:sparsevlm:{keep};16:sparsevlm:{keep}",
+    "PACT": "4:pact:{keep}",
+    "PyramidDrop": "8:pyramiddrop:{keep};16:pyramiddrop:{keep};24:pyramiddrop:{keep}",
 }
-"""By method: where it stands in a model of 32 layers, and its text; the budget sets {keep} or {stride}."""
+"""By method: its plan in a model of 32 layers; the budget sets {keep} or {stride}."""
 PYRAMIDDROP = "8:pyramiddrop:0.5;16:pyramiddrop:0.5;24:pyramiddrop:0.5"  # as published
 
 
@@ -58,20 +70,32 @@ def plan_at(method: str, budget: float, num_layers: int, num_tokens: int) -> str
         raise BudgetError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
     if not 0 < budget <= 1:
         raise BudgetError(f"a budget is a share of the tokens, above 0 and at most 1, not {budget!r}")
-    places, text = METHODS[method]
-    places = places if isinstance(places, tuple) else (places,)
-    layers = [place if place == VISION else scale_layer(place, num_layers) for place in places]
-    if _left(layers, 1 / num_tokens, num_layers) > budget:  # with a single token each
+    entries = _entries(METHODS[method], num_layers)
+    least, most = (_left(entries, keep, num_layers) for keep in (1 / num_tokens, 1))  # a single token, and all
+    if not least <= budget <= most:
         return None
-    keep = brentq(lambda keep: _left(layers, keep, num_layers) - budget, 0, 1)
-    entry = text.format(keep=round(keep, 4), stride=round(1 / keep))
-    return ";".join(f"{layer}:{entry}" for layer in layers)
+    keep = brentq(lambda keep: _left(entries, keep, num_layers) - budget, 0, 1)
+    given = dict(keep=round(keep, 4), stride=round(1 / keep))
+    return ";".join(f"{layer}:{text.format(**given)}" for layer, text in entries.items())
 
 
-def _left(layers: list, keep: float, num_layers: int) -> float:
-    """The share of token-layers that is left if an entry at each of ``layers`` keeps ``keep`` of what it gets."""
-    before = [sum(place == VISION or place <= layer for place in layers) for layer in range(num_layers)]
-    return sum(keep**entries for entries in before) / num_layers
+def _entries(plan: str, num_layers: int) -> dict[int | str, str]:
+    """The entries of a plan for 32 layers in a model of ``num_layers``; where two become one layer, the first."""
+    found: dict[int | str, str] = {}
+    for entry in plan.split(";"):
+        place, text = entry.split(":", 1)
+        found.setdefault(place if place == VISION else scale_layer(int(place), num_layers), text)
+    return found
+
+
+def _left(entries: dict[int | str, str], keep: float, num_layers: int) -> float:
+    """The share of token-layers that is left if the entries whose number is open keep ``keep`` of what they get."""
+    counts, left = [], 1.0
+    shares = {layer: keep if "{" in text else float(text.split(":")[1]) for layer, text in entries.items()}
+    for layer in (VISION, *range(num_layers)):
+        left *= shares.get(layer, 1)
+        counts.append(left)
+    return sum(counts[1:]) / num_layers
 
 
 def plans_at(
@@ -135,12 +159,18 @@ def accuracy(answers: pd.DataFrame) -> pd.DataFrame:
 def prefill(
     model, processor, data: LlavaData, plans: pd.DataFrame, batch: int = 32, rounds: int = 5, progress: bool = True
 ) -> pd.DataFrame:
-    """``plans`` with the time of reading a prompt, pictures encoded along, and the cache's size, relative to FULL."""
+    """``plans`` with the time of reading a prompt, pictures encoded along, and the cache's size, relative to FULL; and
+    ``measured``, the share of token-layers that was left of these prompts' pictures: more or less than ``share`` where
+    a method decides for itself how many stay."""
     asked = pictured(data, [question for _, question in zip(range(batch), data.questions(), strict=False)])
     inputs = prompts(model, processor, asked)
     times = prefill_times(model, inputs, list(plans.plan), rounds, progress).set_index("plan")
+    full = sum(depth_and_tokens(model)[1:]) * depth_and_tokens(model)[0]
+    measured = {plan: _layer_tokens(model, inputs, plan).sum() / full for plan in plans.plan}
     return plans.assign(
-        time=[times.ratio[plan] for plan in plans.plan], cache=[times.cache_ratio[plan] for plan in plans.plan]
+        time=[times.ratio[plan] for plan in plans.plan],
+        cache=[times.cache_ratio[plan] for plan in plans.plan],
+        measured=[measured[plan] for plan in plans.plan],
     )
 
 
@@ -193,12 +223,17 @@ def tokens_left(folder: str | Path, data: LlavaData, plan: str, full: int, pictu
     model, processor, _ = open_model(folder)
     questions = list(islice((q for q in data.questions() if q["question"]), pictures))
     batch = prompts(model, processor, pictured(data, questions))
+    return float(_layer_tokens(model, batch, plan).mean() / full)
+
+
+def _layer_tokens(model, batch: dict, plan: str) -> np.ndarray:
+    """(layers,) visual tokens that each decoder layer works on, the mean over the pictures of ``batch``."""
     depth, tokens = depth_and_tokens(model)
     counts = np.full(depth, float(tokens))
     for layer, groups in inspect.token_map(model, batch, plan).items():
         mean = np.mean([len(np.unique(row[row >= 0])) for row in groups])
         counts[0 if layer == VISION else layer :] = mean
-    return float(counts.mean() / full)
+    return counts
 
 
 def sizes(config: TrainConfig) -> tuple[int, int]:

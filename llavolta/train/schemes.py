@@ -40,7 +40,8 @@ def compression_ratio(num_layers: int, num_tokens: int, layer: int, stride: int)
 
 def plan_compression_ratio(plan, num_layers: int, num_tokens: int) -> float:
     """The same ratio for any plan: visual tokens summed over the layers without compression over those with it."""
-    return num_layers * num_tokens / sum(tokens_per_layer(plan, num_layers, num_tokens))
+    left = sum(tokens_per_layer(plan, num_layers, num_tokens))
+    return num_layers * num_tokens / left if left else math.inf
 
 
 @dataclass(frozen=True)
