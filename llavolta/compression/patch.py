@@ -296,7 +296,8 @@ class Compression:
         if "tower" in compressor.needs:
             kinds = [state.by_kind[kind] for kind in PIXELS if kind in state.by_kind]
             features = [output.pooler_output for output in state.encoded.values()]
-            probe.tower = self._tower.probe(features, spread=rows.pictures.mask, kinds=kinds)
+            at_rows = dict(spread=rows.pictures.mask, rows=rows.pictures.rows, image_sizes=state.image_sizes)
+            probe.tower = self._tower.probe(features, kinds=kinds, **at_rows)
         if "start" in compressor.needs:
             first, start = state.start
             probe.start = start.tokens(first.hidden, decoder.training, self._now.probe(first, start, probe.norm))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -205,8 +206,9 @@ class TowerProbe:
     layers: by the names they were asked for. length: L, the tokens that a picture of the tower becomes. class_token:
     whether one stands before the patches. If the model merges square blocks of patches into its L tokens, a token's
     answers are the means over its block. unit: where patches of unlike pictures stand in one row, merged ``unit`` at a
-    time, and order: of the merged ones. spread (I, L): at layer 0, where the tokens of all pictures
-    stand, and source (n,): which of the tower's each of them is.
+    time, and order: of the merged ones. pack: where images are cut in tiles, from (tiles, L, D) to the ``made``
+    tokens of all images (made, D), newlines among them, as the model does it. spread (I, L): at layer 0, where the
+    tokens of all pictures stand, and source (n,): which of the tower's each of them is.
     """
 
     layers: dict[str | int, TowerLayer]
@@ -216,10 +218,14 @@ class TowerProbe:
     order: Tensor | None = None
     spread: Tensor | None = None
     source: Tensor | None = None
+    pack: Callable[[Tensor], Tensor] | None = None
+    made: int | None = None
 
     @property
     def tokens(self) -> int:
         """How many tokens the tower's pictures become, all together."""
+        if self.made is not None:
+            return self.made
         first = next(iter(self.layers.values()))
         return len(first.key) * self.length if first.mask is None else int(first.mask.sum()) // self.unit
 
@@ -229,7 +235,7 @@ class TowerProbe:
         first = next(iter(self.layers.values()))
         if self.spread is not None:
             whole = self.tokens > 0 and len(self.source) == int(self.spread.sum())
-            if not whole or int(self.source.max()) != self.tokens - 1:
+            if not whole or int(self.source.max()) >= self.tokens:
                 return False
         if first.mask is not None:
             return True
@@ -267,6 +273,7 @@ class TowerProbe:
             values = values if self.order is None else values[self.order]
         else:
             values = self._of_blocks(values)
+            values = values if self.pack is None else self.pack(values)
         if self.spread is None:
             return values
         spread = values.new_zeros(*self.spread.shape, values.shape[-1])

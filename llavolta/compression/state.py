@@ -49,6 +49,7 @@ class Pass:
     masks: dict[tuple[int, int], object] = field(default_factory=dict)  # by layer of the plan and stock mask
     cached: dict[int, CachedRows] = field(default_factory=dict)  # what the cache will hold, by layer of the plan
     moved: Tensor | int = 0  # (B, 1) how far closing the gaps of this pass has moved its last token up
+    image_sizes: Tensor | None = None  # (images, 2), where the model cuts them in tiles
     start: tuple[LayerInput, Rows] | None = None  # what layer 0 works on, where a compressor will ask for it
     waiting: tuple[Tensor, Rows] | None = None  # hidden (B, T, C) and rows of layer 0, where tokens enter later
 
@@ -60,7 +61,7 @@ class Pass:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             real = mask[:, -ids.shape[1] :].bool()
         encoded, cache = inputs.get("mm_encoder_outputs") or {}, inputs.get("past_key_values")
-        return cls(by_kind, encoded, real, mask is None, cache)
+        return cls(by_kind, encoded, real, mask is None, cache, image_sizes=inputs.get("image_sizes"))
 
     @property
     def has_pictures(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable
@@ -104,11 +105,14 @@ class TowerWatch:
         images: int | None = None,
         spread: Tensor | None = None,
         kinds: list[Tensor] | None = None,
+        rows: Tensor | None = None,
+        image_sizes: Tensor | None = None,
     ) -> TowerProbe:
         """Of ``images`` pictures of ``length`` tokens at the projector; or at layer 0 of all whose tokens are where
-        ``spread`` (I, L) is True, and in the batch where those of each modality, in the tower's order, ``kinds`` (B, T)
-        are. features: what the model made of the pictures, by which they are known again where ``generate`` hands them
-        over anew. Raises UnsupportedModel if it is unknown which patches became which tokens."""
+        ``spread`` (I, L) is True: rows (I, L) of the B * T of the batch, and where those of each modality, in the
+        tower's order, ``kinds`` (B, T) are. features: what the model made of the pictures, by which they are known
+        again where ``generate`` hands them over anew. image_sizes: as the model takes them. Raises UnsupportedModel if
+        it is unknown which patches became which tokens."""
         if self._noted.features is None:
             self._noted.features = features
         known = len(features) == len(self._noted.features)
@@ -130,18 +134,28 @@ class TowerWatch:
                 layer: TowerLayer(torch.cat(noted[layer, "query"]), torch.cat(noted[layer, "key"]), tower_heads(of[0]))
                 for layer, of in asked
             }
-            if spread is not None:
-                length = _length(features, len(next(iter(layers.values())).key))
+            key = next(iter(layers.values())).key
+            tiled = spread is not None and getattr(self.base, "image_newline", None) is not None
+            if tiled:
+                length = key.shape[1] - self.class_token
+            elif spread is not None:
+                length = _length(features, len(key))
             probe = TowerProbe(layers, length, self.class_token, spread=spread)
+            if tiled and image_sizes is not None and len(features) == 1:
+                probe.pack = _packing(self.base, image_sizes, len(key))
+            if tiled:
+                probe.made = 0 if probe.pack is None else len(probe.pack(key.new_zeros(len(key), length, 1)))
         else:
             raise UnsupportedModel(
                 f"{self.compressor} reads the vision tower, which did not work in this pass; give pixels, not features"
             )
         given = next(iter(layers.values())).key.shape[:2]
         if kinds is not None:
-            probe.source = _sources(kinds, max(probe.tokens, 1)).to(spread.device)
-        newlines = kinds is not None and getattr(self.base, "image_newline", None) is not None  # among the tokens
-        if (images is not None and given[0] != images) or newlines or not probe.fits:
+            source = _sources(kinds, max(probe.tokens, 1))
+            places = torch.cat([where.reshape(-1) for where in kinds]).view(len(kinds), -1).any(0).nonzero()[:, 0]
+            at = torch.searchsorted(places, rows[spread].cpu())  # a newline behind a picture is no part of it
+            probe.source = (source[at] if len(source) == len(places) else source).to(spread.device)
+        if (images is not None and given[0] != images) or not probe.fits:
             reach, other = f"{images} x {length} reach the projector", "layer 0"
             if spread is not None:
                 reach, other = f"{int(spread.sum())} reach layer 0", repr(VISION)
@@ -180,6 +194,30 @@ def _merging(tower, sizes: Tensor) -> tuple[int, Tensor | None]:
     options = dict(window_size=tower.window_size, patch_size=tower.patch_size)
     index, _ = get_vision_window_index(sizes, spatial_merge_size=tower.spatial_merge_size, **options)
     return unit, index.argsort()
+
+
+def _packing(base, image_sizes: Tensor, tiles: int) -> Callable[[Tensor], Tensor] | None:
+    """What makes values (tiles, L, D) of tiled images one row of tokens (n, D), by the model's own code; newlines, which
+    no patch became, have 0. None if it is unknown which tiles are of one image."""
+    patches = vars(sys.modules[type(base).__module__]).get("image_size_to_num_patches")
+    if patches is None or not hasattr(base, "pack_image_features"):
+        return None
+    grid = dict(grid_pinpoints=base.config.image_grid_pinpoints, patch_size=base.config.vision_config.image_size)
+    counts = [patches(image_size=each, **grid) for each in image_sizes]
+    if sum(counts) != tiles:
+        counts = [1] * len(image_sizes)  # of several images in a sample some models cut none
+    if sum(counts) != tiles:
+        return None
+    options = inspect.signature(base.pack_image_features).parameters
+    aspect = getattr(base.config, "vision_aspect_ratio", None)
+    given = {"vision_feature_select_strategy": "full", "vision_aspect_ratio": aspect}
+    given = {name: value for name, value in given.items() if name in options and value is not None}
+
+    def pack(values: Tensor) -> Tensor:
+        newline = values.new_zeros(values.shape[-1])
+        return torch.cat(base.pack_image_features(values.split(counts), image_sizes, image_newline=newline, **given)[0])
+
+    return pack
 
 
 def _length(features: list, pictures: int) -> int:

@@ -42,7 +42,7 @@ NO_GRID = {
     "downsample": ["mistral3", "video_llava"],
 }  # of known sides
 TOKEN_BY_TOKEN = ("llava", "llava_next", "llava_next_video", "video_llava", "internvl")  # what the projector works on
-UNKNOWN = ("llava_next", "llava_next_video", "llava_onevision", "video_llava")  # which patches became which tokens
+UNKNOWN = ("mistral3", "llava_next_video", "llava_onevision", "video_llava")  # which patches became which tokens
 NO_ATTENTION = ("aya_vision",)  # Cohere 2 rotates in its sliding-window layers only
 GREEDY = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None, suppress_tokens=[IMAGE])
 

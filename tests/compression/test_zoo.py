@@ -559,3 +559,27 @@ def test_what_a_tower_of_packed_patches_gives_is_known_at_layer_0():
     found, rows = tokens.salience(), tokens.probe.images
     torch.testing.assert_close(found[tokens.mask], expected[rows[tokens.mask]], rtol=1e-4, atol=1e-6)
     assert len(found[tokens.mask].unique()) > 5
+
+
+@torch.no_grad()
+def test_the_tiles_of_an_image_are_told_apart_at_layer_0():
+    """LLaVA-NeXT: each patch carries its own number through the model's packing, newlines and all."""
+    family = FAMILIES["llava_next"]()
+    base, watched, numbers = family.model.model, Watched(), []
+
+    def count(module, args, output):  # in place of the projector's output
+        n = output.shape[0] * output.shape[1]
+        numbers.append(torch.arange(1.0, n + 1).view(*output.shape[:2], 1).expand_as(output) + 0)
+        return numbers[-1]
+
+    hook = base.multi_modal_projector.register_forward_hook(count)
+    with compress(family.model, "0:cls:0.5", observe=watched):
+        family.model(**family.batch)
+    hook.remove()
+    [(tokens, _)] = watched.calls
+    flat = tokens.probe.tower.layers["selected"].attention(slice(0, 1), True)[:, 1:].reshape(-1)
+    which = tokens.hidden[..., 0].round().long()  # the patch that each token was, newlines aside
+    isnumber = (which >= 1) & (which <= len(flat)) & (tokens.hidden == tokens.hidden[..., :1]).all(-1) & tokens.mask
+    assert isnumber.sum() > 100 and not isnumber[tokens.mask].all()
+    torch.testing.assert_close(tokens.salience()[isnumber], flat[which[isnumber] - 1])
+    assert (tokens.salience()[tokens.mask & ~isnumber] == 0).all()
