@@ -197,7 +197,7 @@ def _merging(tower, sizes: Tensor) -> tuple[int, Tensor | None]:
 
 
 def _packing(base, image_sizes: Tensor, tiles: int) -> Callable[[Tensor], Tensor] | None:
-    """What makes values (tiles, L, D) of tiled images one row of tokens (n, D), by the model's own code; newlines, which
+    """What makes values (tiles, L, D) of tiled images one row of tokens (n, D), by the model's own code; newlines, that
     no patch became, have 0. None if it is unknown which tiles are of one image."""
     patches = vars(sys.modules[type(base).__module__]).get("image_size_to_num_patches")
     if patches is None or not hasattr(base, "pack_image_features"):
