@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from llavolta.errors import UnsupportedModel
 
@@ -132,6 +133,58 @@ def towers(parts: Parts) -> dict[str, nn.Module]:
     """The vision towers, by their names in the base model."""
     others = (parts.decoder, parts.projector)
     return {name: part for name, part in parts.base.named_children() if part not in others and _stacks(part)}
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the parameters of a model are for, by the names of modules and lone parameters within the unwrapped model:
+    ``projector`` (what leads from the tower's width to the decoder's: also Qwen's mergers, newlines), ``tower``; the
+    rest is the language model's."""
+
+    projector: tuple[str, ...]
+    tower: tuple[str, ...]
+
+    def of(self, parameter: str) -> str:
+        """ "projector", "tower" or "language", of a parameter by its name in the unwrapped model."""
+        for role in ("projector", "tower"):  # a merger stands within its tower
+            if any(parameter == name or parameter.startswith(f"{name}.") for name in getattr(self, role)):
+                return role
+        return "language"
+
+
+def roles(model: nn.Module) -> Roles:
+    """Found from the structure: a tower has a stack of layers and takes pixels by a convolution; a projector stands
+    beside it, or within it, behind the layers, and ends at the decoder's width."""
+    top = unwrap(model)
+    parts = find_parts(top)
+    names = {module: name for name, module in top.named_modules()}
+    base = f"{names[parts.base]}." if names[parts.base] else ""
+    beside = [
+        (name, part)
+        for name, part in parts.base.named_children()
+        if part is not parts.decoder and any(True for _ in part.parameters())
+    ]
+    seeing = [name for name, part in beside if _stacks(part) and any(isinstance(m, _ConvNd) for m in part.modules())]
+    seeing = seeing or [name for name, part in beside if _stacks(part)]
+    projector = [name for name, _ in beside if name not in seeing]
+    if not projector:
+        width = parts.decoder.config.hidden_size
+        for name in seeing:
+            projector += [f"{name}.{inner}" for inner in _mergers(dict(beside)[name], width)]
+    projector += [name for name, _ in parts.base.named_parameters(recurse=False)]
+    return Roles(tuple(base + name for name in projector), tuple(base + name for name in seeing))
+
+
+def _mergers(tower: nn.Module, width: int) -> list[str]:
+    """The parts of a vision tower that stand behind its layers and end at the decoder's ``width``."""
+    stack = max(_stacks(tower), key=len)
+    children = list(tower.named_children())
+    at = next(place for place, (_, part) in enumerate(children) if stack in list(part.modules()))
+    found = []
+    for name, part in children[at + 1 :]:
+        if any(isinstance(m, nn.Linear) and m.out_features == width for m in part.modules()):
+            found.append(name)
+    return found
 
 
 def _stacks(module: nn.Module) -> list[nn.ModuleList]:

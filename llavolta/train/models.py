@@ -16,15 +16,12 @@ from transformers import (
     PretrainedConfig,
 )
 
-from llavolta.compression.families import find_parts, towers, unwrap
+from llavolta.compression.families import find_parts, roles, towers, unwrap
 from llavolta.data.video import FrameProcessor, VideoLlavaProcessor
 from llavolta.errors import UserError
 from llavolta.train.config import ConfigError, TrainConfig
 from llavolta.worlds import model_path
 from llavolta.worlds.joining import load_whole
-
-PROJECTOR, TOWER = "multi_modal_projector", "_tower"
-TOWERS = tuple(kind + TOWER for kind in ("vision", "image", "video"))  # Video-LLaVA has one each of the last two
 
 
 def has_bfloat16() -> bool:
@@ -71,8 +68,8 @@ def load_model(name: str, quantize: str | None = None, dtype: torch.dtype = torc
     path = model_path(name)
     if (Path(path) / "adapter_config.json").exists():
         return _with_its_adapters(path, dtype)
-    read_config(name)
-    options = {"quantization_config": _four_bits()} if quantize else {}
+    config = read_config(name)
+    options = {"quantization_config": _four_bits(config)} if quantize else {}
     model = load_whole(AutoModelForImageTextToText, path, dtype=dtype, **options)
     return model, _processor(model, path)
 
@@ -111,43 +108,51 @@ def _processor(model: nn.Module, path: str):
     return VideoLlavaProcessor.from_args_and_dict(parts, settings)
 
 
-def _four_bits():
+def _four_bits(config):
     from transformers import BitsAndBytesConfig
     from transformers.utils import is_bitsandbytes_available
 
     if not is_bitsandbytes_available():
         raise ConfigError("quantize 'nf4' needs the package bitsandbytes; pip install bitsandbytes")
+    with torch.device("meta"):
+        role = roles(AutoModelForImageTextToText.from_config(config))
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["lm_head", f"model.{PROJECTOR}", *(f"model.{tower}" for tower in TOWERS)],
+        llm_int8_skip_modules=["lm_head", *role.projector, *role.tower],
     )
 
 
 def set_trainable(model, phase: str, train_tower: bool = False) -> None:
     """Freeze what LLaVA freezes: in "align" all but the projector, in "instruct" the tower unless ``train_tower``."""
-    names = [name for name, _ in unwrap(model).named_parameters()]
-    for part in (PROJECTOR, TOWER):
-        if not any(part in name for name in names):
-            raise ConfigError(
-                f"{type(unwrap(model)).__name__} has no {part.strip('_')}; training is for models of LLaVA's make"
-            )
-    for name, parameter in unwrap(model).named_parameters():
-        trains = PROJECTOR in name if phase == "align" else TOWER not in name or train_tower
+    top = unwrap(model)
+    role = roles(top)
+    if not role.projector or not role.tower:
+        lacks = "projector" if role.tower else "vision tower"
+        raise ConfigError(f"{type(top).__name__}: no {lacks} was found in its structure, so nothing can be frozen")
+    for name, parameter in top.named_parameters():
+        of = role.of(name)
+        trains = of == "projector" if phase == "align" else of != "tower" or train_tower
         if parameter.is_floating_point():
             parameter.requires_grad_(trains)
 
 
 def with_adapters(model, config: TrainConfig, base: str) -> PeftModel:
     """``model`` with LoRA in the linear layers of its decoder; the projector (and tower) train whole. See TrainConfig.
+    Lone parameters beside them, such as LLaVA-NeXT's newline, stay as they are.
 
     base: the folder of ``model``, which the adapters' folder will name.
     """
     if config.quantize:
         model = prepare_model_for_kbit_training(model, config.gradient_checkpointing)
-    prefix = next(name for name, module in model.named_modules() if module is find_parts(model).decoder)
+    modules = dict(model.named_modules())
+    whole = [name for name in roles(model).projector if name in modules]
+    whole += [name for name in roles(model).tower if config.train_tower]
+    lists = {name: [f"{name}.{inner}" for inner, _ in modules[name].named_children()] for name in whole}
+    whole = [part for name in whole for part in (lists[name] if isinstance(modules[name], nn.ModuleList) else [name])]
+    prefix = next(name for name, module in modules.items() if module is find_parts(model).decoder)
     inside = find_parts(model).layers.named_modules()
     linear = [f"{prefix}.layers.{name}" for name, module in inside if isinstance(module, nn.Linear)]
     model.name_or_path = model.config.name_or_path = base
@@ -156,9 +161,14 @@ def with_adapters(model, config: TrainConfig, base: str) -> PeftModel:
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         lora_dropout=config.lora_dropout,
         target_modules=linear,
-        modules_to_save=[PROJECTOR, *TOWERS] if config.train_tower else [PROJECTOR],
+        modules_to_save=_outermost(whole),
     )
     return get_peft_model(model, adapters)
+
+
+def _outermost(names: list[str]) -> list[str]:
+    """``names`` without those that stand within another."""
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
 def parameter_groups(model, weight_decay: float, decayed: set[str], rates: dict[str, float | None]) -> list[dict]:

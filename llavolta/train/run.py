@@ -36,7 +36,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llavolta.compression.families import find_parts, unwrap
+from llavolta.compression.families import find_parts, roles, unwrap
 from llavolta.data import Collator, check_words
 from llavolta.errors import Stopped
 from llavolta.train import checkpoints
@@ -53,7 +53,7 @@ from llavolta.train.build import (
 )
 from llavolta.train.config import ENGINES, ConfigError, TrainConfig, parse_yaml
 from llavolta.train.dualspeed import add_isolator, load_isolator
-from llavolta.train.models import PROJECTOR, TOWER, autocasts, load_model, set_trainable, with_adapters
+from llavolta.train.models import autocasts, load_model, set_trainable, with_adapters
 from llavolta.train.projectors import replace_projector
 from llavolta.train.schemes import Scheme
 from llavolta.train.trainer import MetricsCallback, StageCallback, StageTrainer
@@ -263,7 +263,9 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         say(f"projector fitted to words: {named:.0%} of unseen pictures' patches named right", progress)
     asked = threading.Event()
     stages = StageCallback(scheme, phase.last, lambda: _on_any_process(trainer, asked))
-    tuned = {PROJECTOR: config.projector_learning_rate, TOWER: config.tower_learning_rate}
+    role = roles(model)  # a merger stands within its tower, so projectors come first
+    tuned = {name: config.projector_learning_rate for name in role.projector}
+    tuned |= {f"{name}.": config.tower_learning_rate for name in role.tower}
     trainer = StageTrainer(
         model=model,
         args=arguments,

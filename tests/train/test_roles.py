@@ -1,0 +1,78 @@
+"""What trains in which phase, in every family: roles are found in a model's structure, not by its names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families_tiny import FAMILIES
+
+from llavolta.compression.families import roles, unwrap
+from llavolta.train.config import ConfigError, TrainConfig
+from llavolta.train.models import parameter_groups, set_trainable, with_adapters
+
+families = pytest.mark.parametrize("name", FAMILIES)
+PROJECTORS = {
+    "qwen2_vl": {"visual.merger"},
+    "qwen2_5_vl": {"visual.merger"},
+    "qwen3_vl": {"visual.merger", "visual.deepstack_merger_list"},
+    "smolvlm": {"connector"},
+    "idefics3": {"connector"},
+    "llava_next": {"multi_modal_projector", "image_newline"},
+    "llava_next_video": {"multi_modal_projector", "image_newline"},
+    "llava_onevision": {"multi_modal_projector", "image_newline"},
+}
+
+
+def trained(model) -> dict[str, torch.Tensor]:
+    """The gradients of one step, by name."""
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@families
+def test_the_projector_is_found_and_trains_alone_in_alignment(name):
+    family = FAMILIES[name]()
+    model, role = family.model.train(), roles(family.model)
+    expected = PROJECTORS.get(name, {"multi_modal_projector"})
+    assert set(role.projector) == {f"model.{part}" for part in expected} and role.tower
+    set_trainable(model, "align")
+    model(**family.batch).loss.backward()
+    moved = trained(model)
+    assert moved and {role.of(key) for key in moved} == {"projector"}
+    assert any(gradient.abs().max() > 0 for gradient in moved.values())
+
+
+@families
+@pytest.mark.parametrize("tower", [False, True])
+def test_the_tower_is_frozen_in_tuning_unless_it_is_to_train(name, tower):
+    family = FAMILIES[name]()
+    model, role = family.model.train(), roles(family.model)
+    set_trainable(model, "instruct", tower)
+    model(**family.batch).loss.backward()
+    moved = {role.of(key) for key, gradient in trained(model).items() if gradient.abs().max() > 0}
+    assert moved == {"projector", "language"} | ({"tower"} if tower else set())
+
+
+@families
+def test_adapters_train_in_the_decoder_and_the_projector_trains_whole(name):
+    family = FAMILIES[name]()
+    set_trainable(family.model.train(), "instruct")
+    model = with_adapters(family.model, TrainConfig(output="none", lora_rank=2), "none")
+    model(**family.batch).loss.backward()
+    moved = trained(model)
+    assert all("lora_" in key or "modules_to_save" in key for key in moved)
+    whole = {key for key in moved if "modules_to_save" in key}
+    role = roles(family.model)
+    assert whole and {role.of(key.removeprefix("base_model.model.")) for key in whole} == {"projector"}
+    assert not any("lora_" in key and role.of(key.removeprefix("base_model.model.")) != "language" for key in moved)
+    rates = {part: 1e-5 for part in role.projector} | {f"{part}.": 1e-6 for part in role.tower}
+    groups = parameter_groups(model, 0.0, set(), rates)
+    slow = {id(p) for group in groups if group.get("lr") == 1e-5 for p in group["params"]}
+    assert slow == {id(p) for key, p in model.named_parameters() if key in whole}
+    assert unwrap(model) is family.model
+
+
+def test_a_model_whose_projector_cannot_be_found_says_so():
+    model = FAMILIES["llava"]().model
+    del model.model.multi_modal_projector
+    with pytest.raises(ConfigError, match="no projector was found in its structure"):
+        set_trainable(model, "align")
