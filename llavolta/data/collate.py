@@ -52,13 +52,12 @@ class Collator:
             answers = torch.zeros_like(written, dtype=torch.bool)
             for first, last in spans[row]:
                 answers |= (starts >= first) & (ends <= last) & (ends > starts)
-            text = ~placeholder[row] & encoded["attention_mask"][row].bool()
+            text = (~placeholder[row] & encoded["attention_mask"][row].bool()).nonzero().squeeze(1)
             said = ~torch.isin(written, self._placeholders)
-            # The processor repeats a placeholder for each visual token, and changes nothing else.
-            if not torch.equal(ids[row][text], written[said]):
+            place = _placed(ids[row][text].tolist(), written.tolist(), said.tolist())
+            if place is None:
                 raise DataError(f"{example.name}: the processor rewrote the text; its answers cannot be found")
-            values = torch.where(answers, written, IGNORED)[said]
-            labels[row, text.nonzero().squeeze(1)] = values
+            labels[row, text[place]] = torch.where(answers, written, IGNORED)[said]
             self._check_length(example.name, placeholder[row], labels[row] != IGNORED)
         keep = min(ids.shape[1], self.max_length)
         batch = {"input_ids": ids[:, :keep], "attention_mask": encoded["attention_mask"][:, :keep]}
@@ -170,3 +169,31 @@ class Collator:
                 last, added = place + len(eos), added + len(eos)
             spans.append((first, last))
         return text, spans
+
+
+def _placed(ids: list[int], written: list[int], said: list[bool]) -> list[int] | None:
+    """Where in ``ids`` each token of ``written`` stands that is ``said``, no placeholder; None if it cannot be told.
+
+    The processor repeats a placeholder for each visual token, and may write tokens of its own around a picture (rows,
+    tiles). So the text before the first picture begins ``ids``, that behind the last ends them, and what stands between
+    two pictures is looked for from the end.
+    """
+    pieces: list[list[int]] = [[]]
+    for token, is_said in zip(written, said, strict=True):
+        if is_said:
+            pieces[-1].append(token)
+        else:
+            pieces.append([])
+    first, *between = pieces
+    if not between:
+        return list(range(len(ids))) if ids == first else None
+    place: list[int] = []
+    end = len(ids)
+    for number, piece in enumerate(reversed(between)):
+        start = end - len(piece)
+        while number and start >= len(first) and ids[start : start + len(piece)] != piece:
+            start -= 1
+        if start < len(first) or ids[start : start + len(piece)] != piece:
+            return None
+        place, end = [*range(start, start + len(piece)), *place], start
+    return [*range(len(first)), *place] if ids[: len(first)] == first else None

@@ -27,7 +27,7 @@ from llavolta.data import (
 )
 from llavolta.data import index as data_index
 from llavolta.data.__main__ import main
-from llavolta.data.collate import IGNORED
+from llavolta.data.collate import IGNORED, _placed
 from llavolta.data.entries import check_entry
 from llavolta.show import widgets
 from llavolta.studies import evaluation, inspect, redundancy
@@ -498,3 +498,22 @@ def test_pictures_are_padded_as_the_models_own_run_says(processor, tmp_path):
         assert trained_padding(processor, folder, False) is None
     assert trained_padding(processor, tmp_path / "run" / "other") is None
     assert trained_padding(processor, tmp_path / "run" / "other", True) == colour
+
+
+@pytest.mark.parametrize(
+    ("ids", "written", "place"),
+    [
+        ([1, 2, 3], [1, 2, 3], [0, 1, 2]),
+        ([1, 2, 3, 4], [1, 2, 3], None),  # no picture, so nothing may be written
+        ([1, 5, 6], [1, 0, 5, 6], [0, 1, 2]),  # nothing written beside the placeholders, 0
+        ([1, 90, 91, 92, 5, 6], [1, 0, 5, 6], [0, 4, 5]),  # rows and tiles of a picture
+        ([1, 90, 7, 8, 91, 91, 5, 6], [1, 0, 7, 8, 0, 5, 6], [0, 2, 3, 6, 7]),
+        ([90, 7, 91, 7, 92, 5], [0, 7, 0, 5], [3, 5]),  # the nearest to the end
+        ([90, 91, 5], [0, 0, 5], [2]),  # two pictures side by side
+        ([1, 5, 7], [1, 0, 5, 6], None),
+        ([2, 5, 6], [1, 0, 5, 6], None),
+        ([1, 90, 8, 91, 5], [1, 0, 7, 0, 5], None),
+    ],
+)
+def test_texts_are_found_between_what_a_processor_writes_around_pictures(ids, written, place):
+    assert _placed(ids, written, [token != 0 for token in written]) == place
