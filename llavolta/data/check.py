@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 
 from llavolta.data.collate import Collator
 from llavolta.data.entries import chat_messages, media_paths_of
-from llavolta.data.images import image_size
 from llavolta.data.index import keep, kept_path, read_index, read_reasons
 from llavolta.data.llava import LlavaData
 from llavolta.errors import DataError
@@ -125,7 +124,7 @@ def find_too_long(data: LlavaData, collate: Collator, progress: bool = True) -> 
             else:
                 counts = [fixed] * int(pictures[index])
                 if fixed is None:
-                    sizes = [image_size(data.folder, path, name, data.pad) for path in media_paths_of(entry)]
+                    sizes = [data.picture_size(index, path, name) for path in media_paths_of(entry)]
                     counts = [collate.picture_tokens(size) for size in sizes]
                 collate.check_room(chat_messages(entry), name, counts)
         except DataError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -57,14 +58,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_image(
-    folder: Path, path: str, name: str, pad: tuple[int, int, int] | None = None, eighth: bool = False
+    folder: Path,
+    path: str,
+    name: str,
+    pad: tuple[int, int, int] | None = None,
+    eighth: bool = False,
+    content: bytes | None = None,
 ) -> Image.Image:
-    """The picture at ``path`` below ``folder``, RGB. Raises DataError, naming the entry ``name``.
+    """The picture at ``path`` below ``folder``, or of the file's ``content``, RGB. Raises DataError, naming the entry
+    ``name``.
 
     eighth: a JPEG at an eighth of its size, which is decoded faster and breaks at the same faults. A picture of more
     than PIL.Image.MAX_IMAGE_PIXELS is refused, as its decoded form may not fit in memory.
     """
-    full = find_file(folder, path, name)
+    full = find_file(folder, path, name) if content is None else io.BytesIO(content)
     try:
         with Image.open(full, formats=FORMATS) as opened:
             if Image.MAX_IMAGE_PIXELS and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
@@ -97,10 +104,13 @@ def padding_colour(processor) -> tuple[int, int, int]:
     return tuple(round(255 * mean) for mean in processor.image_processor.image_mean)
 
 
-def image_size(folder: Path, path: str, name: str, pad: tuple[int, int, int] | None = None) -> tuple[int, int]:
+def image_size(
+    folder: Path, path: str, name: str, pad: tuple[int, int, int] | None = None, content: bytes | None = None
+) -> tuple[int, int]:
     """(width, height) of a picture as ``open_image`` gives it, from the head of its file. Raises DataError."""
     try:
-        with Image.open(find_file(folder, path, name), formats=FORMATS) as opened:
+        full = find_file(folder, path, name) if content is None else io.BytesIO(content)
+        with Image.open(full, formats=FORMATS) as opened:
             size, turned = opened.size, opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     except DataError:
         raise

@@ -15,6 +15,7 @@ import numpy as np
 
 from llavolta.data.entries import as_llava, check_entry, media_paths_of
 from llavolta.data.jsonlist import WrongFormat, scan
+from llavolta.data.table import is_table, open_table
 from llavolta.errors import DataError
 from llavolta.paths import DATA
 
@@ -37,8 +38,10 @@ class Index:
 
 def read_index(file: Path) -> Index:
     """The index of a data file: one pass over it, kept in data/cache for a large one. Raises DataError."""
+    if is_table(file):
+        return _scan_table(file)
     if not file.is_file():
-        raise DataError(f"no data file {file}; give the path of a JSON list of conversations")
+        raise DataError(f"no data file {file}; give the path of a JSON list of conversations, or of a Parquet file")
     version, kept = file_version(file), kept_path(file, "npz")
     if kept.exists():
         try:
@@ -54,6 +57,24 @@ def read_index(file: Path) -> Index:
         np.savez(archive, **{**vars(index), "bad": json.dumps(index.bad)})
         keep(kept, archive.getvalue())
     return index
+
+
+def _scan_table(file: Path) -> Index:
+    """Of a table: what stands for the bytes of an entry are those of its text."""
+    version = file_version(file)
+    table, found, bad = open_table(file, tuple(version)), [], {}
+    for row in range(len(table)):
+        try:
+            entry = as_llava(table.entry(row))
+            text = check_entry(entry, f"{file.name} entry {row}")
+            found.append((len(text.encode()), int("image" in entry), len(media_paths_of(entry)), text.count(" ") + 1))
+        except DataError as error:
+            bad[row] = str(error)
+            found.append((0, 0, 0, 0))
+    if not found:
+        raise DataError(f"{file} must hold at least one conversation")
+    size, medium, media, words = np.array(found).T
+    return Index(np.zeros_like(size), size, medium.astype(np.int8), media, words, bad, version)
 
 
 def _scan_index(file: Path, version: list[int]) -> Index:
@@ -85,7 +106,10 @@ def _scan_index(file: Path, version: list[int]) -> Index:
 
 
 def file_version(file: str | Path | int) -> list[int]:
-    """What changes when a file does."""
+    """What changes when a file, or one in a folder, does."""
+    if isinstance(file, Path) and file.is_dir():
+        stats = [part.stat() for part in sorted(file.iterdir()) if part.is_file()]
+        return [sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)]
     stat = os.stat(file)
     return [stat.st_size, stat.st_mtime_ns]
 

@@ -14,8 +14,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from llavolta.data.entries import MEDIA, PLACEHOLDER, as_llava, chat_messages, media_paths_of, plain_text
-from llavolta.data.images import open_image, open_video
+from llavolta.data.images import image_size, open_image, open_video
 from llavolta.data.index import file_version, read_index
+from llavolta.data.table import Table, is_table, open_table
 from llavolta.data.video import FRAMES
 from llavolta.errors import DataError
 
@@ -40,7 +41,8 @@ class LlavaData(Dataset):
     """Conversations in LLaVA's format: ``id``, ``image`` and ``video`` (each a path, a list of paths or none),
     ``conversations``.
 
-    file: the JSON list. images: the folder that the image paths are relative to (default: the JSON's own folder).
+    file: the JSON list, JSON Lines, or a table of Parquet (see data.table). images: the folder that the image paths are
+    relative to (default: the file's own folder).
     pad: pad images to squares with this RGB colour, as LLaVA-1.5 does; None leaves them, and clips always are, as
     they are. frames: of each clip; see video.read_frames.
     skip: entries of the file to leave out, besides those of a wrong structure (see ``find_bad``, whose reasons are told
@@ -87,9 +89,31 @@ class LlavaData(Dataset):
     def __getitem__(self, index: int) -> Example:
         entry = self.entry(index)
         name = self._name(index, entry)
-        images = [open_image(self.folder, path, name, self.pad) for path in media_paths_of(entry)]
+        images = [self.picture(index, path, name) for path in media_paths_of(entry)]
         videos = [open_video(self.folder, path, name, self.frames) for path in media_paths_of(entry, "video")]
         return Example(chat_messages(entry), images, name, videos)
+
+    @property
+    def table(self) -> Table | None:
+        """What the entries are read from, if it is no JSON. Opened anew in each process that loads data."""
+        return open_table(self.file, tuple(self.index.version)) if is_table(self.file) else None
+
+    def _held(self, index: int, path: str) -> tuple[str, bytes | None]:
+        """Where a picture of an entry is below the folder, or the content that a table has of it."""
+        if (table := self.table) is None:
+            return path, None
+        content, inside = table.picture(int(self.rows[index]), path)
+        return (path if inside is None else inside), content
+
+    def picture(self, index: int, path: str, name: str, eighth: bool = False) -> Image.Image:
+        """The picture at ``path`` of an entry, which ``name`` names; see images.open_image."""
+        path, content = self._held(index, path)
+        return open_image(self.folder, path, name, None if eighth else self.pad, eighth, content)
+
+    def picture_size(self, index: int, path: str, name: str) -> tuple[int, int]:
+        """(width, height) of ``picture``, from the head of its file."""
+        path, content = self._held(index, path)
+        return image_size(self.folder, path, name, self.pad, content)
 
     def without(self, reasons: dict[int, str]) -> LlavaData:
         """This data set without the entries of the file that ``reasons`` names. Raises DataError if none is left."""
@@ -98,6 +122,10 @@ class LlavaData(Dataset):
     def entry(self, index: int) -> dict:
         """The entry, in LLaVA's format."""
         row = self.rows[index]
+        if (table := self.table) is not None:
+            if file_version(self.file) != self.index.version:
+                raise DataError(f"{self.file} has changed since it was opened; start again")
+            return as_llava(table.entry(int(row)))
         start, stop = int(self.index.start[row]), int(self.index.stop[row])
         try:
             with self.file.open("rb") as source:
@@ -146,6 +174,6 @@ class LlavaData(Dataset):
         entry = self.entry(index)
         name = self._name(index, entry)
         for path in media_paths_of(entry):
-            open_image(self.folder, path, name, eighth=True)
+            self.picture(index, path, name, eighth=True)
         for path in media_paths_of(entry, "video"):
             open_video(self.folder, path, name, self.frames)

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from transformers import AutoConfig
 
 from llavolta.data import Collator, DataError, LlavaData, find_bad, find_too_long, padding_colour
+from llavolta.data.table import is_table
 from llavolta.train.config import ConfigError, TrainConfig
 from llavolta.train.models import read_config
 from llavolta.train.projectors import parse_projector, with_projector
@@ -44,8 +45,10 @@ def prepare(config: TrainConfig) -> Setup:
     num_layers, num_tokens = _sizes(config)
     world = WORLDS.get(config.data)
     data, images = (world.train(config.scenes), None) if world else (Path(config.data), config.images)
-    if not data.is_file():
-        raise ConfigError(f"no data file {data}; give a LLaVA JSON file, or {' or '.join(map(repr, WORLDS))}")
+    if not data.is_file() and not is_table(data):
+        raise ConfigError(
+            f"no data file {data}; give a LLaVA JSON or Parquet file, or {' or '.join(map(repr, WORLDS))}"
+        )
     if world and world.steps and config.max_steps is None and config.epochs is None:
         total = world.steps
     else:
