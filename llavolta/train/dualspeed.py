@@ -61,10 +61,10 @@ def load_isolator(model: nn.Module, folder: Path) -> None:
         getattr(unwrap(model), ISOLATOR).weight.copy_(held)
 
 
-def fast_mode(model: nn.Module, stage: Stage) -> Compression:
-    """``stage``'s plan in force, behind the mode isolator if it has slow steps; logits at labelled rows only."""
+def fast_mode(model: nn.Module, stage: Stage, labelled_only: bool = True) -> Compression:
+    """``stage``'s plan in force, behind the mode isolator if it has slow steps; labelled_only: see compress."""
     prefix = getattr(unwrap(model), ISOLATOR) if stage.slow_every else None
-    return compress(model, stage.choices[0], labelled_only=True, prefix=prefix)
+    return compress(model, stage.choices[0], labelled_only=labelled_only, prefix=prefix)
 
 
 @contextmanager

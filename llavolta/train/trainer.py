@@ -29,10 +29,17 @@ class StageCallback(TrainerCallback):
     scheme: for the model's depth (``Scheme.scaled``). stop_after: the stage, from 1, after which training stops.
     stopping: asked after every step whether to save and stop. Evaluation within training is on all tokens. In a slow
     step none is set: StageTrainer.compute_loss sets two in turn, so that such schemes need that Trainer.
+    labelled_only: see compress; False for trainers that take what they log from the logits, as TRL's do.
     """
 
-    def __init__(self, scheme: Scheme, stop_after: int | None = None, stopping: Callable[[], bool] = lambda: False):
-        self.scheme, self.stop_after, self.stopping = scheme, stop_after, stopping
+    def __init__(
+        self,
+        scheme: Scheme,
+        stop_after: int | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+        labelled_only: bool = True,
+    ):
+        self.scheme, self.stop_after, self.stopping, self.labelled_only = scheme, stop_after, stopping, labelled_only
         self.handle: Compression | None = None
         self.stage: tuple[int, str] | None = None  # and the plan that is in force
 
@@ -48,7 +55,7 @@ class StageCallback(TrainerCallback):
         if self.handle is None or slow or (stage, drawn.plan) != self.stage:
             self.release()
             self.stage = stage, drawn.plan
-            self.handle = None if slow else fast_mode(model, drawn)
+            self.handle = None if slow else fast_mode(model, drawn, self.labelled_only)
 
     def on_step_end(self, args, state, control, **kwargs):
         ends = self.scheme.boundaries(state.max_steps)
