@@ -68,7 +68,7 @@ nano: install
 	$(BIN)/python -m llavolta.show nano-tuned
 
 # Every figure in papers/nano: nano-tuned's accuracy, the two redundancy studies on it, and schemes trained on nano from
-# one alignment; some three hours on 2 cores, resumed where it was interrupted, minutes on a GPU.
+# one alignment; an hour and a half on 2 cores, resumed where it was interrupted, minutes on a GPU.
 nano-evidence: install
 	mkdir -p data/runs
 	$(BIN)/python papers/nano.py
