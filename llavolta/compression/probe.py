@@ -5,15 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from llavolta.errors import UnsupportedModel
-
-if TYPE_CHECKING:
-    from llavolta.compression.compressors import VisualTokens
 
 
 @dataclass
@@ -32,8 +28,8 @@ class LayerProbe:
     here, before: this layer and (if captured) the one before it. valid (B, T): False at padding. answers (B, T): rows
     that predict the first token of an answer, and labelled (B, T), both None without labels. images (I, L): flat rows.
     sample (B, T): the number of the packed sample that a token belongs to; all the same where a row is one sample.
-    norm: the decoder's final one. index (B, T): each token's column in the input of this pass. start: the visual
-    tokens at layer 0, where a compressor asks for them. tower: what may be asked of the vision tower, at layer 0.
+    norm: the decoder's final one. index (B, T): each token's column in the input of this pass. start: the
+    VisualTokens of layer 0, where a compressor asks for them. tower: what may be asked of the vision tower, at layer 0.
     """
 
     here: LayerInput
@@ -46,7 +42,7 @@ class LayerProbe:
     labelled: Tensor | None = None
     norm: nn.Module | None = None
     index: Tensor | None = None
-    start: VisualTokens | None = None
+    start: object | None = None
     tower: TowerProbe | None = None
 
     @torch.no_grad()

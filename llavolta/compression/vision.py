@@ -117,7 +117,10 @@ class TowerWatch:
             self._noted.features = features
         known = len(features) == len(self._noted.features)
         known = known and all(a is b for a, b in zip(features, self._noted.features, strict=True))
-        noted, sizes = self._noted.layers if known else {}, self._noted.sizes
+        # The tower is called once for each modality; what is before that, an interrupted pass has left.
+        calls = len(features)
+        noted = {where: held[-calls:] for where, held in self._noted.layers.items()} if known else {}
+        sizes = self._noted.sizes[-calls:]
         asked = self.attentions.items()
         if all((layer, "call") in noted for layer, _ in asked):
             layers = {layer: _packed(noted[layer, "call"], noted[layer, "qkv"], of[0]) for layer, of in asked}

@@ -486,7 +486,7 @@ def test_compressors_say_where_they_can_stand(model):
         compress(model, "2:prumerge")
     with compress(model, {"vision": Asks()}), pytest.raises(ValueError, match='lists "tower" in needs'):
         model(**ragged_batch(RAGGED))
-    with compress(model, {1: Asks()}), pytest.raises(ValueError, match="not 'class'"):
+    with compress(model, {1: Asks()}), pytest.raises(ValueError, match=r"at .vision. and layer 0, for a compressor that"):
         model(**ragged_batch(RAGGED))
 
     class Forgets(FastV):

@@ -101,7 +101,7 @@ def test_01_redundancy_takes_what_the_command_line_gives_and_a_single_layer(stud
 
 def test_02_compressor_design_shows_every_compressor(study, tmp_path):
     notebook = run("02_compressor_design", tmp_path, strides=[1, 8], example=5, layer=1, **study)
-    assert pictures(notebook) == 8
+    assert pictures(notebook) == 9
     assert all(name in outputs(notebook) for name in ("1:avgpool2d:2", "1:fastv:0.25", "class KeepUnusual"))
 
 

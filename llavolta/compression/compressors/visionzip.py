@@ -63,7 +63,8 @@ class VisionZip(KeepBudget):
         order = torch.argsort(dominant.long(), dim=1, descending=True, stable=True)  # dominant first, in raster order
         count = total - targets
         first, rest = order[:, :count], order[:, count:]
-        group = torch.empty_like(order).scatter_(1, first, torch.arange(count, device=order.device).expand_as(first))
+        dropped = torch.full_like(order, total)  # what there is no target for
+        group = dropped.scatter_(1, first, torch.arange(count, device=order.device).expand_as(first))
         kept = take(tokens.hidden, first)
         if targets:
             step = max(1, rest.shape[1] // targets)
