@@ -486,7 +486,10 @@ def test_compressors_say_where_they_can_stand(model):
         compress(model, "2:prumerge")
     with compress(model, {"vision": Asks()}), pytest.raises(ValueError, match='lists "tower" in needs'):
         model(**ragged_batch(RAGGED))
-    with compress(model, {1: Asks()}), pytest.raises(ValueError, match=r"at .vision. and layer 0, for a compressor that"):
+    with (
+        compress(model, {1: Asks()}),
+        pytest.raises(ValueError, match=r"at .vision. and layer 0, for a compressor that"),
+    ):
         model(**ragged_batch(RAGGED))
 
     class Forgets(FastV):
@@ -599,3 +602,12 @@ def test_an_observers_error_ends_the_pass_and_leaves_the_model_stock():
     with pytest.raises(RuntimeError, match="on purpose at 1"), compress(model, "1:avgpool:2", observe=fail):
         model(**batch)
     assert torch.equal(model(**batch).logits, stock)
+
+
+def test_restore_without_calibration_is_for_every_family():
+    for family in FAMILIES.values():
+        tiny = family("left")
+        with compress(tiny.model.train(), "1:restore:calibration=0:divprune:0.25"):
+            tiny.model(**tiny.batch).loss.backward()
+        gradients = [p.grad for p in tiny.model.parameters() if p.grad is not None]
+        assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
