@@ -369,6 +369,10 @@ def test_sparsevlm(keep, recycle):
         found = out.hidden[number][out.mask[number]]
         torch.testing.assert_close(found[: len(kept)], torch.stack(expected[: len(kept)]), rtol=1e-4, atol=1e-5)
         found, merged = found[len(kept) :], expected[len(kept) :]
+        if recycle:
+            slots = range(int(out.mask[number].sum()))
+            means = [tokens.hidden[number][out.group[number] == slot].mean(0) for slot in slots]
+            torch.testing.assert_close(out.hidden[number][out.mask[number]], torch.stack(means), rtol=1e-4, atol=1e-5)
         for mean in merged:  # in any order
             assert (found - mean).abs().amax(1).min() < 1e-4
 

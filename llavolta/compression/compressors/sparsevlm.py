@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -75,9 +75,11 @@ class SparseVLM(KeepBudget):
             return keep_tokens(tokens, kept)
         again = torch.where(dropped > 0, (dropped.double() * 0.3).long() + 1, 0).minimum(dropped)
         again = largest_of(scores, again, mask & ~kept)
-        merged, count = merge_by_density(tokens.hidden, again)
+        merged, count, cluster = merge_by_density(tokens.hidden, again)
         left = first_of(kept, int(kept.sum(1).max()))
-        return _behind(tokens, left, merged, count)
+        out = _behind(tokens, left, merged, count)
+        into = torch.where(again, kept.sum(1, keepdim=True) + cluster, out.mask.shape[1])  # dropped: into none
+        return replace(out, group=torch.where(kept, kept.cumsum(1) - 1, into))
 
 
 def _recycled(dropped: int) -> int:
@@ -88,9 +90,9 @@ def _groups(recycled: int) -> int:
     return recycled // 10 + 1 if recycled else 0
 
 
-def merge_by_density(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens ``chosen`` (I, L) of hidden (I, L, C), n of a picture, in n // 10 + 1 groups: means (I, G, C) and how
-    many there are (I,).
+def merge_by_density(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens ``chosen`` (I, L) of hidden (I, L, C), n of a picture, in n // 10 + 1 groups: means (I, G, C), how
+    many there are (I,), and (I, L) which of them each chosen token is in.
 
     Density peaks (DPC-KNN): distance ``d = |a - b| / sqrt(C)``, density ``exp(-mean d^2)`` over the G nearest, itself
     among them, times the distance to the nearest denser token (the densest: the largest distance of all); the G
@@ -122,7 +124,9 @@ def merge_by_density(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         group = group.scatter(1, centres.where(there, group.shape[1] - 1), own)[:, :-1]
     size = sum_groups(real.float()[..., None], group, most)
     means = sum_groups(features.float() * real[..., None], group, most) / size.clamp(min=1)
-    return means.to(hidden.dtype), groups
+    spare = torch.zeros(len(chosen), chosen.shape[1] + 1, dtype=torch.long, device=chosen.device)
+    cluster = spare.scatter(1, place.where(real, chosen.shape[1]), group)[:, :-1]
+    return means.to(hidden.dtype), groups, cluster
 
 
 def _behind(tokens: VisualTokens, left: tuple[Tensor, Tensor], merged: Tensor, count: Tensor) -> CompressedTokens:
