@@ -145,7 +145,7 @@ class Roles:
     tower: tuple[str, ...]
 
     def of(self, parameter: str) -> str:
-        """ "projector", "tower" or "language", of a parameter by its name in the unwrapped model."""
+        """Of a parameter, by its name in the unwrapped model: "projector", "tower" or "language"."""
         for role in ("projector", "tower"):  # a merger stands within its tower
             if any(parameter == name or parameter.startswith(f"{name}.") for name in getattr(self, role)):
                 return role
@@ -195,8 +195,7 @@ def tower_attentions(parts: Parts, layers: Iterable[str | int]) -> dict[str | in
     """The attention, with ``q_proj`` and ``k_proj`` or with ``qkv``, of ``layers`` of each vision tower.
 
     layers: "last", "selected" (the layer whose output the model selects), "early" (5 of 24) or a number, from the
-    end if below 0. Raises
-    UnsupportedModel for a tower without such a layer.
+    end if below 0. Raises UnsupportedModel for a tower without such a layer.
     """
     selected = getattr(parts.base.config, "vision_feature_layer", -1)
     selected = selected[-1] if isinstance(selected, list | tuple) else selected

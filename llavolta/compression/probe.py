@@ -235,7 +235,7 @@ class TowerProbe:
                 return False
         if first.mask is not None:
             return True
-        total = next(iter(self.layers.values())).key.shape[1]
+        total = first.key.shape[1]
         patches = total - self.class_token
         side, merged = round(patches**0.5), round((patches / self.length) ** 0.5)
         blocks = side * side == patches and merged * merged * self.length == patches and side % merged == 0
