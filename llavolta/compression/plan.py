@@ -66,9 +66,9 @@ def _parse_entry(entry: str, plan: str) -> tuple[Layer, Compressor]:
     try:
         if issubclass(kind, Restore) and options:
             options, inner = options_of_restore(options)
-            inside = _parse_entry(":".join([layer, *inner]), plan)[1]
+            inside = {"inner": _parse_entry(":".join([layer, *inner]), plan)[1]} if inner else {}
             parsed = parse_options(name, options, ["calibration"])
-            return layer if layer == VISION else int(layer), kind(inside, **parsed)
+            return layer if layer == VISION else int(layer), kind(**inside, **parsed)
         given = parse_options(name, options, names)
         missing = [f.name for f in fields(kind) if f.name not in given and f.default is f.default_factory is MISSING]
         if missing:

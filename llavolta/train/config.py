@@ -117,7 +117,7 @@ class TrainConfig(BaseModel):
     lora_alpha: _Positive | None = None
     """Adapters are scaled by lora_alpha / lora_rank; None: twice the rank."""
     lora_dropout: Annotated[_Number, Field(ge=0, lt=1)] = 0.05
-    """Share of what adapters read that is dropped. On a CPU it costs a fifth of a step or more."""
+    """Share of what adapters read that is dropped; drawing what is takes a CPU long."""
     quantize: Literal["nf4"] | None = None
     """"nf4" holds the frozen language model in 4 bits (QLoRA). The finished model is a plain one."""
     warmup: Annotated[_Number, Field(ge=0, lt=1)] = 0.03

@@ -522,6 +522,7 @@ def test_restore_reads_back_as_it_is_written():
     for text in ("0:restore:holov:64:auto:16:0.09:square", "1:restore:calibration=0:divprune:0.3:auto"):
         assert format_plan(parse_plan(text)) == text
         assert parse_plan(format_plan(parse_plan(text))) == parse_plan(text)
+    assert parse_plan("0:restore:calibration=3") == {0: Restore(calibration=3)}  # around the default
     assert format_plan({1: PACT(proportional=False)}) == "1:pact:0.55:0.21:1.5:proportional=false"
 
 
