@@ -76,7 +76,7 @@ nano-evidence: install
 		-y '{strides: [1, 2, 4, 16, 144]}' -p record ../papers/nano
 	cd notebooks && ../$(BIN)/papermill 04_compare_schemes.ipynb ../data/runs/nano-schemes.ipynb -p preset nano -p workers 1 \
 		-p questions 300 -p output ../data/runs/nano-compare -p record ../papers/nano \
-		-y '{schemes: [three-stage, constant, three-stage-reversed], options: {max_steps: 100}}'
+		-y '{schemes: [three-stage, constant, three-stage-reversed], options: {max_steps: 150}}'
 	$(BIN)/python papers/claims.py
 
 # Everything that a GPU is for, at the shapes of LLaVA-1.5-7B with random weights: at most 8 minutes on one of 80 GB.

@@ -382,33 +382,39 @@ def measured_and_predicted(table: pd.DataFrame) -> Figure:
 
 
 @themed
-def budget_curves(table: pd.DataFrame, kinds: Sequence[str] = ("overall", "difficult")) -> Figure:
-    """Accuracy against the budget, a line per method, a panel per kind of question; table: see budgets.accuracy."""
-    figure, axes = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 4.4), squeeze=False, layout="constrained")
-    methods = list(dict.fromkeys(table.method))
+def budget_rows(table: pd.DataFrame, kinds: Sequence[str] = ("overall", "difficult")) -> Figure:
+    """Accuracy of each method, a row each in the order of their means, a mark per budget with its 95% interval, a panel
+    per kind of question; table: see budgets.accuracy."""
+    overall = table[table.type == "overall"]
+    # A method that cannot meet the small budgets has no easy mean: compare each budget with the others' first.
+    relative = overall.accuracy - overall.groupby("budget").accuracy.transform("mean")
+    methods = list(relative.groupby(overall.method).mean().sort_values(ascending=False).index)
+    size = (4.2 * len(kinds) + 1.5, 1.4 + 0.3 * len(methods))
+    figure, axes = plt.subplots(1, len(kinds), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    budgets = sorted(set(table.budget))
     for ax, kind in zip(axes[0], kinds, strict=True):
-        for number, method in enumerate(methods):
-            part = table.query("type == @kind and method == @method").sort_values("budget")
+        for number, budget in enumerate(budgets):
+            part = table.query("type == @kind and budget == @budget")
             middle = 100 * part.accuracy.to_numpy()
+            place = np.array([methods.index(method) for method in part.method])
             ax.errorbar(
-                100 * part.budget,
                 middle,
-                yerr=np.abs(100 * part[["low", "high"]].to_numpy().T - middle),
+                place + 0.22 * (number - (len(budgets) - 1) / 2),
+                xerr=np.abs(100 * part[["low", "high"]].to_numpy().T - middle),
                 color=COLOURS[number % len(COLOURS)],
                 marker=LAYER_MARKERS[number % len(LAYER_MARKERS)],
-                linestyle="--" if number >= len(COLOURS) else "-",
+                linestyle="none",
                 markersize=5,
-                linewidth=1.5,
                 capsize=2,
                 elinewidth=0.8,
-                label=method,
+                label=f"{budget:.0%} of the visual tokens",
             )
-        ticks = sorted({100 * budget for budget in table.budget})
-        ax.set_xscale("log")
-        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        ax.set_xticks([], minor=True)
-        ax.set(title=kind, xlabel="visual tokens left, mean over layers (%)", ylabel="accuracy (%)", ylim=(0, 102))
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=10)
+        ax.set_yticks(range(len(methods)), methods)
+        ax.set(title=kind, xlabel="accuracy (%)", xlim=(0, 102), ylim=(len(methods) - 0.4, -0.6))
+        ax.grid(axis="y", color="0.9")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(budgets), frameon=False
+    )
     return figure
 
 
