@@ -107,7 +107,8 @@ def breaking(
     """One row per method and task of TASKS: method, task, questions, accuracy and its 95% interval (low, high).
 
     answers: of ``budgets.training_free``; plans: rows of ``budgets.plans_at`` at one budget, whose answers are counted;
-    talks: how many conversations of two questions, 0 for none. Methods without a plan here, such as no compression, take "none".
+    talks: how many conversations of two questions, 0 for none. Methods without a plan here, such as no compression,
+    take "none".
     """
     rows = []
     budget = plans.budget.iloc[0]
