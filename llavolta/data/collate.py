@@ -40,7 +40,8 @@ class Collator:
         videos = [frames for example in examples for frames in example.videos]
         if videos and not hasattr(self.processor, "video_processor"):
             raise DataError(f"{type(self.processor).__name__} reads no video; train a model that does, or drop them")
-        visual = {"images": images or None} | ({"videos": videos} if videos else {})
+        by_text = [example.images for example in examples] if images else None  # some check their number text by text
+        visual = {"images": by_text} | ({"videos": videos} if videos else {})
         encoded = self.processor(text=list(texts), **visual, padding=True, padding_side="right", return_tensors="pt")
         plain = tokenizer(list(texts), return_offsets_mapping=True)
         ids = encoded["input_ids"]
@@ -53,7 +54,7 @@ class Collator:
             for first, last in spans[row]:
                 answers |= (starts >= first) & (ends <= last) & (ends > starts)
             text = (~placeholder[row] & encoded["attention_mask"][row].bool()).nonzero().squeeze(1)
-            said = ~torch.isin(written, self._placeholders)
+            said = ~torch.isin(written, self._written_placeholders)
             place = _placed(ids[row][text].tolist(), written.tolist(), said.tolist())
             if place is None:
                 raise DataError(f"{example.name}: the processor rewrote the text; its answers cannot be found")
@@ -94,10 +95,21 @@ class Collator:
             joined[key] = torch.cat(list(both))
         return joined
 
-    @property
+    @cached_property
     def _placeholders(self) -> torch.Tensor:
-        ids = (getattr(self.processor, f"{medium}_token_id", None) for medium in MEDIA)
-        return torch.tensor([token for token in ids if token is not None])
+        """The ids of visual tokens in what the processor gives."""
+        found = []
+        for medium in MEDIA:
+            own, every = (getattr(self.processor, f"{medium}_token_id{s}", None) for s in ("", "s"))
+            # Gemma 3 calls the token before a picture image_token; InternVL counts those around one to them.
+            found += every if every and own not in every else [own]
+        return torch.tensor([token for token in found if token is not None])
+
+    @cached_property
+    def _written_placeholders(self) -> torch.Tensor:
+        """The ids of what stands for a picture or a clip in the chat template's text."""
+        tokens = (getattr(self.processor, f"{medium}_token", None) for medium in MEDIA)
+        return torch.tensor([self.processor.tokenizer.convert_tokens_to_ids(token) for token in tokens if token])
 
     def _check_length(self, name: str, placeholder: torch.Tensor, answers: torch.Tensor) -> None:
         """placeholder, answers: (T,) whether a token is visual, and whether it is labelled."""
@@ -111,7 +123,7 @@ class Collator:
         ``counts`` tokens each, or all of its answers."""
         text, spans = self._render(messages)
         written = self.processor.tokenizer(text, return_offsets_mapping=True)
-        placeholder = torch.isin(torch.tensor(written["input_ids"]), self._placeholders)
+        placeholder = torch.isin(torch.tensor(written["input_ids"]), self._written_placeholders)
         starts, ends = torch.tensor(written["offset_mapping"]).unbind(1)
         answers = torch.zeros_like(placeholder)
         for first, last in spans:

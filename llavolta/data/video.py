@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers import BatchFeature
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature
 from transformers.video_processing_utils import VideoProcessorMixin
 
 from llavolta.errors import DataError
@@ -116,9 +116,53 @@ class FrameProcessor(VideoProcessorMixin):
         return {name: value for name, value in settings.items() if name != "image_processor_type"}
 
 
-class VideoLlavaProcessor(transformers.VideoLlavaProcessor):
-    """transformers' own, and saved under its name, whose check of a FrameProcessor would need torchvision."""
+class NoVideos(VideoProcessorMixin):
+    """In the place of a model's video processor where there is no torchvision to load it: refuses clips, and is saved
+    with the settings that it was found with, so that the model's folder stays whole."""
+
+    def __init__(self, settings: dict):
+        super().__init__()
+        self.settings = settings
+
+    def __getattr__(self, name: str):
+        try:
+            return self.__dict__["settings"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __call__(self, *args, **kwargs):
+        raise DataError("this model's clips are read by torchvision, which is not installed; pip install torchvision")
+
+    def to_dict(self) -> dict:
+        return dict(self.settings)
+
+
+class Unchecked:
+    """Mixed in before a processor's own class, whose check of a video processor would need torchvision."""
 
     def check_argument_for_proper_class(self, argument_name, argument):
         if argument_name != "video_processor":
             super().check_argument_for_proper_class(argument_name, argument)
+
+
+class VideoLlavaProcessor(Unchecked, transformers.VideoLlavaProcessor):
+    """transformers' own, and saved under its name, with a FrameProcessor."""
+
+
+def without_videos(kind: type, path: str):
+    """The processor of class ``kind`` at ``path`` for pictures alone, where torchvision is missing; saved as a
+    ``kind``, which reads clips again where torchvision is."""
+    settings, _ = kind.get_processor_dict(path)
+    clips = settings.get("video_processor")
+    if clips is None:
+        try:  # a file of its own, in folders of before transformers 5
+            clips, _ = NoVideos.get_video_processor_dict(path)
+        except OSError:
+            clips = {}
+    parts = {
+        "image_processor": lambda: AutoImageProcessor.from_pretrained(path),
+        "tokenizer": lambda: AutoTokenizer.from_pretrained(path),
+        "video_processor": lambda: NoVideos(clips),
+    }
+    blind = type(kind.__name__, (Unchecked, kind), {})  # saved under the name of ``kind``
+    return blind.from_args_and_dict([parts[name]() for name in kind.get_attributes()], settings)

@@ -73,8 +73,14 @@ def second_questions(
             examples = [data[question["index"]] for question in questions[start : start + batch_size]]
             heads, tails = zip(*(_parts(processor, example.messages) for example in examples), strict=True)
             texts = heads if one_cache else [head + tail for head, tail in zip(heads, tails, strict=True)]
-            images = sum((example.images for example in examples), []) or None
-            batch = processor(text=list(texts), images=images, padding=True, padding_side="left", return_tensors="pt")
+            images = [example.images for example in examples]
+            batch = processor(
+                text=list(texts),
+                images=images if any(images) else None,
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+            )
             batch, given = batch.to(model.device, model.dtype), {}
             if one_cache:
                 given = dict(past_key_values=DynamicCache(config=model.config.get_text_config()))

@@ -37,7 +37,7 @@ def prompts(model, processor, asked: list[tuple[str, list]], padding_side: str =
         render(processor, question, len(pictures), len(videos))
         for (question, _), pictures, videos in zip(asked, images, clips, strict=True)
     ]
-    visual = {"images": sum(images, []) or None} | ({"videos": sum(clips, [])} if any(clips) else {})
+    visual = {"images": images if any(images) else None} | ({"videos": sum(clips, [])} if any(clips) else {})
     batch = processor(text=texts, **visual, padding=True, padding_side=padding_side, return_tensors="pt")
     return batch.to(model.device, model.dtype)
 

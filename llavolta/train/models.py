@@ -15,9 +15,11 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
 )
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import is_torchvision_available
 
 from llavolta.compression.families import find_parts, roles, towers, unwrap
-from llavolta.data.video import FrameProcessor, VideoLlavaProcessor
+from llavolta.data.video import FrameProcessor, VideoLlavaProcessor, without_videos
 from llavolta.errors import UserError
 from llavolta.train.config import ConfigError, TrainConfig
 from llavolta.worlds import model_path
@@ -95,7 +97,12 @@ def _with_its_adapters(path: str, dtype: torch.dtype) -> tuple:
 def _processor(model: nn.Module, path: str):
     """The processor at ``path``; that of Video-LLaVA, of which transformers' own needs torchvision, by ours."""
     if model.config.model_type != "video_llava":
-        processor = AutoProcessor.from_pretrained(path)
+        kind = PROCESSOR_MAPPING[type(model.config)] if type(model.config) in PROCESSOR_MAPPING else None
+        reads_clips = hasattr(kind, "get_attributes") and "video_processor" in kind.get_attributes()
+        if reads_clips and not is_torchvision_available():
+            processor = without_videos(kind, path)
+        else:
+            processor = AutoProcessor.from_pretrained(path)
         if getattr(processor, "patch_size", 0) is None:  # with which it counts a picture's tokens
             size = getattr(getattr(model.config, "vision_config", None), "patch_size", "...")
             raise ConfigError(f'{path}/processor_config.json has no patch_size; add "patch_size": {size}')
