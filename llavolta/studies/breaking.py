@@ -74,19 +74,13 @@ def second_questions(
             heads, tails = zip(*(_parts(processor, example.messages) for example in examples), strict=True)
             texts = heads if one_cache else [head + tail for head, tail in zip(heads, tails, strict=True)]
             images = [example.images for example in examples]
-            batch = processor(
-                text=list(texts),
-                images=images if any(images) else None,
-                padding=True,
-                padding_side="left",
-                return_tensors="pt",
-            )
+            settings = dict(padding=True, padding_side="left", return_tensors="pt")
+            batch = processor(text=list(texts), images=images if any(images) else None, **settings)
             batch, given = batch.to(model.device, model.dtype), {}
             if one_cache:
                 given = dict(past_key_values=DynamicCache(config=model.config.get_text_config()))
                 greedy(model, processor, batch, 1, **given)  # by generate(), which counts positions without padding
-                more = dict(add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
-                asked = processor.tokenizer(list(tails), **more).to(model.device)
+                asked = processor.tokenizer(list(tails), add_special_tokens=False, **settings).to(model.device)
                 # generate() leaves out of the ids what the cache holds, unless its first layer holds fewer.
                 names = ("attention_mask",) if first_layer else ("input_ids", "attention_mask")
                 batch = {**asked, **{name: torch.cat([batch[name], asked[name]], 1) for name in names}}

@@ -97,7 +97,7 @@ def _with_its_adapters(path: str, dtype: torch.dtype) -> tuple:
 def _processor(model: nn.Module, path: str):
     """The processor at ``path``; that of Video-LLaVA, of which transformers' own needs torchvision, by ours."""
     if model.config.model_type != "video_llava":
-        kind = PROCESSOR_MAPPING[type(model.config)] if type(model.config) in PROCESSOR_MAPPING else None
+        kind = PROCESSOR_MAPPING.get(type(model.config), None)
         reads_clips = hasattr(kind, "get_attributes") and "video_processor" in kind.get_attributes()
         if reads_clips and not is_torchvision_available():
             processor = without_videos(kind, path)

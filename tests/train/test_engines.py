@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from processors_tiny import write
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -103,6 +104,45 @@ def test_clips_stills_and_text_may_meet_in_one_step(one_of_all_kinds, of_all_kin
     values = {**of_all_kinds, "batch_size": 2, "output": str(tmp_path / "run"), **ENGINES[engine][0]}
     two = launch(TrainConfig(**values), num_processes=2)
     trains_like(one_of_all_kinds, two, steps=4)
+
+
+OTHER_FAMILIES = ("qwen2_5_vl", "internvl", "smolvlm")
+TOGETHER = Path(__file__).with_name("two_processes.py")
+
+
+def _of_family(name: str, folder: Path, mixed: Path, **parameters) -> TrainConfig:
+    """Two stages on square, wide and tall pictures, several, and none; the last batch mixes them."""
+    stages = [{"plan": "1:avgpool:2", "share": 0.5}, {"plan": "none", "share": 0.5}]
+    values = dict(model=str(folder), data=str(mixed), align_steps=0, max_steps=6, scheme=stages, global_batch=4)
+    steps = dict(log_steps=1, save_steps=0, warmup=0.0, learning_rate=5e-4)
+    return TrainConfig(**values, **steps, **parameters)
+
+
+@pytest.fixture(scope="module")
+def one_of_each_family(mixed, tmp_path_factory):
+    runs = {}
+    for name in OTHER_FAMILIES:
+        folder = tmp_path_factory.mktemp(name)
+        config = _of_family(name, write(name, folder / "model"), mixed, output=str(folder / "run"), batch_size=4)
+        runs[name] = train(config, progress=False)
+    return runs
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_other_families_train_in_two_processes_as_in_one(one_of_each_family, mixed, tmp_path, engine):
+    files, own = [], ENGINES[engine][0]
+    for name, one in one_of_each_family.items():
+        output = str(tmp_path / name)
+        config = _of_family(name, one.parent / "model", mixed, output=output, batch_size=2, **own)
+        files.append(tmp_path / f"{name}.yaml")
+        files[-1].write_text(yaml.safe_dump(config.model_dump()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(TOGETHER)]
+    out = subprocess.run([*command, *map(str, files)], capture_output=True, text=True, timeout=600)
+    assert out.returncode == 0, out.stderr[-3000:]
+    for name, one in one_of_each_family.items():
+        assert json.loads((tmp_path / name / "scheme.json").read_text())["processes"] == 2
+        assert any((tmp_path / name / "checkpoint-6").glob(ENGINES[engine][1]))
+        trains_like(one, tmp_path / name, steps=6)
 
 
 LAUNCHERS = {

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from processors_tiny import WITH_PROCESSOR, write
-from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -23,28 +20,6 @@ from llavolta.train.trainer import read_metrics
 @pytest.fixture(scope="module", params=WITH_PROCESSOR)
 def family(request, tmp_path_factory):
     return write(request.param, tmp_path_factory.mktemp("family") / request.param)
-
-
-@pytest.fixture(scope="module")
-def mixed(scenes, tmp_path_factory):
-    """Square, wide and tall pictures, two pictures, and none, beside each other."""
-    folder = tmp_path_factory.mktemp("mixed")
-    entries = json.loads((scenes / "train.json").read_text())[:24]
-    for number, one in enumerate(entries):
-        picture = Image.open(scenes / one["image"])
-        first, turns = one["conversations"][0], one["conversations"]
-        if number % 4 == 3:
-            del one["image"]
-            first["value"] = first["value"].replace("<image>", "").strip()
-            continue
-        size = ((96, 96), (120, 60), (40, 100))[number % 3]
-        picture.resize(size).save(folder / f"{number}.png")
-        one["image"] = f"{number}.png"
-        if number % 4 == 2:
-            one["image"] = [one["image"], "0.png"]
-            turns[2]["value"] = "<image>" + turns[2]["value"]
-    (folder / "mixed.json").write_text(json.dumps(entries))
-    return folder / "mixed.json"
 
 
 @pytest.fixture(scope="module")
