@@ -15,9 +15,10 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
-from llavolta.cost.flops import cost_model, reference_config
+from llavolta.cost.flops import cost_model
 from llavolta.cost.planner import GPUS as GPU_DATA
 from llavolta.cost.planner import published_hours
+from llavolta.cost.references import reference_config
 from llavolta.cost.throughput import MIX
 from llavolta.data import GroupedSampler
 from llavolta.paths import PAPERS

@@ -15,13 +15,14 @@ import json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import AutoModelForImageTextToText
 
 from llavolta.compression.families import encode_pictures, find_parts
 from llavolta.compression.plan import tokens_per_layer
@@ -30,23 +31,6 @@ from llavolta.train.schemes import Stage
 
 PHASES = ("instruct", "align", "forward")
 PARTS = ("tower", "projector", "linear", "attention", "head")
-
-
-def reference_config(name: str = "llava-1.5-7b") -> LlavaConfig:
-    """The Hugging Face config of a published model, built here so that nothing needs to be fetched."""
-    if name != "llava-1.5-7b":
-        raise UnsupportedModel(f"no reference configuration {name!r}; there is llava-1.5-7b")
-    vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
-    text = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
-    return LlavaConfig(
-        vision_config=CLIPVisionConfig(**vision, image_size=336, patch_size=14, projection_dim=768),
-        text_config=LlamaConfig(**text, vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5),
-        image_token_index=32000,
-        image_seq_length=576,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
-    )
 
 
 @dataclass(frozen=True)
@@ -126,6 +110,7 @@ class CostModel:
         self.layers = [_layer_sizes(layer, heads) for layer in parts.layers]
         head = self._model.get_output_embeddings().weight
         self._head = head.numel()
+        self._encoded: dict[tuple, tuple[Passes, Passes, int]] = {}
         joined = _projector(parts.base)
         projector = _count(joined) if joined is not None else 0
         decoder = _count(parts.decoder) + (0 if _is_inside(head, parts.decoder) else head.numel())
@@ -208,6 +193,10 @@ class CostModel:
         second = Passes(attention, 0.0 if phase == "forward" else 2 * attention)
         return tuple(Passes(part.forward, part.backward, part.forward if again else 0.0) for part in (first, second))
 
+    def tokens_of(self, pictures: dict | None) -> int:
+        """Visual tokens of what a processor made of one image; None: of a square of the tower's size."""
+        return self.visual if pictures is None else self._encoder(pictures, False, False)[2]
+
     @property
     def visual(self) -> int:
         """Visual tokens of one image; for towers that take whole images of one size."""
@@ -228,10 +217,13 @@ class CostModel:
             raise UnsupportedModel(f"{problem} ({type(error).__name__}: {error})") from None
 
     def _encoder(self, pictures: dict, train_projector: bool, train_tower: bool) -> tuple[Passes, Passes, int]:
-        """(tower, projector, visual tokens) of ``pictures``."""
-        forward, inside, backward, tokens = self._run(pictures, train_projector, train_tower)
-        behind = self._run(pictures, train_projector, False)[2] if train_tower else backward
-        return Passes(forward - inside, backward - behind), Passes(inside, behind), tokens
+        """(tower, projector, visual tokens) of ``pictures``: counted once for each shape, and grid, of them."""
+        key = train_projector, train_tower, *((name, _shape(value)) for name, value in sorted(pictures.items()))
+        if key not in self._encoded:
+            forward, inside, backward, tokens = self._run(pictures, train_projector, train_tower)
+            behind = self._run(pictures, train_projector, False)[2] if train_tower else backward
+            self._encoded[key] = Passes(forward - inside, backward - behind), Passes(inside, behind), tokens
+        return self._encoded[key]
 
     def _run(self, pictures: dict, train_projector: bool, train_tower: bool) -> tuple[int, int, int, int]:
         """FLOPs of the encoder: forward, of that in the projector, backward; and the visual tokens that it makes."""
@@ -317,9 +309,9 @@ class CostModel:
 
 
 class _NoProducts(TorchDispatchMode):
-    """Matrix products and convolutions give zeros of the right shape at once."""
+    """Matrix products, convolutions and softmax give zeros of the right shape at once."""
 
-    NAMES = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+    NAMES = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_softmax")
     COSTLY = frozenset(getattr(torch.ops.aten, name) for name in NAMES)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -328,9 +320,18 @@ class _NoProducts(TorchDispatchMode):
         if any(isinstance(x, Tensor) and x.is_meta for x in args):
             return func(*args, **(kwargs or {}))
         args, kwargs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs or {}))
-        return tree_map(
-            lambda x: torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x, func(*args, **kwargs)
-        )
+        return tree_map(lambda x: _zeros(x) if isinstance(x, Tensor) else x, func(*args, **kwargs))
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """As ``torch.zeros_like`` of a meta tensor, from pages that the system zeroes when they are touched, if ever."""
+    size = like.numel() * like.element_size()
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(like.dtype).view(like.shape)
+
+
+def _shape(value: Tensor) -> tuple:
+    """Of pixels their shape, of grids and sizes what they say."""
+    return tuple(value.shape) if value.is_floating_point() else tuple(value.flatten().tolist())
 
 
 def _passes(forward: float, phase: str, trains: bool) -> Passes:

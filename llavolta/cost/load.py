@@ -12,7 +12,8 @@ from transformers import AutoModelForImageTextToText
 
 from llavolta.compression.labelled import IGNORED
 from llavolta.cost.bench import Sizes
-from llavolta.cost.flops import cost_model, reference_config
+from llavolta.cost.flops import cost_model
+from llavolta.cost.references import reference_config
 from llavolta.train.models import set_trainable
 
 

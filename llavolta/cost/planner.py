@@ -11,12 +11,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 from scipy.optimize import nnls
 
 from llavolta.cost.flops import CostModel, StepCost
+from llavolta.cost.references import REFERENCES, pictures_of, reference_config
+from llavolta.data import Collator, LlavaData, TokenStatistics, token_statistics
 from llavolta.errors import UserError
 from llavolta.paths import PUBLISHED
+from llavolta.train.build import visual_tokens
+from llavolta.train.models import load_processor, read_config
 from llavolta.train.schemes import Scheme
+from llavolta.worlds import model_path
 
 
 class PlannerError(UserError, ValueError):
@@ -105,7 +111,7 @@ def scheme_table(
         costs = [(stage.share * often, cost) for stage in scheme.stages for often, cost in model.stage(stage, **step)]
         flops = sum(share * cost.total for share, cost in costs)
         seconds = sum(share * speed.seconds(cost) for share, cost in costs)
-        layers, visual = len(model.layers), model.visual
+        layers, visual = len(model.layers), model.tokens_of(step.get("pictures"))
         tokens = sum(stage.share * sum(stage.tokens_per_layer(layers, visual)) for stage in scheme.stages)
         hours = seconds * examples / 3600
         row = dict(scheme=name, ratio=layers * visual / tokens, pflops=flops * examples / 1e15, hours=hours)
@@ -134,13 +140,16 @@ def memory_table(
     text_tokens: float = 64,
     images: float = 1,
     lora_rank: int = 0,
+    pictures: dict | None = None,
+    train_tower: bool = False,
 ) -> pd.DataFrame:
     """Per plan, GB of one GPU: weights, gradients and optimizer shared by ``gpus`` (ZeRO-3), activations of ``batch``
     examples, and the key-value cache that one example needs at inference. bfloat16, master weights in float32."""
-    states = {part: size / gpus / 1e9 for part, size in model.state_bytes("instruct", lora_rank=lora_rank).items()}
+    trained = model.state_bytes("instruct", train_tower, lora_rank)
+    states, visual = {part: size / gpus / 1e9 for part, size in trained.items()}, [model.tokens_of(pictures)]
     rows = []
     for plan in plans:
-        lengths = model.lengths(plan, text_tokens, images)
+        lengths = model.lengths(plan, text_tokens, images, visual)
         activations = batch * model.activation_bytes(lengths, checkpointing=checkpointing) / 1e9
         total = sum(states.values()) + activations
         cache = model.cache_bytes(lengths) / 1e9
@@ -153,3 +162,40 @@ def published_hours() -> dict[str, float]:
     table = pd.read_csv(PUBLISHED).query("claim == 'training time' and unit == 'hours'").set_index("quantity").value
     baseline, staged = table["LLaVA-1.5-7B without compression"], table["four-stage scheme"]
     return {"single-stage": float(baseline), "four-stage-wider": float(staged)}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned: a config; what one picture of ``size`` becomes, None where every picture is one square; and the
+    statistics of a data set, if one was given."""
+
+    config: object
+    pictures: dict | None
+    size: tuple[int, int]
+    statistics: TokenStatistics | None
+
+
+def subject(
+    model: str, data: str | None = None, images: str | None = None, size: tuple[int, int] = (640, 480)
+) -> Subject:
+    """Of a name in REFERENCES, or of a Hugging Face folder or hub name, whose processor then counts ``data``, too.
+
+    size: of a picture, where the family makes tokens by size; that of ``data`` takes its place. Raises PlannerError.
+    """
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise PlannerError(f"a picture has a width and a height in pixels, not {list(size)}")
+    if model in REFERENCES and data is None:
+        return Subject(reference_config(model), pictures_of(model, size), size, None)
+    name = REFERENCES[model].hub if model in REFERENCES else model
+    config = read_config(name)
+    fixed = bool(visual_tokens(config))
+    if fixed and data is None:
+        return Subject(config, None, size, None)
+    processor = load_processor(config, model_path(name))
+    counted = token_statistics(LlavaData(data, images), Collator(processor)) if data else None
+    size = (counted and counted.picture_size) or size
+    if fixed:
+        return Subject(config, None, size, counted)
+    made = processor.image_processor(images=[Image.new("RGB", size)], return_tensors="pt")
+    names = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask")
+    return Subject(config, {key: value for key, value in made.items() if key in names}, size, counted)

@@ -6,6 +6,7 @@ from llavolta.data.images import open_image, open_video, pad_to_square, padding_
 from llavolta.data.index import read_index
 from llavolta.data.llava import Example, LlavaData
 from llavolta.data.sampler import GroupedSampler
+from llavolta.data.statistics import TokenStatistics, token_statistics
 from llavolta.errors import DataError
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Example",
     "GroupedSampler",
     "LlavaData",
+    "TokenStatistics",
     "check_words",
     "find_bad",
     "find_too_long",
@@ -23,4 +25,5 @@ __all__ = [
     "padding_colour",
     "read_index",
     "to_rgb",
+    "token_statistics",
 ]

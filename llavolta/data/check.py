@@ -125,7 +125,7 @@ def find_too_long(data: LlavaData, collate: Collator, progress: bool = True) -> 
                 counts = [fixed] * int(pictures[index])
                 if fixed is None:
                     sizes = [data.picture_size(index, path, name) for path in media_paths_of(entry)]
-                    counts = [collate.picture_tokens(size) for size in sizes]
+                    counts = [collate.picture_tokens(size, len(sizes) == 1) for size in sizes]
                 collate.check_room(chat_messages(entry), name, counts)
         except DataError as error:
             found[int(data.rows[index])] = str(error)

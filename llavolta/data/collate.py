@@ -132,6 +132,12 @@ class Collator:
         times[placeholder] = torch.tensor(list(counts), dtype=times.dtype)
         self._check_length(name, placeholder.repeat_interleave(times), answers.repeat_interleave(times))
 
+    def text_tokens(self, messages: list[dict]) -> int:
+        """Tokens of a conversation without its pictures."""
+        text, _ = self._render(messages)
+        ids = torch.tensor(self.processor.tokenizer(text)["input_ids"])
+        return int((~torch.isin(ids, self._written_placeholders)).sum())
+
     @cached_property
     def template_tokens(self) -> int:
         """Tokens that the chat template adds to a conversation of one turn."""
@@ -145,17 +151,18 @@ class Collator:
         counts = {self.picture_tokens(size) for size in ((64, 64), (640, 480), (300, 900))}
         return counts.pop() if len(counts) == 1 else None
 
-    def picture_tokens(self, size: tuple[int, int]) -> int:
-        """Visual tokens of a picture of ``size`` (width, height)."""
-        if size not in self._counts:
-            row = self.processor(
-                text=[self.processor.image_token], images=[Image.new("RGB", size)], return_tensors="pt"
-            )
-            self._counts[size] = int(torch.isin(row["input_ids"], self._placeholders).sum())
-        return self._counts[size]
+    def picture_tokens(self, size: tuple[int, int], alone: bool = True) -> int:
+        """Visual tokens of a picture of ``size`` (width, height); LLaVA-OneVision cuts it into tiles only if it is the
+        only one of its conversation."""
+        if (size, alone) not in self._counts:
+            number = 1 if alone else 2
+            pictures = [[Image.new("RGB", size)] * number]
+            row = self.processor(text=[self.processor.image_token * number], images=pictures, return_tensors="pt")
+            self._counts[size, alone] = int(torch.isin(row["input_ids"], self._placeholders).sum()) // number
+        return self._counts[size, alone]
 
     @cached_property
-    def _counts(self) -> dict[tuple[int, int], int]:
+    def _counts(self) -> dict[tuple[tuple[int, int], bool], int]:
         return {}
 
     def _render(self, conversation: list[dict]) -> tuple[str, list[tuple[int, int]]]:

@@ -104,7 +104,10 @@ def compare(
     LlavaData(heldout)  # refuses what cannot be asked, before anything is trained
     root, plans, changes = Path(config.output), plans or {}, changes or {}
     aligned, runs = {}, {}
-    for seed, name in sorted((number, key) for key in schemes for number in seeds[key]):
+    # Seed by seed, each in the order of the schemes: what is finished can be compared, the baseline first.
+    for seed, name in ((number, key) for number in sorted(set().union(*seeds.values())) for key in schemes):
+        if seed not in seeds[name]:
+            continue
         own = config.changed(seed=seed, **changes.get(name, {}))
         start = {}
         if own.aligns:

@@ -76,6 +76,9 @@ def _sizes(config: TrainConfig) -> tuple[int, int]:
 
 def visual_tokens(config) -> int:
     """Of an image, or of a clip where the model is made for them; 0 where they vary."""
+    tiled = ("image_grid_pinpoints", "downsample_ratio", "downsample_factor")  # image_seq_length is then a tile's
+    if any(getattr(config, name, None) for name in tiled):
+        return 0
     return getattr(config, "video_seq_length", getattr(config, "image_seq_length", 0))
 
 

@@ -72,8 +72,7 @@ def load_model(name: str, quantize: str | None = None, dtype: torch.dtype = torc
         return _with_its_adapters(path, dtype)
     config = read_config(name)
     options = {"quantization_config": _four_bits(config)} if quantize else {}
-    model = load_whole(AutoModelForImageTextToText, path, dtype=dtype, **options)
-    return model, _processor(model, path)
+    return load_whole(AutoModelForImageTextToText, path, dtype=dtype, **options), load_processor(config, path)
 
 
 def _with_its_adapters(path: str, dtype: torch.dtype) -> tuple:
@@ -94,17 +93,18 @@ def _with_its_adapters(path: str, dtype: torch.dtype) -> tuple:
         raise ConfigError(f"the adapters in {path} cannot be read ({why}); the folder is damaged") from None
 
 
-def _processor(model: nn.Module, path: str):
-    """The processor at ``path``; that of Video-LLaVA, of which transformers' own needs torchvision, by ours."""
-    if model.config.model_type != "video_llava":
-        kind = PROCESSOR_MAPPING.get(type(model.config), None)
+def load_processor(config, path: str):
+    """The processor at ``path`` for the model that ``config`` describes, also without torchvision: then that of
+    Video-LLaVA reads clips by ours, that of others reads none. Raises ConfigError."""
+    if config.model_type != "video_llava":
+        kind = PROCESSOR_MAPPING.get(type(config), None)
         reads_clips = hasattr(kind, "get_attributes") and "video_processor" in kind.get_attributes()
         if reads_clips and not is_torchvision_available():
             processor = without_videos(kind, path)
         else:
             processor = AutoProcessor.from_pretrained(path)
         if getattr(processor, "patch_size", 0) is None:  # with which it counts a picture's tokens
-            size = getattr(getattr(model.config, "vision_config", None), "patch_size", "...")
+            size = getattr(getattr(config, "vision_config", None), "patch_size", "...")
             raise ConfigError(f'{path}/processor_config.json has no patch_size; add "patch_size": {size}')
         return processor
     from transformers import CLIPImageProcessor  # warns of a missing torchvision as soon as it is imported

@@ -37,7 +37,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llavolta.compression.families import find_parts, roles, unwrap
-from llavolta.data import Collator, check_words
+from llavolta.data import Collator, check_words, token_statistics
 from llavolta.errors import Stopped
 from llavolta.train import checkpoints
 from llavolta.train.build import (
@@ -212,7 +212,7 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         model, processor = load_model(phase.model, None if aligning else config.quantize)
     if aligning:
         model, processor = replace_projector(model, processor, config.projector)
-    num_layers, num_tokens = len(find_parts(model).layers), visual_tokens(model.config)
+    num_layers = len(find_parts(model).layers)
     set_trainable(model, phase.name, config.train_tower)
     if config.lora_rank and not aligning:
         base = Path(phase.model).resolve()  # the adapters may be loaded from elsewhere
@@ -258,6 +258,7 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
     if config.bad_entries == "skip":
         record_skipped(output, dataset, progress)
     check_words(dataset.texts(), processor.tokenizer, dataset.file.name)
+    num_tokens = visual_tokens(model.config) or round(token_statistics(dataset, collate).visual_tokens)
     if aligning and config.align_words and checkpoint is None:
         named = fit_to_words(model, processor, dataset, config.align_words, config.seed, progress)
         say(f"projector fitted to words: {named:.0%} of unseen pictures' patches named right", progress)

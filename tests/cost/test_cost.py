@@ -11,7 +11,8 @@ from transformers import AutoConfig, BertConfig, CLIPVisionConfig, LlamaConfig, 
 
 from llavolta import UnsupportedModel, cache_bytes, compress
 from llavolta.compression.families import find_parts
-from llavolta.cost.flops import PARTS, cost_model, reference_config, step_cost
+from llavolta.cost.flops import PARTS, cost_model, step_cost
+from llavolta.cost.references import reference_config
 from llavolta.paths import TINY_LLAVA
 from llavolta.train.config import TrainConfig
 from llavolta.train.models import set_trainable, with_adapters

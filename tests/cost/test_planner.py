@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llavolta import SCHEMES
-from llavolta.cost.flops import Passes, StepCost, cost_model, reference_config
+from llavolta.cost.flops import Passes, StepCost, cost_model
 from llavolta.cost.planner import (
     GPUS,
     PlannerError,
@@ -14,8 +14,10 @@ from llavolta.cost.planner import (
     memory_table,
     published_hours,
     scheme_table,
+    subject,
     within,
 )
+from llavolta.cost.references import reference_config
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,40 @@ def test_speeds_are_found_again_from_measured_steps():
 def test_noise_never_makes_a_negative_rate():
     speed = fit_speed([cost(4e12, 1e12), cost(2e12, 0.2e12)], [1.0, 0.9])
     assert min(speed.per_linear, speed.per_attention, speed.fixed) >= 0
+
+
+PICTURE = (640, 480)
+TOKENS = {
+    "llava-1.5-7b": 576,
+    "qwen2.5-vl-7b": 23 * 17,  # 644 x 476 pixels, 28 a side
+    "qwen3-vl-8b": 20 * 15,  # 32 a side
+    "internvl3-8b": (4 * 3 + 1) * 256,  # tiles, and the whole picture
+    "smolvlm-500m": (4 * 3 + 1) * 64,
+    "llava-onevision-7b": 27 * 27 + 40 * (54 + 1),  # the whole picture, and 2 x 2 tiles without their padding
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_other_families_are_planned_by_what_their_processors_make(name):
+    planned = subject(name, size=PICTURE)
+    model = cost_model(planned.config)
+    assert model.tokens_of(planned.pictures) == TOKENS[name]
+    schemes = {of: SCHEMES[of].scaled(len(model.layers)) for of in ("single-stage", "four-stage-wider")}
+    options = dict(pictures=planned.pictures, checkpointing=True, lora_rank=8)
+    table = scheme_table(model, schemes, 1000, Speed.of_gpu("H100-SXM", 0.4), **options)
+    visual, lengths = TOKENS[name], model.lengths("none", 64, 1, [TOKENS[name]])
+    assert set(lengths) == {64 + visual} and table.hours["single-stage"] > table.hours["four-stage-wider"] > 0
+    memory = memory_table(model, ["none", "0:avgpool:4"], lora_rank=8, pictures=planned.pictures)
+    assert memory.cache_per_example["0:avgpool:4"] / memory.cache_per_example["none"] == pytest.approx(
+        (64 + -(-visual // 4)) / (64 + visual)
+    )
+    assert memory.weights["none"] == pytest.approx(2 * sum(model.parameters.values()) / 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize("size", [(640,), (0, 480), (640.5, 480)])
+def test_a_size_that_no_picture_has(size):
+    with pytest.raises(PlannerError, match="a width and a height"):
+        subject("qwen3-vl-8b", size=size)
 
 
 def test_hours_of_a_scheme_are_those_of_its_stages(model):

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from llavolta.compression.compressors import COMPRESSORS
-from llavolta.cost.flops import cost_model, reference_config
+from llavolta.cost.flops import cost_model
 from llavolta.cost.planner import Speed, scheme_table
+from llavolta.cost.references import reference_config
 from llavolta.data import LlavaData
 from llavolta.show import token_maps, widgets
 from llavolta.studies import inspect

@@ -14,8 +14,9 @@ from transformers import AutoModelForImageTextToText
 
 from llavolta import PlanError, Scheme, Stage, compress
 from llavolta.cost.bench import step_times
-from llavolta.cost.flops import CostModel, reference_config
+from llavolta.cost.flops import CostModel
 from llavolta.cost.planner import Speed, scheme_table
+from llavolta.cost.references import reference_config
 from llavolta.studies.compare import contestants
 from llavolta.train.build import prepare, stage_model
 from llavolta.train.config import TrainConfig

@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from llavolta.compression.families import roles
-from llavolta.data import Collator, LlavaData
+from llavolta.cost.flops import cost_model
+from llavolta.cost.planner import subject
+from llavolta.data import Collator, LlavaData, token_statistics
 from llavolta.data.collate import IGNORED
 from llavolta.train.config import TrainConfig
 from llavolta.train.models import load_model
@@ -68,6 +70,25 @@ def test_text_alone_with_a_black_picture_has_the_loss_of_the_text(family, mixed)
     torch.testing.assert_close(black, plain, rtol=1e-4, atol=1e-4)
 
 
+def test_statistics_are_those_of_the_batches(family, mixed):
+    (_, processor), data = load_model(str(family)), LlavaData(mixed)
+    collate = Collator(processor)
+    found = token_statistics(data, collate)
+    batches = [collate([data[index]]) for index in range(len(data))]
+    visual = [torch.isin(batch["input_ids"], collate._placeholders).sum().item() for batch in batches]
+    pictures = sum(len(data[index].images) for index in range(len(data)))
+    assert found.entries == len(data) == 24 and found.images == pictures / 24
+    assert found.visual_tokens == pytest.approx(sum(visual) / pictures)
+    written = [collate.text_tokens(data[index].messages) for index in range(len(data))]
+    assert found.text_tokens == pytest.approx(sum(written) / 24)
+    # What a processor writes around a picture comes on top; text alone is exact.
+    alone = [index for index in range(len(data)) if not data[index].images]
+    assert all(written[index] == batches[index]["input_ids"].shape[1] for index in alone)
+    planned = subject(str(family), str(mixed))
+    assert planned.statistics == found and planned.size == found.picture_size
+    assert cost_model(planned.config).tokens_of(planned.pictures) == collate.picture_tokens(planned.size)
+
+
 def test_stages_one_by_one_equal_the_whole_and_the_result_is_plain(settings, tmp_path):
     whole = train(TrainConfig(output=str(tmp_path / "whole"), **settings), progress=False)
     for stage in (1, 2, 3):
@@ -78,6 +99,7 @@ def test_stages_one_by_one_equal_the_whole_and_the_result_is_plain(settings, tmp
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     rows = read_metrics(whole / "metrics.jsonl")
     assert [row["stage"] for row in rows] == [1, 1, 2, 2, 3, 3] and all(row["loss"] > 0 for row in rows)
+    assert rows[0]["visual_tokens"] > rows[0]["tokens_per_layer"][-1] > 0
 
 
 def test_adapters(settings, tmp_path):

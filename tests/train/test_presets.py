@@ -25,6 +25,9 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from llavolta.compression.families import find_parts, roles
+from llavolta.cost.flops import cost_model
+from llavolta.cost.references import REFERENCES, reference_config
 from llavolta.data import Collator, LlavaData
 from llavolta.errors import UserError
 from llavolta.train import models
@@ -96,8 +99,6 @@ def test_the_published_scheme_of_the_7b_preset():
 @pytest.fixture(scope="module")
 def seven_billion():
     """LLaVA-1.5-7B without weights."""
-    from llavolta.cost.flops import reference_config
-
     with torch.device("meta"):
         return LlavaForConditionalGeneration(reference_config("llava-1.5-7b"))
 
@@ -402,6 +403,55 @@ def test_arbitrary_files_are_yaml_or_raise_the_documented_error(text):
         parse_yaml(text, "file.yaml")
     except ConfigError as error:
         assert str(error).startswith("file.yaml cannot be read as YAML")
+
+
+PUBLISHED = {  # parameters of the checkpoints on the hub, in billions; decoder layers
+    "llava-1.5-7b": (7.06, 32),
+    "qwen2.5-vl-7b": (8.29, 28),
+    "qwen3-vl-8b": (8.77, 36),
+    "internvl3-8b": (7.94, 28),
+    "smolvlm-500m": (0.507, 32),
+    "llava-onevision-7b": (8.03, 28),
+}
+
+
+@pytest.fixture(scope="module", params=[name for name in REFERENCES if name != "llava-1.5-7b"])
+def published(request):
+    with torch.device("meta"):
+        return request.param, AutoModelForImageTextToText.from_config(reference_config(request.param))
+
+
+def test_presets_of_other_families_fit_the_published_shapes(published):
+    """Found by structure in the true sizes: what trains, where adapters go, and where the scheme's layers come."""
+    name, model = published
+    size, depth = PUBLISHED[name]
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    assert everything / 1e9 == pytest.approx(size, rel=0.002) and len(find_parts(model).layers) == depth
+    found = next(p for p in PRESETS if p.startswith(name))
+    config = TrainConfig.from_preset(found, output="x")
+    assert config.model == REFERENCES[name].hub and not config.aligns
+    stages = config.resolve_scheme(depth, 1000).stages
+    layers = [int(stage.plan.split(":")[0]) for stage in stages if stage.plan != "none"]
+    assert (
+        len(stages) == 4 and stages[-1].plan == "none" and layers[0] == layers[1] < depth // 8 < layers[2] <= depth / 2
+    )
+    set_trainable(model, "instruct", config.train_tower)
+    role = roles(model)
+    parts = {of: 0 for of in ("projector", "tower", "language")}
+    for parameter, value in model.named_parameters():
+        parts[role.of(parameter)] += value.numel()
+    assert trainable(model) == everything - (0 if config.train_tower else parts["tower"])
+    assert parts["projector"] < parts["tower"] < parts["language"]
+    if config.lora_rank:
+        tuned = with_adapters(model, config, "x")
+        layer_sides = sum(sizes.sides for sizes in cost_model(reference_config(name)).layers)
+        assert trainable(tuned) == config.lora_rank * layer_sides + parts["projector"]
+
+
+def test_every_model_of_a_preset_has_a_reference():
+    hubs = {reference.hub for reference in REFERENCES.values()}
+    models = {yaml.safe_load(file.read_text()).get("model") for file in PRESETS.values()}
+    assert {name for name in models if name and "/" in name} <= hubs | {"LanguageBind/Video-LLaVA-7B-hf"}
 
 
 def test_a_preset_from_the_command_line(settings, tmp_path, capsys):
