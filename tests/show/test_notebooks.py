@@ -13,6 +13,7 @@ import papermill
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from papermill.exceptions import PapermillExecutionError
+from processors_tiny import WITH_PROCESSOR, write
 from tiny import write_results
 from traitlets.config import Config
 
@@ -175,6 +176,16 @@ def test_03_train_stage_alone_stage_0_and_a_plan_of_ones_own(training, tmp_path)
     other = {**training, "output": str(tmp_path / "other")}
     notebook = run("03_train_stage", tmp_path, stage=1, plan="0:avgpool:4", scheme="heavy", **other)
     assert "0:avgpool:4" in json.dumps(notebook["cells"])
+
+
+@pytest.mark.parametrize("name", WITH_PROCESSOR)
+def test_03_train_stage_takes_any_family(training, mixed, tmp_path, name):
+    """Trained and asked on pictures of several shapes."""
+    model = str(write(name, tmp_path / name))
+    notebook = run("03_train_stage", tmp_path, stage=2, **{**training, "model": model, "heldout": str(mixed)})
+    assert pictures(notebook) >= 4
+    summary = (tmp_path / "run" / "summary.txt").read_text()
+    assert "held-out accuracy after stage 2 of `three-stage`" in summary
 
 
 @pytest.mark.parametrize(
