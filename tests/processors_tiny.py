@@ -168,6 +168,24 @@ def llava_onevision():
     return tf.LlavaOnevisionForConditionalGeneration(config), processor
 
 
+def llava_next_video():
+    """As LLaVA-NeXT; clips would be pooled by four."""
+    model, still = llava_next()
+    blind = type("LlavaNextVideoProcessor", (Unchecked, tf.LlavaNextVideoProcessor), {})
+    options = dict(patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    words = still.tokenizer
+    processor = blind(NoVideos(CLIPS), still.image_processor, words, chat_template=still.chat_template, **options)
+    config = tf.LlavaNextVideoConfig(
+        vision_config=model.config.vision_config,
+        text_config=model.config.text_config,
+        image_token_index=model.config.image_token_id,
+        video_token_index=words.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=model.config.image_grid_pinpoints,
+        tie_word_embeddings=False,
+    )
+    return tf.LlavaNextVideoForConditionalGeneration(config), processor
+
+
 def gemma3():
     """A fixed number of tokens between two of the processor's own, with which pictures attend to all of themselves."""
     names = dict(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")
@@ -220,6 +238,7 @@ WITH_PROCESSOR = {
         internvl,
         smolvlm,
         llava_onevision,
+        llava_next_video,
         gemma3,
         aya_vision,
     )

@@ -97,12 +97,14 @@ def load_processor(config, path: str):
     """The processor at ``path`` for the model that ``config`` describes, also without torchvision: then that of
     Video-LLaVA reads clips by ours, that of others reads none. Raises ConfigError."""
     if config.model_type != "video_llava":
-        kind = PROCESSOR_MAPPING.get(type(config), None)
-        reads_clips = hasattr(kind, "get_attributes") and "video_processor" in kind.get_attributes()
-        if reads_clips and not is_torchvision_available():
-            processor = without_videos(kind, path)
-        else:
-            processor = AutoProcessor.from_pretrained(path)
+        try:
+            kind = PROCESSOR_MAPPING.get(type(config), None)
+            reads_clips = hasattr(kind, "get_attributes") and "video_processor" in kind.get_attributes()
+            blind = reads_clips and not is_torchvision_available()
+            processor = without_videos(kind, path) if blind else AutoProcessor.from_pretrained(path)
+        except ImportError as error:
+            name = "torchvision" if "orchvision" in str(error) else next(iter(str(error).strip().splitlines()))
+            raise ConfigError(f"the processor of {path} needs {name}, which is not installed") from None
         if getattr(processor, "patch_size", 0) is None:  # with which it counts a picture's tokens
             size = getattr(getattr(config, "vision_config", None), "patch_size", "...")
             raise ConfigError(f'{path}/processor_config.json has no patch_size; add "patch_size": {size}')

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from families_tiny import FAMILIES
 from processors_tiny import WITH_PROCESSOR, write
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
+from transformers.utils import is_torchvision_available
 
 from llavolta.compression.families import roles
 from llavolta.cost.flops import cost_model
 from llavolta.cost.planner import subject
 from llavolta.data import Collator, LlavaData, token_statistics
 from llavolta.data.collate import IGNORED
-from llavolta.train.config import TrainConfig
+from llavolta.train.config import ConfigError, TrainConfig
 from llavolta.train.models import load_model
 from llavolta.train.run import train
 from llavolta.train.trainer import read_metrics
@@ -106,5 +110,24 @@ def test_adapters(settings, tmp_path):
     run = train(TrainConfig(output=str(tmp_path / "lora"), lora_rank=2, **settings), progress=False)
     before, after = (dict(load_model(str(folder))[0].named_parameters()) for folder in (run / "align", run))
     role = roles(load_model(str(run))[0])
+    moved = [name for name in after if not torch.equal(before[name], after[name])]
+    assert {role.of(name) for name in moved} == {"projector", "language"}
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="with torchvision it is read")
+def test_a_processor_that_needs_torchvision_is_named(tmp_path):
+    FAMILIES["mistral3"]("right").model.save_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "PixtralProcessor"}))
+    with pytest.raises(ConfigError, match="needs torchvision, which is not installed"):
+        load_model(str(tmp_path))
+
+
+def test_four_bits(settings, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="pip install 'llavolta[qlora]' to test 4 bits")
+    short = {**settings, "max_steps": 3}
+    run = train(TrainConfig(output=str(tmp_path / "run"), lora_rank=2, quantize="nf4", **short), progress=False)
+    before, after = (dict(load_model(str(folder))[0].named_parameters()) for folder in (run / "align", run))
+    role = roles(load_model(str(run))[0])
+    assert all(value.dtype == torch.float32 for value in after.values())
     moved = [name for name in after if not torch.equal(before[name], after[name])]
     assert {role.of(name) for name in moved} == {"projector", "language"}
