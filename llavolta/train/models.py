@@ -103,8 +103,10 @@ def load_processor(config, path: str):
             blind = reads_clips and not is_torchvision_available()
             processor = without_videos(kind, path) if blind else AutoProcessor.from_pretrained(path)
         except ImportError as error:
-            name = "torchvision" if "orchvision" in str(error) else next(iter(str(error).strip().splitlines()))
-            raise ConfigError(f"the processor of {path} needs {name}, which is not installed") from None
+            why = next(iter(str(error).strip().splitlines()))
+            if "orchvision" in why:
+                why = "it needs torchvision, which is not installed"
+            raise ConfigError(f"the processor of {path} cannot be read: {why}") from None
         if getattr(processor, "patch_size", 0) is None:  # with which it counts a picture's tokens
             size = getattr(getattr(config, "vision_config", None), "patch_size", "...")
             raise ConfigError(f'{path}/processor_config.json has no patch_size; add "patch_size": {size}')
