@@ -567,9 +567,12 @@ def test_what_a_tower_of_packed_patches_gives_is_known_at_layer_0():
 
 
 @torch.no_grad()
-def test_the_tiles_of_an_image_are_told_apart_at_layer_0():
-    """LLaVA-NeXT: each patch carries its own number through the model's packing, newlines and all."""
-    family = FAMILIES["llava_next"]()
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_the_tiles_of_an_image_are_told_apart_at_layer_0(name):
+    """Each patch carries its own number through the model's packing, newlines and all."""
+    family = FAMILIES[name]()
+    if name == "llava_onevision":  # without its clip
+        family.batch = {key: value[:1] for key, value in family.batch.items() if "videos" not in key}
     base, watched, numbers = family.model.model, Watched(), []
 
     def count(module, args, output):  # in place of the projector's output
@@ -582,9 +585,11 @@ def test_the_tiles_of_an_image_are_told_apart_at_layer_0():
         family.model(**family.batch)
     hook.remove()
     [(tokens, _)] = watched.calls
-    flat = tokens.probe.tower.layers["selected"].attention(slice(0, 1), True)[:, 1:].reshape(-1)
+    layer = tokens.probe.tower.layers["selected"]
+    first = 0 if name == "llava_onevision" else 1  # a class token
+    flat = layer.attention(slice(0, first or None), True)[:, first:].reshape(-1)
     which = tokens.hidden[..., 0].round().long()  # the patch that each token was, newlines aside
     isnumber = (which >= 1) & (which <= len(flat)) & (tokens.hidden == tokens.hidden[..., :1]).all(-1) & tokens.mask
-    assert isnumber.sum() > 100 and not isnumber[tokens.mask].all()
+    assert isnumber.sum() >= 80 and not isnumber[tokens.mask].all()
     torch.testing.assert_close(tokens.salience()[isnumber], flat[which[isnumber] - 1])
     assert (tokens.salience()[tokens.mask & ~isnumber] == 0).all()
