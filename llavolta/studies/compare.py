@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -68,8 +70,8 @@ def contestants(names: Sequence[str], own: Mapping[str, Sequence], num_layers: i
     for name, stages in own.items():
         if name in known:
             raise CompareError(f"a scheme of your own cannot be called {name!r}; that one exists")
-        chosen[name] = Scheme.of(name, stages)
-        for stage in chosen[name].stages:
+        chosen[name] = scheme = Scheme.of(name, stages)
+        for stage in (*scheme.stages, *([scheme.align] if scheme.align else [])):
             for plan in stage.choices:
                 check_layers(plan, num_layers)
     return chosen
@@ -112,8 +114,12 @@ def compare(
         start = {}
         if own.aligns:
             kind = "" if own.projector == OWN else "-" + own.projector.replace(":", "-")
+            align = schemes[name].align
+            kind += "" if align is None else "-" + re.sub(r"[^\w.]+", "-", str(align))
             first = root / f"{seed}" / f"{build.ALIGN}{kind}"
-            aligned[first] = _any(own).changed(output=str(first), stage=0)
+            # Under stages that play no part in it, so that schemes which are aligned alike share one.
+            stages = [replace(Scheme.equal("any", "none"), align=align).written, ["none"]][align is None]
+            aligned[first] = own.changed(output=str(first), stage=0, plan=None, scheme=stages)
             start = dict(model=str(first), align_steps=0, align_epochs=None, projector=OWN)
         run = own.changed(output=str(root / f"{seed}" / name), stage=None, plan=None, **start)
         written = schemes[name].written
@@ -207,17 +213,17 @@ def costs(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What the schemes cost relative to no compression, and the steps that this is summed from.
 
-    The first table has one row per scheme: time and flops (1 for no compression), each the mean over its stages by
-    their shares. The second is ``bench.step_times`` of all their plans, timed in turn on the same ``batches``, as
-    training has them, so that the noise of the machine cancels. model: a trained one of them.
+    The first table has one row per scheme: time and flops (1 for no compression) of instruction tuning, each the mean
+    over its stages by their shares; where the runs are aligned, too, align, the time of projector alignment relative to
+    that on all tokens, and recipe, that of both together. The second is ``bench.step_times`` of all plans of tuning,
+    timed in turn on the same ``batches``, as training has them, so that the noise of the machine cancels. model: a
+    trained one of them.
     """
     setup = build.prepare(_any(config))
     trained, processor, _ = open_model(model)
     collate = Collator(processor, config.max_length)
     data = build.open_data(config, setup.data, setup.images, collate, progress)
-    order, size = list(GroupedSampler(data.lengths, data.medium, config.batch_size, config.seed)), config.batch_size
-    parts = [[order[i % len(order)] for i in range(k * size, (k + 1) * size)] for k in range(batches)]
-    seen = [collate([data[i] for i in part]) for part in parts]
+    seen = _batches(data, collate, config.batch_size, config.seed, batches)
     stages = [stage for scheme in schemes.values() for stage in scheme.stages]
     steps = bench.step_times(trained, seen, stages, rounds, progress=progress, config=config)
     by_plan = steps.set_index("plan")
@@ -226,7 +232,25 @@ def costs(
         share = pd.Series([stage.share for stage in scheme.stages], list(map(str, scheme.stages)))
         mean = (by_plan.loc[share.index, ["ratio", "flops_ratio"]].mul(share.to_numpy(), axis=0)).sum()
         rows.append(dict(scheme=name, time=mean.ratio, flops=mean.flops_ratio))
-    return pd.DataFrame(rows).set_index("scheme"), steps
+    table = pd.DataFrame(rows).set_index("scheme")
+    if config.aligns:
+        captions = build.open_data(config, *build.align_data(config), collate, progress)
+        seen = _batches(captions, collate, config.align_batch_size or config.batch_size, config.seed, batches)
+        chosen = {name: config.align_stage(scheme) for name, scheme in schemes.items()}
+        aligning = bench.step_times(trained, seen, list(chosen.values()), rounds, "align", progress, config)
+        of_plan = aligning.set_index("plan")
+        table["align"] = [of_plan.ratio[str(stage)] for stage in chosen.values()]
+        align = build.count_steps(config, "align", *build.align_data(config)) * of_plan.seconds["none"]
+        tuning = setup.total_steps * by_plan.seconds["none"]
+        table["recipe"] = (align * table["align"] + tuning * table.time) / (align + tuning)
+    return table, steps
+
+
+def _batches(data: LlavaData, collate: Collator, size: int, seed: int, count: int) -> list[dict]:
+    """The first ``count`` batches of ``data`` as training has them."""
+    order = list(GroupedSampler(data.lengths, data.medium, size, seed))
+    parts = [[order[i % len(order)] for i in range(k * size, (k + 1) * size)] for k in range(count)]
+    return [collate([data[i] for i in part]) for part in parts]
 
 
 def accuracies(answers: pd.DataFrame) -> pd.DataFrame:

@@ -72,7 +72,8 @@ class TrainConfig(BaseModel):
 
     scheme: str | list = "three-stage"
     """A name of schemes.NAMED (layers are scaled to the model's depth), a list of plans, or a list of {plan, share},
-    maybe with slow_every (both taken as they are; see schemes.Stage)."""
+    maybe with slow_every (both taken as they are; see schemes.Stage). The first entry of a list may be
+    ``{align: {plan}}``, what projector alignment is, in place of align_plan."""
     pivots: list | None = None
     """The optimizer steps at which a stage ends and the next begins; None: stages have their shares."""
     stage: int | None = None
@@ -80,7 +81,7 @@ class TrainConfig(BaseModel):
     plan: str | None = None
     """Replaces the plan of ``stage``."""
     align_plan: str = "none"
-    """The plan of projector alignment."""
+    """The plan of projector alignment, where the scheme has none of its own."""
 
     max_steps: _Positive | None = None
     """Optimizer steps of the whole scheme."""
@@ -181,7 +182,7 @@ class TrainConfig(BaseModel):
             raise ConfigError("tower_learning_rate without train_tower changes nothing; set train_tower")
         self._check_engine()
         parse_plan(self.align_plan)
-        stages = len(self._written_stages())
+        stages = len(self._written_scheme().stages)
         if self.stage is not None and self.stage not in range(stages + 1):
             raise ConfigError(f"stage must be 0 (projector alignment) .. {stages} for this scheme, not {self.stage!r}")
         if self.plan is not None and not self.stage:
@@ -214,19 +215,22 @@ class TrainConfig(BaseModel):
         """Whether projector alignment comes first."""
         return bool(self.align_steps or self.align_epochs)
 
-    def _written_stages(self) -> tuple[Stage, ...]:
+    def _written_scheme(self) -> Scheme:
         if isinstance(self.scheme, str):
             if self.scheme not in NAMED:
                 raise ConfigError(f"unknown scheme {self.scheme!r}; choose from {', '.join(NAMED)}, or list stages")
-            return NAMED[self.scheme].stages
-        return Scheme.of("custom", self.scheme).stages
+            return NAMED[self.scheme]
+        return Scheme.of("custom", self.scheme)
+
+    def align_stage(self, scheme: Scheme) -> Stage:
+        """What projector alignment before ``scheme`` is."""
+        return scheme.align or Stage(self.align_plan, 1)
 
     def resolve_scheme(self, num_layers: int, total_steps: int) -> Scheme:
         """The scheme for a model of ``num_layers`` decoder layers over ``total_steps`` optimizer steps."""
+        scheme = self._written_scheme()
         if isinstance(self.scheme, str):
-            scheme = NAMED[self.scheme].scaled(num_layers)
-        else:
-            scheme = Scheme("custom", self._written_stages())
+            scheme = scheme.scaled(num_layers)
         if self.pivots is not None:
             plans = [stage.plan for stage in scheme.stages]
             timed = Scheme.from_pivots(scheme.name, plans, self.pivots, total_steps).stages
@@ -235,9 +239,11 @@ class TrainConfig(BaseModel):
         if self.plan is not None:
             stages = list(scheme.stages)
             stages[self.stage - 1] = replace(stages[self.stage - 1], plan=self.plan)
-            scheme = Scheme(f"{scheme.name} with {self.plan} in stage {self.stage}", tuple(stages))
-        for plan in (*(plan for stage in scheme.stages for plan in stage.choices), parse_plan(self.align_plan)):
-            check_layers(plan, num_layers)
+            name = f"{scheme.name} with {self.plan} in stage {self.stage}"
+            scheme = replace(scheme, name=name, stages=tuple(stages))
+        for stage in (*scheme.stages, self.align_stage(scheme)):
+            for plan in stage.choices:
+                check_layers(plan, num_layers)
         scheme.boundaries(total_steps)
         return scheme
 

@@ -8,6 +8,7 @@ steps, so the trained model is a plain one.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,9 +62,19 @@ def load_isolator(model: nn.Module, folder: Path) -> None:
         getattr(unwrap(model), ISOLATOR).weight.copy_(held)
 
 
+def holds_isolator(folder: str | Path) -> bool:
+    return (Path(folder) / f"{ISOLATOR}.safetensors").exists()
+
+
+def keep_isolator(checkpoint: Path, folder: Path) -> None:
+    """Put the isolator of a ``checkpoint``, if it has one, beside the model that was made of it."""
+    if holds_isolator(checkpoint):
+        shutil.copyfile(checkpoint / f"{ISOLATOR}.safetensors", folder / f"{ISOLATOR}.safetensors")
+
+
 def fast_mode(model: nn.Module, stage: Stage, labelled_only: bool = True) -> Compression:
-    """``stage``'s plan in force, behind the mode isolator if it has slow steps; labelled_only: see compress."""
-    prefix = getattr(unwrap(model), ISOLATOR) if stage.slow_every else None
+    """``stage``'s plan in force, behind the mode isolator if it isolates; labelled_only: see compress."""
+    prefix = getattr(unwrap(model), ISOLATOR) if stage.isolates else None
     return compress(model, stage.choices[0], labelled_only=labelled_only, prefix=prefix)
 
 

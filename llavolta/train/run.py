@@ -52,7 +52,7 @@ from llavolta.train.build import (
     visual_tokens,
 )
 from llavolta.train.config import ENGINES, ConfigError, TrainConfig, parse_yaml
-from llavolta.train.dualspeed import add_isolator, load_isolator
+from llavolta.train.dualspeed import add_isolator, holds_isolator, keep_isolator, load_isolator
 from llavolta.train.models import autocasts, load_model, set_trainable, with_adapters
 from llavolta.train.projectors import replace_projector
 from llavolta.train.schemes import Scheme
@@ -131,7 +131,7 @@ def _train(config: TrainConfig, setup: Setup, progress: bool) -> Path:
         with state.main_process_first():
             data, images = align_data(config)
         steps = count_steps(config, "align", data, images)
-        scheme = Scheme.equal(ALIGN, config.align_plan)
+        scheme = Scheme(ALIGN, (config.align_stage(setup.scheme),))
         then = (setup.data, setup.images) if config.stage != 0 else None
         _bring(config, Phase("align", align, model, data, images, scheme, steps, 1, then), progress)
         if config.stage == 0:
@@ -172,6 +172,8 @@ def _bring(config: TrainConfig, phase: Phase, progress: bool) -> None:
         _run(config, phase, checkpoint, progress)
     if state.is_main_process:
         _finish(output, output / f"{PREFIX_CHECKPOINT_DIR}-{phase.end}")
+        if phase.name == ALIGN:  # which tuning starts from
+            keep_isolator(output / f"{PREFIX_CHECKPOINT_DIR}-{phase.end}", output)
     state.wait_for_everyone()  # the next phase loads what the main process has just written
 
 
@@ -217,9 +219,11 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
     if config.lora_rank and not aligning:
         base = Path(phase.model).resolve()  # the adapters may be loaded from elsewhere
         model = with_adapters(model, config, str(base) if base.exists() else phase.model)
-    slow = any(stage.slow_every for stage in scheme.stages)
-    if slow:
+    slow, isolates = (any(getattr(s, of) for s in scheme.stages) for of in ("slow_every", "isolates"))
+    if isolates:
         add_isolator(model)
+        if not aligning and holds_isolator(phase.model):
+            load_isolator(model, Path(phase.model))
     size, accumulated = config.batches(phase.name, int(os.environ.get("WORLD_SIZE", 1)))
     arguments = TrainingArguments(
         output_dir=str(output),
@@ -287,7 +291,7 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
     trainer.remove_callback(PrinterCallback)  # metrics.jsonl holds it all
     if checkpoint:
         _check_checkpoint(checkpoint, trainer, config)
-        if slow:
+        if isolates:
             load_isolator(model, checkpoint)
     try:
         with on_sigterm(asked.set):

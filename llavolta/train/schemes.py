@@ -62,12 +62,14 @@ class Stage:
     The plan may be drawn anew for each step, uniformly: ``"0:avgpool2d:1|2|4"``; see ``drawn``.
     choices: the plans that it is drawn from, mostly one, parsed once; the plan itself is the text that it prints as.
     slow_every: 0, or after how many steps there is one of DualSpeed's slow steps, on all tokens; the steps between are
-    its fast ones, on what ``plan`` leaves behind the mode isolator. See llavolta.train.dualspeed.
+    its fast ones, on what ``plan`` leaves behind the mode isolator. isolated: behind the isolator without slow steps,
+    as DualSpeed aligns. See llavolta.train.dualspeed.
     """
 
     plan: str
     share: float
     slow_every: int = 0
+    isolated: bool = False
     choices: tuple[Plan, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -75,25 +77,38 @@ class Stage:
         object.__setattr__(self, "choices", tuple(parse_plan(plan) for plan in drawn))
         if len(drawn) == 1:
             object.__setattr__(self, "plan", format_plan(self.choices[0]))
-        elif self.slow_every:
-            raise SchemeError(f"plan {self.plan!r} is drawn for each step, which cannot be with slow_every")
+        elif self.slow_every or self.isolated:
+            raise SchemeError(f"plan {self.plan!r} is drawn for each step, which cannot be with slow_every or isolated")
         if isinstance(self.share, bool) or not (isinstance(self.share, (int, float)) and 0 < self.share <= 1):
             raise SchemeError(f"a stage's share must be above 0 and at most 1, not {self.share!r}")
         every = self.slow_every
         if isinstance(every, bool) or not isinstance(every, int) or every < 0 or every == 1:
             raise SchemeError(f"slow_every must be 0 (no slow steps) or a whole number of at least 2, not {every!r}")
-        if every and not {0, VISION} & self.choices[0].keys():
+        if not isinstance(self.isolated, bool):
+            raise SchemeError(f"isolated must be true or false, not {self.isolated!r}")
+        if every and self.isolated:
+            raise SchemeError("fast steps are behind the isolator anyway; leave isolated out where slow_every is given")
+        if self.isolates and not {0, VISION} & self.choices[0].keys():
             raise SchemeError(
-                f"fast steps are shortened before the decoder: with slow_every, plan {self.plan!r} needs a compressor "
-                "at layer 0 or 'vision', such as '0:random:0.1'"
+                f"fast steps are shortened before the decoder: with {'slow_every' if every else 'isolated'}, plan "
+                f"{self.plan!r} needs a compressor at layer 0 or 'vision', such as '0:divprune:0.1'"
             )
 
+    @property
+    def isolates(self) -> bool:
+        """Whether steps train the mode isolator."""
+        return self.isolated or self.slow_every > 0
+
     def __str__(self) -> str:
+        if self.isolated:
+            return f"{self.plan}, isolated"
         return f"{self.plan}, slow every {self.slow_every}" if self.slow_every else self.plan
 
     @property
     def passes(self) -> tuple[Pass, ...]:
         """What the steps of this stage compute: a slow step asks the fast mode, too, without training it."""
+        if self.isolated:
+            return (Pass(self.plan, 1, ISOLATOR_TOKENS),)
         if not self.slow_every:
             return tuple(Pass(format_plan(plan), 1 / len(self.choices)) for plan in self.choices)
         slow, fast = 1 / self.slow_every, Pass(self.plan, 1 - 1 / self.slow_every, ISOLATOR_TOKENS)
@@ -121,10 +136,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Scheme:
-    """Stages in their order; their shares sum to 1. The stage is a function of the step and the total alone."""
+    """Stages in their order; their shares sum to 1. The stage is a function of the step and the total alone.
+
+    align: the stage that projector alignment before them is; None: on all tokens.
+    """
 
     name: str
     stages: tuple[Stage, ...]
+    align: Stage | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -139,11 +158,15 @@ class Scheme:
 
     @classmethod
     def of(cls, name: str, stages: Sequence[str | dict]) -> Scheme:
-        """A scheme from a list as YAML holds it: plans, which share the steps equally, or Stage's fields each."""
+        """A scheme from a list as YAML holds it: plans, which share the steps equally, or Stage's fields each; the
+        first may be ``{align: {plan, isolated}}``, what projector alignment is."""
         try:
-            if all(isinstance(stage, str) for stage in stages):
-                return cls.equal(name, *stages)
-            return cls(name, tuple(Stage(**stage) for stage in stages))
+            align, rest = None, stages
+            if stages and isinstance(stages[0], dict) and set(stages[0]) == {"align"}:
+                align, rest = Stage(**{"share": 1, **stages[0]["align"]}), stages[1:]
+            if all(isinstance(stage, str) for stage in rest):
+                return replace(cls.equal(name, *rest), align=align)
+            return cls(name, tuple(Stage(**stage) for stage in rest), align)
         except TypeError:
             raise SchemeError(f"stages must be a list of plans or a list of {{plan, share}}, not {stages!r}") from None
 
@@ -162,20 +185,18 @@ class Scheme:
 
     @property
     def written(self) -> list[dict]:
-        """The stages as ``of`` reads them back, without what is not in use."""
-        return [
-            dict(plan=stage.plan, share=stage.share, **({"slow_every": stage.slow_every} if stage.slow_every else {}))
-            for stage in self.stages
-        ]
+        """Alignment and stages as ``of`` reads them back, without what is not in use."""
+        align = [] if self.align is None else [{"align": _written(self.align, "share")}]
+        return align + [_written(stage) for stage in self.stages]
 
     def reversed(self, name: str) -> Scheme:
         """The same stages in the opposite order, at the same cost."""
-        return Scheme(name, self.stages[::-1])
+        return replace(self, name=name, stages=self.stages[::-1])
 
     def shuffled(self, name: str, blocks: int = 4, seed: int = 0) -> Scheme:
         """Each stage cut into ``blocks`` equal parts, all parts in one random order, at the same cost."""
         parts = [replace(stage, share=stage.share / blocks) for stage in self.stages for _ in range(blocks)]
-        return Scheme(name, tuple(random.Random(seed).sample(parts, len(parts))))
+        return replace(self, name=name, stages=tuple(random.Random(seed).sample(parts, len(parts))))
 
     def boundaries(self, total_steps: int) -> tuple[int, ...]:
         """The step before which each stage ends; the last is ``total_steps``. Every stage has at least one step."""
@@ -205,10 +226,14 @@ class Scheme:
         Layer K of ``reference_layers`` becomes ``round(K * num_layers / reference_layers)``, halves rounded up, and
         at least 1 where K is: a scheme that lets the first layers see every token keeps doing so.
         """
-        return replace(
-            self,
-            stages=tuple(replace(s, plan=scale_plan(s.plan, num_layers, reference_layers)) for s in self.stages),
-        )
+        stages = (replace(s, plan=scale_plan(s.plan, num_layers, reference_layers)) for s in self.stages)
+        align = self.align and replace(self.align, plan=scale_plan(self.align.plan, num_layers, reference_layers))
+        return replace(self, stages=tuple(stages), align=align)
+
+
+def _written(stage: Stage, *without: str) -> dict:
+    values = dict(plan=stage.plan, share=stage.share, slow_every=stage.slow_every, isolated=stage.isolated)
+    return {name: value for name, value in values.items() if name not in without and value}
 
 
 def scale_layer(layer: int, num_layers: int, reference_layers: int = REFERENCE_LAYERS) -> int:
@@ -245,8 +270,10 @@ SCHEMES = {
     )
 }
 
-NEIGHBOURS = {"dualspeed": Scheme("dualspeed", (Stage("0:random:0.1", 1, slow_every=10),))}
-"""What others train by: DualSpeed (arXiv 2602.03815), with its numbers, and a random subset in the fast steps."""
+_DIVERSE = "0:divprune:0.099"  # int(0.1 L) of 576 tokens and of 144, as its code truncates where DivPrune rounds
+NEIGHBOURS = {"dualspeed": Scheme("dualspeed", (Stage(_DIVERSE, 1, slow_every=10),), Stage(_DIVERSE, 1, isolated=True))}
+"""What others train by: DualSpeed (arXiv 2602.03815) as its code has it: diverse tokens in the fast steps, of which
+alignment consists; the isolator that is trained there is where tuning starts from."""
 
 _FEW = "0:avgpool2d:2;16:avgpool:36"  # a quarter of the tokens in the first half of the layers, 1 of 144 in the other
 OURS = {

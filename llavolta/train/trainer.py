@@ -44,8 +44,10 @@ class StageCallback(TrainerCallback):
         self.stage: tuple[int, str] | None = None  # and the plan that is in force
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if any(stage.slow_every for stage in self.scheme.stages) and not hasattr(unwrap(model), ISOLATOR):
-            raise SchemeError(f"scheme {self.scheme.name!r} has slow steps; train it by python -m llavolta.train")
+        if any(stage.isolates for stage in self.scheme.stages) and not hasattr(unwrap(model), ISOLATOR):
+            raise SchemeError(
+                f"scheme {self.scheme.name!r} trains a mode isolator; train it by python -m llavolta.train"
+            )
         spare_frozen_towers(model)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):

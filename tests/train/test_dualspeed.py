@@ -13,6 +13,7 @@ from tiny import IMAGE, ragged_batch, tiny_llava
 from transformers import AutoModelForImageTextToText
 
 from llavolta import PlanError, Scheme, Stage, compress
+from llavolta.compression.families import unwrap
 from llavolta.cost.bench import step_times
 from llavolta.cost.flops import CostModel
 from llavolta.cost.planner import Speed, scheme_table
@@ -22,7 +23,7 @@ from llavolta.train.build import prepare, stage_model
 from llavolta.train.config import TrainConfig
 from llavolta.train.dualspeed import add_isolator, fast_mode, slow_mode
 from llavolta.train.run import train
-from llavolta.train.schemes import NEIGHBOURS, SchemeError
+from llavolta.train.schemes import ISOLATOR, NEIGHBOURS, SchemeError
 from llavolta.train.trainer import StageTrainer, read_metrics
 
 RAGGED = [[3, 4], [2, 0, 5], [6]]  # one picture, two, none
@@ -193,6 +194,32 @@ class TestScheme:
         assert Scheme.of("mixed", json.loads(json.dumps(scheme.written))) == scheme
         assert scheme.written[1] == {"plan": "none", "share": 0.5}
 
+    def test_alignment_reads_back_as_written_and_is_scaled(self):
+        scheme = Scheme.of("mine", [{"align": {"plan": "0:divprune:0.1;16:avgpool:2", "isolated": True}}, "none"])
+        assert scheme.align.isolates and scheme.stages == (Stage("none", 1),)
+        assert Scheme.of("mine", scheme.written) == scheme
+        assert scheme.scaled(8).align == Stage("0:divprune:0.1;4:avgpool:2", 1, isolated=True)
+        assert scheme.reversed("back").align == scheme.align
+        config = TrainConfig(output="x", scheme=scheme.written, align_plan="1:avgpool:8")
+        assert config.align_stage(config.resolve_scheme(32, 10)) == scheme.align
+        plain = TrainConfig(output="x", scheme="three-stage", align_plan="1:avgpool:8")
+        assert plain.align_stage(plain.resolve_scheme(8, 10)) == Stage("1:avgpool:8", 1)
+        with pytest.raises(PlanError, match="layer 16"):
+            config.resolve_scheme(8, 10)
+
+    @pytest.mark.parametrize(
+        ("stage", "match"),
+        [
+            (dict(plan="1:avgpool:2", isolated=True), "with isolated, plan"),
+            (dict(plan="0:avgpool:2", isolated=1), "isolated must be true or false"),
+            (dict(plan="0:avgpool:2", isolated=True, slow_every=2), "leave isolated out"),
+            (dict(plan="0:avgpool:1|2", isolated=True), "drawn for each step"),
+        ],
+    )
+    def test_isolation_that_cannot_be(self, stage, match):
+        with pytest.raises(SchemeError, match=match):
+            Stage(share=1, **stage)
+
     def test_other_plans_and_pivots_keep_the_modes(self):
         stages = [dict(plan="0:random:0.1", share=0.5, slow_every=4), dict(plan="none", share=0.5)]
         config = TrainConfig(output="x", scheme=stages, pivots=[30], stage=1, plan="0:avgpool:8")
@@ -202,19 +229,23 @@ class TestScheme:
 
     def test_contestants_know_it(self):
         (stage,) = contestants(["dualspeed"], {}, 8)["dualspeed"].stages
-        assert stage == Stage("0:random:0.1", 1, slow_every=10)
+        assert stage == Stage("0:divprune:0.099", 1, slow_every=10)
+        align = contestants(["dualspeed"], {}, 8)["dualspeed"].align
+        assert align == Stage("0:divprune:0.099", 1, isolated=True) and not align.slow_every
 
     def test_tokens_and_flops(self):
         """A slow step costs a whole step and the fast mode's forward pass."""
-        stage, model = Stage("0:random:0.1", 1, slow_every=10), CostModel(reference_config())
-        assert stage.tokens_per_layer(32, 576) == pytest.approx([0.9 * (58 + 4) + 0.1 * 576] * 32)
+        stage, model = Stage("0:divprune:0.099", 1, slow_every=10), CostModel(reference_config())
+        assert stage.tokens_per_layer(32, 576) == pytest.approx([0.9 * (57 + 4) + 0.1 * 576] * 32)  # int(57.6)
         fast, whole = (model.step("none" if k else stage.plan, 80 + 4 * (not k), 1, 20).total for k in (0, 1))
         asked = model.step(stage.plan, 84, 1, 20, phase="forward").total
         expected = 0.9 * fast + 0.1 * (whole + asked)
         assert sum(share * cost.total for share, cost in model.stage(stage, 80, 1, 20)) == pytest.approx(expected)
         table = scheme_table(model, NEIGHBOURS, 1000, Speed(1e-12, 1e-12), text_tokens=80, labelled=20)
         assert table.flops_ratio["dualspeed"] == table.time_ratio["dualspeed"] == pytest.approx(expected / whole)
-        assert table.ratio["dualspeed"] == pytest.approx(576 / (0.9 * 62 + 57.6))
+        assert table.ratio["dualspeed"] == pytest.approx(576 / (0.9 * 61 + 57.6))
+        (only,) = NEIGHBOURS["dualspeed"].align.passes
+        assert only.plan == stage.plan and only.prefix == 4 and only.trains
 
     def test_step_times(self):
         stage, batch = Stage("0:random:0.25", 1, slow_every=2), ragged_batch([[30, 30]] * 8)
@@ -328,3 +359,28 @@ def test_it_learns(settings, tmp_path):
     run = train(TrainConfig(output=str(tmp_path / "run"), **settings).changed(**changes), progress=False)
     losses = [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
     assert sum(losses[30:]) < 0.8 * sum(losses[:10])
+
+
+def test_tuning_starts_from_the_isolator_that_alignment_has_trained(settings, scenes, tmp_path, monkeypatch):
+    begun = []
+    real = StageTrainer.train
+
+    def watched(self, *args, **kwargs):
+        begun.append(getattr(unwrap(self.model), ISOLATOR).weight.detach().clone())
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(StageTrainer, "train", watched)
+    plan = "0:divprune:0.25"
+    scheme = [{"align": {"plan": plan, "isolated": True}}, {"plan": plan, "share": 1, "slow_every": 3}]
+    values = {**settings, "scheme": scheme, "align_data": str(scenes / "align.json"), "align_steps": 4, "max_steps": 3}
+    out = train(TrainConfig(output=str(tmp_path / "run"), **values), progress=False)
+    held = load_file(out / "align" / f"{ISOLATOR}.safetensors")["weight"]
+    assert torch.equal(begun[1], held) and not torch.equal(begun[0], held)
+    assert not (out / f"{ISOLATOR}.safetensors").exists()  # the result is plain
+    rows = read_metrics(out / "align" / "metrics.jsonl")
+    assert {row["plan"] for row in rows} == {"0:divprune:0.25:auto"}
+    elsewhere = {**values, "model": str(out / "align"), "align_steps": 0}  # as comparisons share an alignment
+    again = train(TrainConfig(output=str(tmp_path / "again"), **elsewhere), progress=False)
+    assert torch.equal(begun[2], held)
+    one, other = (load_file(folder / "model.safetensors") for folder in (out, again))
+    assert all(torch.equal(one[name], other[name]) for name in one)
