@@ -124,7 +124,7 @@ def _projector(base: nn.Module) -> nn.Module | None:
     projector = getattr(base, "multi_modal_projector", None)
     if projector is None or any(True for _ in projector.parameters(recurse=False)):
         return None
-    if getattr(projector, "merges_tokens", False):  # our own
+    if getattr(projector, "merges_tokens", False) or hasattr(projector, "pixel_shuffle"):  # our own, Aya Vision's
         return None
     return projector
 

@@ -204,7 +204,7 @@ def test_on_every_family(name):
     for family in FAMILIES.values():
         tiny, refused = family("left"), None
         if family.__name__ in NO_GRID.get(name, []):
-            refused = pytest.raises(ValueError, match="rectangle")
+            refused = pytest.raises(UnsupportedModel, match="rectangle")
         if place == 0 and family.__name__ in UNKNOWN:
             refused = pytest.raises(UnsupportedModel, match="reach layer 0.*use it at 'vision'")
         if name == "restore" and family.__name__ in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"):
@@ -376,7 +376,7 @@ def test_plans_before_the_projector():
 
 
 def test_squares_need_a_rectangle(model):
-    with compress(model, "0:avgpool:2;1:avgpool2d:2"), pytest.raises(ValueError, match="rectangle"):
+    with compress(model, "0:avgpool:2;1:avgpool2d:2"), pytest.raises(UnsupportedModel, match="rectangle"):
         model(**ragged_batch(RAGGED))
 
 

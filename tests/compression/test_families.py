@@ -7,8 +7,9 @@ import torch
 from families_tiny import FAMILIES, IMAGE, VIDEO, pool_by_hand
 from transformers import DynamicCache
 
-from llavolta import AveragePool, UnsupportedModel, compress
-from llavolta.compression.families import find_parts
+from llavolta import AveragePool, PlanError, UnsupportedModel, compress
+from llavolta.compression.families import find_parts, pools_frames
+from llavolta.studies.budgets import plans_at
 
 every_family = pytest.mark.parametrize("name", list(FAMILIES))
 every_unit = pytest.mark.parametrize("units", ["pictures", "clips"])
@@ -150,6 +151,32 @@ def test_gradient_checkpointing_gives_equal_gradients(name):
 
 
 @every_family
+def test_every_method_trains_checkpointed_and_on_labelled_rows_as_it_does_plainly(name):
+    """3-D positions, deep-stack features, tiles and several towers; what a model cannot do is refused, not guessed."""
+    family, refused = FAMILIES[name](), {}
+    model, batch = family.model.train(), family.batch
+    projects = find_parts(model).projector is not None and not name.startswith("mistral")
+    for method, plan in plans_at([0.5], 4, 16)[["method", "plan"]].itertuples(index=False):
+        if not projects or pools_frames(find_parts(model).base):
+            plan = plan.replace("vision:", "0:")  # as the refusal of 'vision' says
+        try:
+            torch.manual_seed(0)
+            with compress(model, plan, labelled_only=False):
+                plain = gradients(model, batch)
+        except (UnsupportedModel, PlanError) as error:
+            refused[method] = str(error)
+            continue
+        model.activation_checkpointing_enable()
+        torch.manual_seed(0)
+        with compress(model, plan, labelled_only=True):
+            assert_same(gradients(model, batch), plain)
+        model.activation_checkpointing_disable()
+        assert all(grad.isfinite().all() for grad in plain.values()), method
+    assert all(len(reason) > 40 for reason in refused.values())
+    assert refused.keys() == REFUSED.get(name, set()), refused
+
+
+@every_family
 def test_text_alone_is_left_alone_and_nothing_stays_behind(name):
     family = FAMILIES[name]()
     model, ids = family.model, torch.randint(8, 32, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -162,6 +189,22 @@ def test_text_alone_is_left_alone_and_nothing_stays_behind(name):
     assert hooks == [dict(part) for m in model.modules() for part in (m._forward_pre_hooks, m._forward_hooks)]
 
 
+_CLASS_TOKEN = {"PruMerge", "PruMerge+"}  # 'vision' alone, and by a class token
+_TOWER = {"class attention", "VisionZip", "VisPruner", "HoloV", "HoloV + RESTORE", "VScan"}
+_AT_0 = {"HoloV", "HoloV + RESTORE", "VScan"}  # clips whose frames the model pools or begins with a class token
+_DECODER = {"FastV", "DART", "SparseVLM", "PACT", "PyramidDrop", "VScan"}
+REFUSED = {
+    "llava_onevision": _CLASS_TOKEN | _TOWER,  # of a batch with a clip
+    "video_llava": _AT_0 | {"downsampling"},
+    "llava_next_video": _AT_0,
+    "mistral3": _CLASS_TOKEN | _TOWER | {"downsampling"},  # several pictures in a row
+    "aya_vision": _CLASS_TOKEN | _DECODER,  # some layers have no rotary positions
+    **dict.fromkeys(["smolvlm", "idefics3"], _CLASS_TOKEN),
+    **dict.fromkeys(
+        ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"], _CLASS_TOKEN | {"HoloV + RESTORE"}
+    ),  # calibration
+}
+"""What of studies.budgets.METHODS a family cannot do on its batch, each with the reason in the error."""
 VISION = ["llava", "llava_next", "video_llava", "internvl"]
 
 

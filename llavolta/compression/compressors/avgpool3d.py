@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from llavolta.compression.compressors.base import CompressedTokens, Compressor, VisualTokens, require_int, sum_groups
+from llavolta.errors import UnsupportedModel
 
 CLIP = 8  # frames of a clip, where only its number of tokens is known
 
@@ -19,7 +20,7 @@ class AveragePool3d(Compressor):
     Windows at the end of the clip and at the right and lower edge are smaller where T or k does not divide, and average
     what they hold. A class token before each frame's patches (Video-LLaVA) is pooled with those of the window's frames.
     A pooled token takes the place of the one nearest its centre in the middle frame of its window, and the mean of its
-    positions, cut to an integer. Raises ValueError for tokens that are no rectangle, as after another compressor.
+    positions, cut to an integer. Raises UnsupportedModel for tokens that are no rectangle, as after another compressor.
     """
 
     frames: int
@@ -55,7 +56,7 @@ def pool_blocks(tokens: VisualTokens, frames: int, k: int, owner: str) -> Compre
     each = mask.sum(1) // tokens.frames  # (V,) tokens of a frame
     lead = each - grid.prod(1)  # 1 where a class token comes first
     if bool(((grid[:, 0] == 1) & (grid[:, 1] > 1)).any()):
-        raise ValueError(f"{owner} needs pictures that are a rectangle of tokens; use avgpool at this place")
+        raise UnsupportedModel(f"{owner} needs pictures that are a rectangle of tokens; use avgpool at this place")
     each, lead, length, height, width = (v[:, None] for v in (each, lead, tokens.frames, *grid.unbind(1)))
     rows, columns, blocks = (height + k - 1) // k, (width + k - 1) // k, (length + frames - 1) // frames
     per_block = rows * columns + lead

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llavolta.compression.compressors.base import CompressedTokens, Compressor, VisualTokens, require_share
 from llavolta.compression.probe import matmul_float32
+from llavolta.errors import UnsupportedModel
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Downsample(Compressor):
     Each new token is the mean of the old ones under its cell, weighted by how much of each it covers, and takes the
     place and the position of the one at its cell's centre. This stands for the image downsampling of VTC-Bench
     (arXiv 2510.07143), but it resizes tokens, behind a tower of fixed input size, not pixels before one that takes any.
-    Raises ValueError for tokens that are no rectangle.
+    Raises UnsupportedModel for tokens that are no rectangle.
     """
 
     keep: float = 0.25
@@ -44,7 +45,7 @@ class Downsample(Compressor):
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
         rectangle = tokens.grid.prod(1) == tokens.mask.sum(1)
         if bool((~rectangle | (tokens.grid[:, 0] == 1) & (tokens.grid[:, 1] > 1)).any()):
-            raise ValueError(f"{self} needs pictures that are a rectangle of tokens; use avgpool or kmeans here")
+            raise UnsupportedModel(f"{self} needs pictures that are a rectangle of tokens; use avgpool or kmeans here")
         mask, grid = tokens.mask, tokens.grid
         size = (grid.double() * self.keep**0.5).round().clamp(min=1).long()  # (I, 2) the new grid
         count = size.prod(1, keepdim=True)
