@@ -31,7 +31,7 @@ LOCK = ".lock"
 # What resuming needs and the finished model does not; none of a model's own files ends on these.
 _ENDINGS = (".pt", ".pth", ".bin")
 _REFUSED = r"inline_container|PytorchStreamWriter|write\(\): fd"  # how torch.save says that a file could not be written
-_RUN = {"config.yaml", "metrics.jsonl", "skipped.json", LOCK}  # a run folder's own files
+_RUN = {"config.yaml", "metrics.jsonl", "skipped.json", "README.md", LOCK}  # a run folder's own files
 _RESUMING = {SEAL, RECORD, "trainer_state.json", "latest", "zero_to_fp32.py", f"{ISOLATOR}.safetensors"}
 
 

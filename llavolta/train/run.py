@@ -51,6 +51,7 @@ from llavolta.train.build import (
     say,
     visual_tokens,
 )
+from llavolta.train.card import write_card
 from llavolta.train.config import ENGINES, ConfigError, TrainConfig, parse_yaml
 from llavolta.train.dualspeed import add_isolator, holds_isolator, keep_isolator, load_isolator
 from llavolta.train.models import autocasts, load_model, set_trainable, with_adapters
@@ -174,6 +175,8 @@ def _bring(config: TrainConfig, phase: Phase, progress: bool) -> None:
         _finish(output, output / f"{PREFIX_CHECKPOINT_DIR}-{phase.end}")
         if phase.name == ALIGN:  # which tuning starts from
             keep_isolator(output / f"{PREFIX_CHECKPOINT_DIR}-{phase.end}", output)
+        else:
+            write_card(output, config, scheme, phase.total_steps, phase.end)
     state.wait_for_everyone()  # the next phase loads what the main process has just written
 
 

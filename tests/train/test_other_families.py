@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from families_tiny import FAMILIES
+from huggingface_hub import ModelCard
 from processors_tiny import WITH_PROCESSOR, write
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
@@ -101,6 +102,9 @@ def test_stages_one_by_one_equal_the_whole_and_the_result_is_plain(settings, tmp
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     model, info = AutoModelForImageTextToText.from_pretrained(whole, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    card = ModelCard.load(whole / "README.md")
+    assert card.data.pipeline_tag == "image-text-to-text" and card.data.base_model is None  # a folder of this machine
+    assert "| 1 | `1:avgpool:8` | 2 |" in card.text and "| 3 | `none` | 2 |" in card.text
     rows = read_metrics(whole / "metrics.jsonl")
     assert [row["stage"] for row in rows] == [1, 1, 2, 2, 3, 3] and all(row["loss"] > 0 for row in rows)
     assert rows[0]["visual_tokens"] > rows[0]["tokens_per_layer"][-1] > 0
