@@ -93,19 +93,6 @@ def of_all_kinds(clip_data, video_model, tmp_path_factory):
     return {**values, "scheme": stages, "global_batch": 8, "log_steps": 1, "save_steps": 0, "learning_rate": 5e-4}
 
 
-@pytest.fixture(scope="module")
-def one_of_all_kinds(of_all_kinds, tmp_path_factory):
-    output = tmp_path_factory.mktemp("kinds") / "run"
-    return train(TrainConfig(output=str(output), batch_size=8, **of_all_kinds), progress=False)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_clips_stills_and_text_may_meet_in_one_step(one_of_all_kinds, of_all_kinds, tmp_path, engine):
-    values = {**of_all_kinds, "batch_size": 2, "output": str(tmp_path / "run"), **ENGINES[engine][0]}
-    two = launch(TrainConfig(**values), num_processes=2)
-    trains_like(one_of_all_kinds, two, steps=4)
-
-
 OTHER_FAMILIES = ("qwen2_5_vl", "internvl", "smolvlm")
 TOGETHER = Path(__file__).with_name("two_processes.py")
 
@@ -119,30 +106,35 @@ def _of_family(name: str, folder: Path, mixed: Path, **parameters) -> TrainConfi
 
 
 @pytest.fixture(scope="module")
-def one_of_each_family(mixed, tmp_path_factory):
-    runs = {}
+def together(of_all_kinds, mixed, tmp_path_factory):
+    """By name: what differs from the defaults, examples of a step, and the run of one process."""
+    configs = {"video_llava": TrainConfig(output="x", **of_all_kinds)}
     for name in OTHER_FAMILIES:
-        folder = tmp_path_factory.mktemp(name)
-        config = _of_family(name, write(name, folder / "model"), mixed, output=str(folder / "run"), batch_size=4)
-        runs[name] = train(config, progress=False)
+        model = write(name, tmp_path_factory.mktemp(name) / "model")
+        configs[name] = _of_family(name, model, mixed, output="x")
+    runs = {}
+    for name, config in configs.items():
+        output, whole = str(tmp_path_factory.mktemp(name) / "run"), config.global_batch
+        runs[name] = config, train(config.changed(output=output, batch_size=whole), progress=False)
     return runs
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_other_families_train_in_two_processes_as_in_one(one_of_each_family, mixed, tmp_path, engine):
+def test_other_families_train_in_two_processes_as_in_one(together, tmp_path, engine):
+    """Clips, stills and text meet in one step of Video-LLaVA; its processes see different ones."""
     files, own = [], ENGINES[engine][0]
-    for name, one in one_of_each_family.items():
-        output = str(tmp_path / name)
-        config = _of_family(name, one.parent / "model", mixed, output=output, batch_size=2, **own)
+    for name, (config, _) in together.items():
+        two = config.changed(output=str(tmp_path / name), batch_size=2, **own)
         files.append(tmp_path / f"{name}.yaml")
-        files[-1].write_text(yaml.safe_dump(config.model_dump()))
+        files[-1].write_text(yaml.safe_dump(two.model_dump()))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(TOGETHER)]
     out = subprocess.run([*command, *map(str, files)], capture_output=True, text=True, timeout=600)
     assert out.returncode == 0, out.stderr[-3000:]
-    for name, one in one_of_each_family.items():
+    for name, (config, one) in together.items():
+        steps = config.max_steps
         assert json.loads((tmp_path / name / "scheme.json").read_text())["processes"] == 2
-        assert any((tmp_path / name / "checkpoint-6").glob(ENGINES[engine][1]))
-        trains_like(one, tmp_path / name, steps=6)
+        assert any((tmp_path / name / f"checkpoint-{steps}").glob(ENGINES[engine][1].replace("step6", f"step{steps}")))
+        trains_like(one, tmp_path / name, steps)
 
 
 LAUNCHERS = {
