@@ -58,7 +58,7 @@ notebooks: $(NOTEBOOKS)
 evidence: notebooks
 	mkdir -p data/runs
 	cd notebooks && ../$(BIN)/papermill 04_compare_schemes.ipynb ../data/runs/faster.ipynb -p seeds 5 -p record ../papers/faster \
-		-y '{schemes: [dualspeed, two-stage, two-stage-light]}'
+		-y '{schemes: [dualspeed, dualspeed-random, two-stage, two-stage-light]}'
 	$(BIN)/python papers/claims.py
 	$(BIN)/python papers/scaling.py
 

@@ -271,9 +271,13 @@ SCHEMES = {
 }
 
 _DIVERSE = "0:divprune:0.099"  # int(0.1 L) of 576 tokens and of 144, as its code truncates where DivPrune rounds
-NEIGHBOURS = {"dualspeed": Scheme("dualspeed", (Stage(_DIVERSE, 1, slow_every=10),), Stage(_DIVERSE, 1, isolated=True))}
+NEIGHBOURS = {
+    "dualspeed": Scheme("dualspeed", (Stage(_DIVERSE, 1, slow_every=10),), Stage(_DIVERSE, 1, isolated=True)),
+    "dualspeed-random": Scheme("dualspeed-random", (Stage("0:random:0.1", 1, slow_every=10),)),
+}
 """What others train by: DualSpeed (arXiv 2602.03815) as its code has it: diverse tokens in the fast steps, of which
-alignment consists; the isolator that is trained there is where tuning starts from."""
+alignment consists; the isolator that is trained there is where tuning starts from. Beside it, as a control, random
+tokens, after alignment on all."""
 
 _FEW = "0:avgpool2d:2;16:avgpool:36"  # a quarter of the tokens in the first half of the layers, 1 of 144 in the other
 OURS = {

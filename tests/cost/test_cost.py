@@ -161,6 +161,6 @@ def test_what_the_model_does_not_know():
         step_cost(FAMILIES["llava_next"]().model.config)
     with pytest.raises(ValueError, match="phase must be one of instruct, align, forward"):
         step_cost(reference_config(), phase="tune")
-    with pytest.raises(UnsupportedModel, match="there is llava-1.5-7b"):
+    with pytest.raises(UnsupportedModel, match="there are llava-1.5-7b, qwen2.5-vl-7b"):
         reference_config("llava-2")
     assert set(PARTS) == {"tower", "projector", "linear", "attention", "head"}

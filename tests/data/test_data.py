@@ -461,7 +461,7 @@ def test_what_max_length_makes_unusable_is_found_without_pictures(tmp_path, proc
     if by_size:
 
         def expand(self, text, images=None, **options):
-            counts = iter([image.height // 2 + image.width // 4 for image in images or ()])
+            counts = iter([image.height // 2 + image.width // 4 for of in images or () for image in of])
             parts = [one.split("<image>") for one in text]
             text = [a[0] + "".join("<image>" * next(counts) + part for part in a[1:]) for a in parts]
             batch = dict(self.tokenizer(text, padding=True, padding_side="right", return_tensors="pt"))

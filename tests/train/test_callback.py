@@ -47,5 +47,5 @@ def test_a_stock_trainer_trains_the_stages_and_evaluates_on_all_tokens(tmp_path)
 
 
 def test_slow_steps_need_the_trainer_of_the_package(tmp_path):
-    with pytest.raises(SchemeError, match="has slow steps; train it by python -m llavolta.train"):
+    with pytest.raises(SchemeError, match="trains a mode isolator; train it by python -m llavolta.train"):
         trainer(tiny_llava(), tmp_path, Scheme("d", (Stage("0:random:0.1", 1, slow_every=2),))).train()
