@@ -83,7 +83,7 @@ nano-evidence: install
 gpu: install
 	$(BIN)/python -m llavolta.bench gpu
 
-# Kills trainings of five kinds at random moments and compares the weights of the resumed runs bit for bit; some 15 minutes.
+# Kills trainings of five kinds at random moments and compares the weights of the resumed runs bit for bit; five minutes.
 stress: install
 	$(BIN)/python tests/stress.py --kills 20
 
