@@ -27,7 +27,7 @@ from llavolta.compression.masks import cache_bytes
 from llavolta.compression.patch import compress
 from llavolta.compression.plan import parse_plan, tokens_per_layer
 from llavolta.compression.probe import TowerLayer, TowerProbe
-from llavolta.cost.flops import cost_model
+from llavolta.cost.flops import cost_model, of_tower
 from llavolta.cost.planner import fit_speed
 from llavolta.data import Collator, LlavaData
 from llavolta.train.build import visual_tokens
@@ -115,7 +115,7 @@ def _step_times(model, batches, stages: dict[str, Stage], rounds: int, trains: d
     text, images, labelled = _sizes(model, batches)
     if not visual_tokens(unwrap(model).config):  # by the picture: all those of a batch count as one
         images = len(batches) / sum(len(batch["input_ids"]) for batch in batches)
-        trains = {**trains, "pictures": _pictures(next((b for b in batches if "pixel_values" in b), {}))}
+        trains = {**trains, "pictures": of_tower(next((b for b in batches if "pixel_values" in b), {})) or None}
     costs = [cost_model(model.config).stage(stage, text, images, labelled, **trains) for stage in stages.values()]
     flops = np.array([sum(often * cost.total for often, cost in parts) for parts in costs])
     return pd.DataFrame(
@@ -126,12 +126,6 @@ def _step_times(model, batches, stages: dict[str, Stage], rounds: int, trains: d
             "flops_ratio": flops / flops[0],
         }
     )
-
-
-def _pictures(batch: dict) -> dict | None:
-    """What of a batch goes to the tower."""
-    of_text = ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids", "mm_token_type_ids")
-    return {name: value.cpu() for name, value in batch.items() if name not in of_text} or None
 
 
 def _sizes(model, batches) -> tuple[float, float, float]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -31,6 +32,8 @@ from llavolta.train.schemes import Stage
 
 PHASES = ("instruct", "align", "forward")
 PARTS = ("tower", "projector", "linear", "attention", "head")
+TOWER_INPUTS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes")
+TOWER_INPUTS += ("pixel_values_videos", "video_grid_thw")
 
 
 @dataclass(frozen=True)
@@ -327,6 +330,11 @@ def _zeros(like: Tensor) -> Tensor:
     """As ``torch.zeros_like`` of a meta tensor, from pages that the system zeroes when they are touched, if ever."""
     size = like.numel() * like.element_size()
     return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(like.dtype).view(like.shape)
+
+
+def of_tower(made: Mapping) -> dict:
+    """What of a batch, or of what an image processor made, goes to the tower, on the CPU."""
+    return {name: made[name].cpu() for name in TOWER_INPUTS if name in made}
 
 
 def _shape(value: Tensor) -> tuple:

@@ -14,7 +14,7 @@ import pandas as pd
 from PIL import Image
 from scipy.optimize import nnls
 
-from llavolta.cost.flops import CostModel, StepCost
+from llavolta.cost.flops import CostModel, StepCost, of_tower
 from llavolta.cost.references import REFERENCES, pictures_of, reference_config
 from llavolta.data import Collator, LlavaData, TokenStatistics, token_statistics
 from llavolta.errors import UserError
@@ -197,5 +197,4 @@ def subject(
     if fixed:
         return Subject(config, None, size, counted)
     made = processor.image_processor(images=[Image.new("RGB", size)], return_tensors="pt")
-    names = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask")
-    return Subject(config, {key: value for key, value in made.items() if key in names}, size, counted)
+    return Subject(config, of_tower(made), size, counted)

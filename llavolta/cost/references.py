@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import transformers as tf
 from PIL import Image
 
+from llavolta.cost.flops import of_tower
 from llavolta.errors import UnsupportedModel
 
 
@@ -159,5 +160,4 @@ def pictures_of(name: str, size: tuple[int, int]) -> dict | None:
     if not known.images:
         return None
     processor = getattr(tf, f"{known.images}Pil")(**known.settings)  # without torchvision
-    made = processor(images=[Image.new("RGB", size)], return_tensors="pt")
-    return {key: value for key, value in made.items() if key in ("pixel_values", "image_grid_thw", "image_sizes")}
+    return of_tower(processor(images=[Image.new("RGB", size)], return_tensors="pt"))

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from llavolta.compression.patch import compress
 from llavolta.compression.plan import VISION, parse_plan
 from llavolta.data import LlavaData
+from llavolta.data.entries import media_paths_of
 from llavolta.studies.evaluation import answer_limit, check_questions, greedy, is_right
 from llavolta.studies.opening import StudyError, answering
 from llavolta.studies.statistics import interval
@@ -35,12 +36,13 @@ def tasks_of(data: LlavaData, answers: pd.DataFrame) -> dict[str, pd.Series]:
 
 
 def _largest(data: LlavaData, index: int) -> float:
-    """The largest of an entry's objects as a share of its picture's side; NaN where it lists none."""
-    boxes = [thing["box"] for thing in data.entry(index).get("objects") or ()]
-    if not boxes:
+    """The largest of an entry's objects as a share of its picture's side; NaN where it lists none, or has not one
+    picture."""
+    entry = data.entry(index)
+    boxes, paths = [thing["box"] for thing in entry.get("objects") or ()], media_paths_of(entry)
+    if not boxes or len(paths) != 1:
         return float("nan")
-    name = data.file.name
-    width, height = data.picture_size(index, data.entry(index)["image"], f"{name} entry {index}")
+    width, height = data.picture_size(index, paths[0], data._name(index, entry))
     return max(max((right - left) / width, (low - top) / height) for left, top, right, low in boxes)
 
 

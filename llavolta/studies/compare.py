@@ -118,7 +118,7 @@ def compare(
             kind += "" if align is None else "-" + re.sub(r"[^\w.]+", "-", str(align))
             first = root / f"{seed}" / f"{build.ALIGN}{kind}"
             # Under stages that play no part in it, so that schemes which are aligned alike share one.
-            stages = [replace(Scheme.equal("any", "none"), align=align).written, ["none"]][align is None]
+            stages = ["none"] if align is None else replace(Scheme.equal("any", "none"), align=align).written
             aligned[first] = own.changed(output=str(first), stage=0, plan=None, scheme=stages)
             start = dict(model=str(first), align_steps=0, align_epochs=None, projector=OWN)
         run = own.changed(output=str(root / f"{seed}" / name), stage=None, plan=None, **start)

@@ -23,7 +23,7 @@ def write_card(folder: Path, config: TrainConfig, scheme: Scheme, total_steps: i
         base_model=base or None, library_name="transformers", pipeline_tag="image-text-to-text", tags=["llavolta"]
     )
     lines = ["---", data.to_yaml(), "---", "", f"# Trained under `{scheme.name}`", ""]
-    lines += ["Visual tokens were compressed in training, by stage; the model is a plain one and answers without.", ""]
+    lines += ["Trained in stages, each under a plan for its visual tokens; it answers without any compression.", ""]
     lines += ["| stage | plan | optimizer steps |", "|---|---|---|"]
     begun = 0
     for number, (stage, end) in enumerate(zip(scheme.stages, scheme.boundaries(total_steps), strict=True), 1):

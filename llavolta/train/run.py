@@ -172,11 +172,13 @@ def _bring(config: TrainConfig, phase: Phase, progress: bool) -> None:
         say(f"{what}: training{earlier}", progress)
         _run(config, phase, checkpoint, progress)
     if state.is_main_process:
-        _finish(output, output / f"{PREFIX_CHECKPOINT_DIR}-{phase.end}")
-        if phase.name == ALIGN:  # which tuning starts from
-            keep_isolator(output / f"{PREFIX_CHECKPOINT_DIR}-{phase.end}", output)
+        checkpoint = output / f"{PREFIX_CHECKPOINT_DIR}-{phase.end}"
+        # Before the model, which says that all is there: a kill in between must not lose them.
+        if phase.name == ALIGN:  # whose isolator tuning starts from
+            keep_isolator(checkpoint, output)
         else:
             write_card(output, config, scheme, phase.total_steps, phase.end)
+        _finish(output, checkpoint)
     state.wait_for_everyone()  # the next phase loads what the main process has just written
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from families_tiny import FAMILIES
 from huggingface_hub import ModelCard
-from processors_tiny import WITH_PROCESSOR, write
+from processors_tiny import CLIPS, WITH_PROCESSOR, write
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from transformers.utils import is_torchvision_available
@@ -16,7 +16,7 @@ from transformers.utils import is_torchvision_available
 from llavolta.compression.families import roles
 from llavolta.cost.flops import cost_model
 from llavolta.cost.planner import subject
-from llavolta.data import Collator, LlavaData, token_statistics
+from llavolta.data import Collator, DataError, LlavaData, token_statistics
 from llavolta.data.collate import IGNORED
 from llavolta.train.config import ConfigError, TrainConfig
 from llavolta.train.models import load_model
@@ -116,6 +116,25 @@ def test_adapters(settings, tmp_path):
     role = roles(load_model(str(run))[0])
     moved = [name for name in after if not torch.equal(before[name], after[name])]
     assert {role.of(name) for name in moved} == {"projector", "language"}
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="with torchvision it reads clips")
+@pytest.mark.parametrize("older", [False, True])
+def test_settings_for_clips_outlive_a_processor_that_cannot_read_them(tmp_path, older):
+    """In processor_config.json, or in a file of their own, as before transformers 5."""
+    folder = write("qwen2_5_vl", tmp_path / "model")
+    file = folder / "processor_config.json"
+    held = json.loads(file.read_text())
+    if older:
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(held.pop("video_processor")))
+        file.write_text(json.dumps(held))
+    _, processor = load_model(str(folder))
+    processor.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "processor_config.json").read_text())
+    assert saved["processor_class"] == "Qwen2_5_VLProcessor"
+    assert {name: saved["video_processor"][name] for name in CLIPS} == CLIPS
+    with pytest.raises(DataError, match="pip install torchvision"):
+        processor.video_processor([[]])
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="with torchvision it is read")
