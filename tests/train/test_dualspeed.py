@@ -19,6 +19,7 @@ from llavolta.cost.flops import CostModel
 from llavolta.cost.planner import Speed, scheme_table
 from llavolta.cost.references import reference_config
 from llavolta.studies.compare import contestants
+from llavolta.train import run as run_module
 from llavolta.train.build import prepare, stage_model
 from llavolta.train.config import TrainConfig
 from llavolta.train.dualspeed import add_isolator, fast_mode, slow_mode
@@ -384,3 +385,21 @@ def test_tuning_starts_from_the_isolator_that_alignment_has_trained(settings, sc
     assert torch.equal(begun[2], held)
     one, other = (load_file(folder / "model.safetensors") for folder in (out, again))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_kill_behind_alignment_does_not_lose_its_isolator(settings, scenes, tmp_path, monkeypatch):
+    plan, finish = "0:divprune:0.25", run_module._finish
+
+    def killed(*args):
+        finish(*args)
+        raise Interrupt
+
+    scheme = [{"align": {"plan": plan, "isolated": True}}, {"plan": plan, "share": 1, "slow_every": 3}]
+    values = {**settings, "scheme": scheme, "align_data": str(scenes / "align.json"), "align_steps": 2, "max_steps": 3}
+    config = TrainConfig(output=str(tmp_path / "run"), **values)
+    with monkeypatch.context() as patch, pytest.raises(Interrupt):
+        patch.setattr(run_module, "_finish", killed)
+        train(config, progress=False)
+    one = train(config, progress=False)
+    other = train(config.changed(output=str(tmp_path / "other")), progress=False)
+    assert same(weights(one), weights(other))
