@@ -20,9 +20,8 @@ from llavolta.data import Collator, LlavaData, TokenStatistics, token_statistics
 from llavolta.errors import UserError
 from llavolta.paths import PUBLISHED
 from llavolta.train.build import visual_tokens
-from llavolta.train.models import load_processor, read_config
+from llavolta.train.models import load_processor, read_config, whole_path
 from llavolta.train.schemes import Scheme
-from llavolta.worlds import model_path
 
 
 class PlannerError(UserError, ValueError):
@@ -191,7 +190,7 @@ def subject(
     fixed = bool(visual_tokens(config))
     if fixed and data is None:
         return Subject(config, None, size, None)
-    processor = load_processor(config, model_path(name))
+    processor = load_processor(config, whole_path(name))
     counted = token_statistics(LlavaData(data, images), Collator(processor)) if data else None
     size = (counted and counted.picture_size) or size
     if fixed:

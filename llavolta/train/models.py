@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,6 +35,9 @@ from llavolta.train.config import ConfigError, TrainConfig
 from llavolta.worlds import model_path
 from llavolta.worlds.joining import load_whole
 
+ADAPTERS = "adapter_config.json"  # what a folder of adapters holds
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
 
 def has_bfloat16() -> bool:
     """Whether this machine has instructions for products of bfloat16: a GPU that does, or a CPU with AMX or AVX-512
@@ -41,8 +54,9 @@ def autocasts(config: TrainConfig) -> bool:
 
 
 def read_config(name: str):
-    """The configuration of the vision-language model ``name``. Raises ConfigError if it is none, or unreadable."""
-    path = model_path(name)
+    """The configuration of the vision-language model ``name``, or of that whose adapters are there. Raises ConfigError
+    if it is none, or unreadable."""
+    path = whole_path(name)
     try:
         if "mm_vision_tower" in PretrainedConfig.get_config_dict(path)[0]:
             raise ConfigError(
@@ -61,6 +75,15 @@ def read_config(name: str):
     return config
 
 
+def whole_path(name: str) -> str:
+    """Where the model ``name`` is; where ``name`` holds adapters, the model that they were trained on."""
+    path = model_path(name)
+    while (Path(path) / ADAPTERS).exists():
+        with _reading_adapters(path):
+            path = model_path(_base_of(path))
+    return path
+
+
 def load_model(name: str, quantize: str | None = None, dtype: torch.dtype = torch.float32) -> tuple:
     """(model, processor) of a Hugging Face folder or hub name; "embedded" is the one in data/.
 
@@ -68,7 +91,7 @@ def load_model(name: str, quantize: str | None = None, dtype: torch.dtype = torc
     Raises ConfigError when weights are missing, which ``from_pretrained`` would fill with random numbers.
     """
     path = model_path(name)
-    if (Path(path) / "adapter_config.json").exists():
+    if (Path(path) / ADAPTERS).exists():
         return _with_its_adapters(path, dtype)
     config = read_config(name)
     options = {"quantization_config": _four_bits(config)} if quantize else {}
@@ -77,20 +100,44 @@ def load_model(name: str, quantize: str | None = None, dtype: torch.dtype = torc
 
 def _with_its_adapters(path: str, dtype: torch.dtype) -> tuple:
     """The model that the adapters in the folder ``path`` were trained on, with them merged in, and its processor."""
-    try:
-        base = PeftConfig.from_pretrained(path).base_model_name_or_path
-        beside = Path(path).parent / Path(base).name  # where the run's own base is after the run was moved
-        if Path(base).is_absolute() and not Path(base).exists():
-            if not beside.exists():
-                raise ConfigError(f"{path} holds adapters of {base}, which is gone; put it there or at {beside}")
-            base = str(beside)
-        model, processor = load_model(base, dtype=dtype)
+    with _reading_adapters(path):
+        model, processor = load_model(_base_of(path), dtype=dtype)
         return PeftModel.from_pretrained(model, path).merge_and_unload(), processor
+
+
+def _base_of(path: str) -> str:
+    """The model that the adapters in the folder ``path`` were trained on."""
+    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    beside = Path(path).parent / Path(base).name  # where the run's own base is after the run was moved
+    if Path(base).is_absolute() and not Path(base).exists():
+        if not beside.exists():
+            raise ConfigError(f"{path} holds adapters of {base}, which is gone; put it there or at {beside}")
+        return str(beside)
+    return base
+
+
+@contextmanager
+def _reading_adapters(path: str):
+    try:
+        yield
     except UserError:
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"the adapters in {path} cannot be read ({why}); the folder is damaged") from None
+
+
+def load_to_adapt(name: str, config: TrainConfig) -> tuple:
+    """(model, processor) as ``load_model``, with adapters to be trained by ``config``: new ones, or those in the folder
+    ``name``, which are trained on if they have the form that ``config`` asks for and are merged otherwise."""
+    path = model_path(name)
+    held = path if (Path(path) / ADAPTERS).exists() else None
+    with _reading_adapters(path) if held else nullcontext():
+        base = _base_of(path) if held else name
+        model, processor = load_model(base, config.quantize)
+        set_trainable(model, "instruct", config.train_tower)
+        folder = Path(base).resolve()  # the adapters may be loaded from elsewhere
+        return with_adapters(model, config, str(folder) if folder.exists() else base, held), processor
 
 
 def load_processor(config, path: str):
@@ -150,11 +197,12 @@ def set_trainable(model, phase: str, train_tower: bool = False) -> None:
             parameter.requires_grad_(trains)
 
 
-def with_adapters(model, config: TrainConfig, base: str) -> PeftModel:
+def with_adapters(model, config: TrainConfig, base: str, held: str | None = None) -> PeftModel:
     """``model`` with LoRA in the linear layers of its decoder; the projector (and tower) train whole. See TrainConfig.
     Lone parameters beside them, such as LLaVA-NeXT's newline, stay as they are.
 
-    base: the folder of ``model``, which the adapters' folder will name.
+    base: the folder of ``model``, which the adapters' folder will name. held: a folder of adapters of ``model``, to be
+    trained on, or merged if ``config`` asks for others.
     """
     if config.quantize:
         model = prepare_model_for_kbit_training(model, config.gradient_checkpointing)
@@ -167,14 +215,32 @@ def with_adapters(model, config: TrainConfig, base: str) -> PeftModel:
     inside = find_parts(model).layers.named_modules()
     linear = [f"{prefix}.layers.{name}" for name, module in inside if isinstance(module, nn.Linear)]
     model.name_or_path = model.config.name_or_path = base
-    adapters = LoraConfig(
+    wanted = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         lora_dropout=config.lora_dropout,
         target_modules=linear,
         modules_to_save=_outermost(whole),
     )
-    return get_peft_model(model, adapters)
+    adapted = get_peft_model(model, wanted)
+    if held is None:
+        return adapted
+    found, weights = PeftConfig.from_pretrained(held), load_file(Path(held) / ADAPTER_WEIGHTS)
+    if found.lora_alpha == wanted.lora_alpha and _shapes(weights) == _shapes(get_peft_model_state_dict(adapted)):
+        set_peft_model_state_dict(adapted, weights)
+        return adapted
+    if config.quantize:
+        raise ConfigError(
+            f"{held} holds adapters of another form (rank {found.r}, lora_alpha {found.lora_alpha}), which cannot be "
+            "merged into 4 bits; ask for that form, or give a whole model"
+        )
+    model = PeftModel.from_pretrained(adapted.unload(), held).merge_and_unload()
+    model.name_or_path = model.config.name_or_path = held
+    return get_peft_model(model, wanted)
+
+
+def _shapes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in weights.items()}
 
 
 def _outermost(names: list[str]) -> list[str]:

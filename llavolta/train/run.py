@@ -54,7 +54,7 @@ from llavolta.train.build import (
 from llavolta.train.card import write_card
 from llavolta.train.config import ENGINES, ConfigError, TrainConfig, parse_yaml
 from llavolta.train.dualspeed import add_isolator, holds_isolator, keep_isolator, load_isolator
-from llavolta.train.models import autocasts, load_model, set_trainable, with_adapters
+from llavolta.train.models import ADAPTERS, autocasts, load_model, load_to_adapt, set_trainable
 from llavolta.train.projectors import replace_projector
 from llavolta.train.schemes import Scheme
 from llavolta.train.trainer import MetricsCallback, StageCallback, StageTrainer
@@ -215,15 +215,15 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
     output, scheme, total, aligning = phase.output, phase.scheme, phase.total_steps, phase.name == "align"
     if aligning and config.vision_tower is not None:
         model, processor = join(model_path(config.vision_tower), model_path(config.language_model))
+    elif aligning or not config.lora_rank:
+        model, processor = load_model(phase.model)
     else:
-        model, processor = load_model(phase.model, None if aligning else config.quantize)
+        model, processor = load_to_adapt(phase.model, config)
     if aligning:
         model, processor = replace_projector(model, processor, config.projector)
     num_layers = len(find_parts(model).layers)
-    set_trainable(model, phase.name, config.train_tower)
-    if config.lora_rank and not aligning:
-        base = Path(phase.model).resolve()  # the adapters may be loaded from elsewhere
-        model = with_adapters(model, config, str(base) if base.exists() else phase.model)
+    if aligning or not config.lora_rank:
+        set_trainable(model, phase.name, config.train_tower)
     slow, isolates = (any(getattr(s, of) for s in scheme.stages) for of in ("slow_every", "isolates"))
     if isolates:
         add_isolator(model)
@@ -347,7 +347,7 @@ def _fsdp_config(name: str, model) -> dict:
 
 def _finish(output: Path, checkpoint: Path) -> None:
     """Make the plain Hugging Face folder ``output`` of ``checkpoint``; adapters are merged, in full precision."""
-    if not (checkpoint / "adapter_config.json").exists():
+    if not (checkpoint / ADAPTERS).exists():
         checkpoints.export(checkpoint, output)
         return
     model, processor = load_model(str(checkpoint))

@@ -34,7 +34,7 @@ from llavolta.train import models
 from llavolta.train.__main__ import main
 from llavolta.train.build import prepare
 from llavolta.train.config import PRESETS, ConfigError, TrainConfig, parse_yaml, preset
-from llavolta.train.models import load_model, parameter_groups, set_trainable, with_adapters
+from llavolta.train.models import load_model, load_to_adapt, parameter_groups, set_trainable, with_adapters
 from llavolta.train.run import train
 from llavolta.train.trainer import StageTrainer, read_metrics
 from llavolta.worlds import backbones
@@ -61,6 +61,10 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def close(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all((a[key] - b[key]).abs().max() < 1e-6 for key in a)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -225,6 +229,37 @@ def test_a_lora_run_that_was_moved_goes_on(lora, settings, tmp_path):
         load_model(str(tmp_path / "again" / "checkpoint-2"))
 
 
+def test_adapters_are_trained_on(lora, settings, tmp_path):
+    """A run from a folder of adapters goes on with them: one set of adapters of the same base."""
+    held = lora / "checkpoint-2"
+    settings = {**settings, "align_steps": 0, "model": str(held), "scheme": ["none"]}
+    run = train(
+        TrainConfig(output=str(tmp_path / "run"), lora_rank=4, **{**settings, "learning_rate": 1e-12}), progress=False
+    )
+    last = run / f"checkpoint-{settings['max_steps']}"
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (held, last))
+    assert close(before, after) and any("lora_B" in key and value.abs().max() > 0 for key, value in after.items())
+    bases = [
+        json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] for folder in (held, last)
+    ]
+    assert bases[0] == bases[1] == str(lora / "align")
+    assert close(weights(run), load_model(str(held))[0].state_dict())
+    run = train(TrainConfig(output=str(tmp_path / "on"), lora_rank=4, **settings), progress=False)
+    after = load_file(run / last.name / "adapter_model.safetensors")
+    assert before.keys() == after.keys() and not any(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("form", [dict(lora_rank=3), dict(lora_rank=4, lora_alpha=5)])
+def test_adapters_of_another_form_are_merged_first(lora, settings, tmp_path, form):
+    held = lora / "checkpoint-2"
+    settings = {**settings, "align_steps": 0, "model": str(held), "scheme": ["none"], "learning_rate": 1e-12}
+    run = train(TrainConfig(output=str(tmp_path / "run"), **form, **settings), progress=False)
+    assert close(weights(run), load_model(str(held))[0].state_dict())
+    last = run / f"checkpoint-{settings['max_steps']}"
+    settings = json.loads((last / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(held) and settings["r"] == form["lora_rank"]
+
+
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
 def test_damaged_adapters_are_named(lora, tmp_path, file):
     folder = tmp_path / "checkpoint-2"
@@ -233,6 +268,8 @@ def test_damaged_adapters_are_named(lora, tmp_path, file):
     (folder / file).write_bytes(damaged[: len(damaged) // 2])
     with pytest.raises(ConfigError, match=r"adapters in .*checkpoint-2 cannot be read"):
         load_model(str(folder))
+    with pytest.raises(ConfigError, match=r"adapters in .*checkpoint-2 cannot be read"):
+        load_to_adapt(str(folder), TrainConfig(output="-", lora_rank=4))
 
 
 def test_qlora_ends_in_a_plain_model_of_full_precision(settings, tmp_path):
