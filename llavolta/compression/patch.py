@@ -192,6 +192,8 @@ class Compression:
         self._now.enter("base")
         if not self._steps:
             return None
+        if self._vision is not None:
+            self._vision.image_sizes = kwargs.get("image_sizes")
         inputs = encode_pictures(self.parts.base, args, kwargs)
         by_kind = {kind: where.cpu() for kind, where in visual_tokens(self.parts, inputs).items()}
         if self._vision is not None and "video" in by_kind and pools_frames(self.parts.base):

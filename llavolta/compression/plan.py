@@ -129,7 +129,7 @@ def check_layers(plan: Plan, num_layers: int) -> Plan:
             wrong = "ranks by the layer before it, so from layer 1"
         elif "decoder" in compressor.needs and layer == VISION:
             wrong = "ranks by the attention of a decoder layer, so from layer 0, not at 'vision'"
-        elif "class_token" in compressor.needs and layer != VISION:
+        elif {"class_token", "tiles"} & compressor.needs and layer != VISION:
             wrong = f"works on the vision tower's output only; write 'vision:{compressor.name}'"
         elif "tower" in compressor.needs and layer not in (VISION, 0):
             wrong = "ranks by the vision tower, so at 'vision' or layer 0"
