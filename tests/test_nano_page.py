@@ -23,7 +23,9 @@ def test_the_page_holds_the_figures_of_the_table():
                 rows.append(dict(vendor=vendor, plan=plan, type=kind, answer=answer, correct=number < right))
     table = accuracy_table(pd.DataFrame(rows), by=["vendor", "plan"])
     cost = pd.DataFrame([dict(vendor="seen", difference=0.6, difference_low=0.3, difference_high=0.9)])
-    text = nano.page(table, cost)
+    course = pd.DataFrame([dict(step=400, vendor=v, accuracy=0.5, low=0.4, high=0.6) for v in nano.VENDORS])
+    text = nano.page(table, cost, course)
+    assert "| 400 | 3,200 | 50.0% (40.0% to 60.0%) | 50.0%" in text and "Accuracy" not in nano.page(table, cost)
     overall = next(line for line in text.splitlines() if line.startswith("| overall"))
     assert [cell.split(" ")[1] for cell in overall.split("|")[2:-1]] == ["100.0%", "90.0%", "60.0%", "30.0%", "30.0%"]
     assert "seen 60.0% (30.0% to 90.0%)" in text and "| what | 100.0% | 100.0%" in text
