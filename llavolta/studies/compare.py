@@ -101,7 +101,7 @@ def compare(
     """
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise CompareError(f"workers must be a whole number of at least 1, not {workers!r}")
-    setup = build.prepare(_any(config))  # builds the data once, before the workers need it
+    setup = build.prepare(neutral(config))  # builds the data once, before the workers need it
     heldout = Path(heldout) if heldout else build.heldout_file(config)
     LlavaData(heldout)  # refuses what cannot be asked, before anything is trained
     root, plans, changes = Path(config.output), plans or {}, changes or {}
@@ -137,7 +137,7 @@ def compare(
     return pd.concat([frames[name, seed].assign(scheme=name, seed=seed) for name, seed in order], ignore_index=True)
 
 
-def _any(config: TrainConfig) -> TrainConfig:
+def neutral(config: TrainConfig) -> TrainConfig:
     """``config`` with a scheme that fits any number of steps; its own plays no part here."""
     return config.changed(scheme=["none"], stage=None, plan=None)
 
@@ -219,7 +219,7 @@ def costs(
     timed in turn on the same ``batches``, as training has them, so that the noise of the machine cancels. model: a
     trained one of them.
     """
-    setup = build.prepare(_any(config))
+    setup = build.prepare(neutral(config))
     trained, processor, _ = open_model(model)
     collate = Collator(processor, config.max_length)
     data = build.open_data(config, setup.data, setup.images, collate, progress)

@@ -1,0 +1,70 @@
+"""papers/search.py: halving keeps the better half, what is too slow is not tried, and the verdict's seeds are fresh."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import search
+
+from llavolta.errors import UserError
+from llavolta.studies import compare
+from llavolta.train.config import TrainConfig
+from llavolta.train.schemes import Scheme
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Comparisons without training: accuracy by scheme, with a jump for each seed, and speed-ups."""
+    right = {search.BASELINE: 0.9, "slow": 0.99, "good": 0.88, "bad": 0.5, "lucky": 0.89}
+    asked = []
+
+    def answers(schemes, seeds, config, heldout, questions, workers):
+        asked.append((dict(seeds), heldout))
+        rows = []
+        for name in schemes:
+            for seed in seeds[name]:
+                share = right[name] + 0.01 * seed - 0.3 * (name == "lucky" and seed > 0)
+                rows += [dict(scheme=name, seed=seed, type="read", correct=n < 100 * share) for n in range(100)]
+        return pd.DataFrame(rows)
+
+    def costs(schemes, config, model, rounds):
+        recipe = {name: 0.39 for name in schemes} | {search.BASELINE: 1.0, "slow": 0.5}
+        return pd.DataFrame(dict(recipe=pd.Series(recipe))).loc[list(schemes)], None
+
+    monkeypatch.setattr(compare, "compare", answers)
+    monkeypatch.setattr(compare, "costs", costs)
+    return asked
+
+
+def schemes(*names) -> dict[str, Scheme]:
+    return {name: Scheme.equal(name, "none") for name in names}
+
+
+def test_halving_keeps_the_better_half_over_all_seeds_so_far(fake):
+    log = search.search(schemes("slow", "good", "bad", "lucky"), TrainConfig(output="runs"))
+    assert log[log["round"] == 0].scheme.tolist() == ["slow"] and not log.query("scheme == 'slow'").kept.any()
+    assert log[log["round"] == 1].scheme.tolist() == ["lucky", "good", "bad"]  # the best first
+    assert log[(log["round"] == 1) & log.kept].scheme.tolist() == ["lucky", "good"]
+    assert log[(log["round"] == 2) & log.kept].scheme.tolist() == ["good"]  # the second seed showed it
+    assert log[(log["round"] == 3) & log.kept].scheme.tolist() == ["good"]
+    assert log.query("scheme == 'good'").difference.round(6).tolist() == [-0.02] * 3
+    assert not any("slow" in seeds for seeds, _ in fake)
+
+
+def test_the_verdict_is_of_other_seeds_and_questions(fake, tmp_path):
+    table = search.verdict(schemes("good")["good"], TrainConfig(output="runs"), tmp_path / "fresh.json", (10, 11))
+    assert fake == [({search.BASELINE: [10, 11], "good": [10, 11]}, tmp_path / "fresh.json")]
+    assert sorted(table.type) == ["overall", "read"] and table.difference.round(6).tolist() == [-0.02] * 2
+    assert not {*search.SEEDS} & {*search.FRESH}
+
+
+def test_nothing_fast_enough_is_said(fake):
+    with pytest.raises(UserError, match=r"no candidate is 3 times faster; the fastest is 2\.56"):
+        search.search(schemes("good", "slow"), TrainConfig(output="runs"), faster=3)
+
+
+def test_the_candidates_fit_models_of_both_worlds():
+    for depth in (8, 30):
+        held = search.candidates(search.FOLDER / "candidates.yaml", depth)
+        assert len(held) > 5 and all(scheme.align for scheme in held.values())
+        assert all(scheme.boundaries(200)[-1] == 200 for scheme in held.values())
