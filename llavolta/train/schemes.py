@@ -63,13 +63,15 @@ class Stage:
     choices: the plans that it is drawn from, mostly one, parsed once; the plan itself is the text that it prints as.
     slow_every: 0, or after how many steps there is one of DualSpeed's slow steps, on all tokens; the steps between are
     its fast ones, on what ``plan`` leaves behind the mode isolator. isolated: behind the isolator without slow steps,
-    as DualSpeed aligns. See llavolta.train.dualspeed.
+    as DualSpeed aligns. See llavolta.train.dualspeed. warmup: the share of the stage's steps in which the learning rate
+    rises anew, from 0 to what the run's schedule says.
     """
 
     plan: str
     share: float
     slow_every: int = 0
     isolated: bool = False
+    warmup: float = 0.0
     choices: tuple[Plan, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -84,6 +86,8 @@ class Stage:
         every = self.slow_every
         if isinstance(every, bool) or not isinstance(every, int) or every < 0 or every == 1:
             raise SchemeError(f"slow_every must be 0 (no slow steps) or a whole number of at least 2, not {every!r}")
+        if isinstance(self.warmup, bool) or not (isinstance(self.warmup, (int, float)) and 0 <= self.warmup < 1):
+            raise SchemeError(f"a stage's warmup must be a share of its steps from 0 to below 1, not {self.warmup!r}")
         if not isinstance(self.isolated, bool):
             raise SchemeError(f"isolated must be true or false, not {self.isolated!r}")
         if every and self.isolated:
@@ -215,6 +219,13 @@ class Scheme:
             raise SchemeError(f"step must be 0..{total_steps - 1}, not {step}")
         return sum(step >= end for end in self.boundaries(total_steps))
 
+    def warmth(self, step: int, total_steps: int) -> float:
+        """What optimizer step ``step`` has of the learning rate that the run's schedule says: 1, or less while its
+        stage warms up."""
+        stage = self.stage_at(step, total_steps)
+        first, end = [0, *self.boundaries(total_steps)][stage : stage + 2]
+        return min(1.0, (step - first + 1) / max(1, round(self.stages[stage].warmup * (end - first))))
+
     def is_slow(self, step: int, total_steps: int) -> bool:
         """Whether optimizer step ``step`` is a slow one: see Stage."""
         every = self.stages[self.stage_at(step, total_steps)].slow_every
@@ -233,6 +244,7 @@ class Scheme:
 
 def _written(stage: Stage, *without: str) -> dict:
     values = dict(plan=stage.plan, share=stage.share, slow_every=stage.slow_every, isolated=stage.isolated)
+    values["warmup"] = stage.warmup
     return {name: value for name, value in values.items() if name not in without and value}
 
 

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -165,6 +166,17 @@ class StageTrainer(Trainer):
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = kind(groups, **options)
         return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if any(stage.warmup for stage in self.scheme.stages):
+            total = num_training_steps
+            rates = [
+                lambda step, rate=rate: rate(step) * self.scheme.warmth(min(step, total - 1), total)
+                for rate in scheduler.lr_lambdas
+            ]
+            self.lr_scheduler = scheduler = LambdaLR(scheduler.optimizer, rates)
+        return scheduler
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)

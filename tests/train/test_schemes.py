@@ -138,6 +138,15 @@ def test_truth_values_are_neither_pivots_nor_shares():
         Stage("none", True)
 
 
+def test_a_stage_may_warm_up_anew():
+    scheme = Scheme("warm", (Stage("1:avgpool:8", 0.5), Stage("none", 0.5, warmup=0.4)))
+    assert [scheme.warmth(step, 20) for step in range(20)] == [1.0] * 10 + [0.25, 0.5, 0.75, 1.0] + [1.0] * 6
+    assert Scheme.of("warm", scheme.written) == scheme and "warmup" not in scheme.written[0]
+    for wrong in (1, -0.1, True, "0.1"):
+        with pytest.raises(SchemeError, match="warmup must be a share"):
+            Stage("none", 1, warmup=wrong)
+
+
 def test_a_plan_may_be_drawn_for_each_step():
     stage = Stage("2:avgpool2d:1|2|4;16:avgpool:2", 1)
     assert stage.plan == "2:avgpool2d:1|2|4;16:avgpool:2" and len(stage.choices) == 3
