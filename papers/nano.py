@@ -6,8 +6,8 @@ with one token in place of all behind layer 2; by question type, with intervals 
 minutes on 2 cores. ``--curve FOLDER`` asks adapters saved along the way, FOLDER/STEP each, and writes curve.csv.
 ``--ship RUN`` makes data/nano-tuned of the last checkpoint of a run: projector and adapters, in bfloat16.
 
-What is shipped was made by two runs, two hours and a quarter of 2 cores in all: the preset, shipped, and a second one from it
-on scenes in another order,
+What is shipped was made by two runs, two hours and a quarter of 2 cores in all: the preset, shipped, and a second one
+from it on scenes in another order,
 
     python -m llavolta.train nano --output RUN
     python papers/nano.py --ship RUN
