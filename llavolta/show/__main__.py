@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--picture", help="a picture of your own; without it, pictures of the model's held-out questions"
     )
     parser.add_argument("--question", action="append", help="about the picture, in plain words; may be given again")
-    parser.add_argument("--count", type=int, default=3, help="of held-out questions (3)")
+    parser.add_argument("--count", type=int, default=6, help="of held-out questions (6)")
     parser.add_argument("--plan", default="none", help="of compression, such as 2:avgpool:8 (none)")
     parser.add_argument("--output", default=str(RUNS / "asked.png"), help="the drawing's file (%(default)s)")
     options = parser.parse_args(arguments)

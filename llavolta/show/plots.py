@@ -90,8 +90,12 @@ def example(conversation) -> Figure:
 @themed
 def asked(rows: Sequence[tuple]) -> Figure:
     """Pictures with what was asked and answered below: rows of (picture, question, answer, right answer or "")."""
-    figure, axes = plt.subplots(1, len(rows), figsize=(3.2 * len(rows), 3.9), squeeze=False, layout="constrained")
-    for ax, (picture, question, answer, right) in zip(axes[0], rows, strict=True):
+    across = min(len(rows), 3)
+    down = -(-len(rows) // across)
+    figure, axes = plt.subplots(down, across, figsize=(3.2 * across, 3.9 * down), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(rows) :]:
+        ax.set_axis_off()
+    for ax, (picture, question, answer, right) in zip(axes.flat, rows, strict=False):
         ax.imshow(picture)
         told = f"{answer}" + (f"   (right: {right})" if right else "")
         ax.set_xlabel("\n".join([*textwrap.wrap(question, 34), *textwrap.wrap(told, 34)]), fontsize=11)

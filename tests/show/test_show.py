@@ -20,7 +20,7 @@ def digits(scenes, monkeypatch):
 def test_held_out_questions_are_answered_and_drawn(small_model, tmp_path, capsys):
     assert main([str(small_model), "--output", str(tmp_path / "a.png"), "--plan", "1:avgpool:8"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and all("(right: " in line and "%" in line for line in lines[:3])
+    assert len(lines) == 5 and all("(right: " in line and "%" in line for line in lines[:4])  # a question of each type
     assert Image.open(tmp_path / "a.png").width > 800
 
 
