@@ -69,13 +69,15 @@ nano: install
 	$(BIN)/python -m llavolta.worlds.nano
 	$(BIN)/python -m llavolta.show nano-tuned
 
-# Every figure in papers/nano: nano-tuned's accuracy, the two redundancy studies on it, and schemes trained on nano from
-# one alignment; an hour and a half on 2 cores, resumed where it was interrupted, minutes on a GPU.
+# Every figure in papers/nano: nano-tuned's accuracy, the two redundancy studies on it, compressors compared on it, and
+# schemes trained on nano from one alignment; two hours on 2 cores, resumed where it was interrupted, minutes on a GPU.
 nano-evidence: install
 	mkdir -p data/runs
 	$(BIN)/python papers/nano.py
 	cd notebooks && ../$(BIN)/papermill 01_redundancy.ipynb ../data/runs/nano-redundancy.ipynb -p model nano-tuned -p limit 150 \
 		-y '{strides: [1, 2, 4, 16, 144]}' -p record ../papers/nano
+	cd notebooks && ../$(BIN)/papermill 05_compare_compressors.ipynb ../data/runs/nano-compressors.ipynb -p model nano-tuned \
+		-p limit 80 -p talks 25 -p train_steps 0 -p record ../papers/nano
 	cd notebooks && ../$(BIN)/papermill 04_compare_schemes.ipynb ../data/runs/nano-schemes.ipynb -p preset nano -p workers 1 \
 		-p questions 300 -p output ../data/runs/nano-compare -p record ../papers/nano \
 		-y '{schemes: [three-stage, constant, three-stage-reversed], options: {max_steps: 150}}'
