@@ -60,6 +60,7 @@ evidence: notebooks
 	cd notebooks && ../$(BIN)/papermill 04_compare_schemes.ipynb ../data/runs/faster.ipynb -p seeds 5 -p record ../papers/faster \
 		-y '{schemes: [dualspeed, dualspeed-random, two-stage, two-stage-light]}'
 	$(BIN)/python papers/claims.py
+	$(BIN)/python papers/frontier.py
 	$(BIN)/python papers/scaling.py
 	$(BIN)/python papers/matryoshka.py
 	$(BIN)/python papers/precision.py

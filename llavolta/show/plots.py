@@ -272,6 +272,31 @@ def accuracy_against_cost(table: pd.DataFrame, baseline: str) -> Figure:
 
 
 @themed
+def frontier(table: pd.DataFrame) -> Figure:
+    """Accuracy lost against speed-up, a point per scheme (the index) in the colour of its ``group``, with the 95%
+    interval of the difference; table: speedup (times), difference, difference_low, difference_high, shares."""
+    figure, ax = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
+    for number, (group, of) in enumerate(table.groupby("group", sort=False)):
+        for shape, (name, row) in enumerate(of.iterrows()):
+            reach = [[row.difference - row.difference_low], [row.difference_high - row.difference]]
+            ax.errorbar(
+                row.speedup,
+                100 * row.difference,
+                yerr=100 * np.array(reach),
+                color=COLOURS[number],
+                marker=LAYER_MARKERS[shape % len(LAYER_MARKERS)],
+                markersize=7,
+                capsize=3,
+                linestyle="none",
+                label=f"{group}: {name}",
+            )
+    ax.axhline(0, color="0.5", linestyle=":")
+    ax.set(xlabel="speed-up of training (times)", ylabel="accuracy less that of no compression (points)")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    return figure
+
+
+@themed
 def differences(table: pd.DataFrame, baseline: str) -> Figure:
     """Each scheme's accuracy less the baseline's, with the 95% interval of the difference; see compare.table."""
     rest = table.drop(index=baseline)

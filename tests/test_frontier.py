@@ -1,0 +1,36 @@
+"""papers/frontier.py: every recorded scheme once, and what is committed is what the records say."""
+
+from __future__ import annotations
+
+import frontier
+import pandas as pd
+import pytest
+
+from llavolta.show import plots
+from llavolta.studies import compare
+
+
+def test_what_is_committed_is_what_the_records_say():
+    table = frontier.recorded()
+    held = pd.read_csv(frontier.FOLDER / "frontier.csv", index_col="scheme")
+    assert table.index.is_unique and compare.BASELINE not in table.index
+    pd.testing.assert_frame_equal(held, table.rename_axis("scheme"), atol=6e-5, rtol=0, check_dtype=False)
+    costs = pd.read_csv(frontier.FOLDER.parent / "llavolta" / "compare-costs.csv", index_col="scheme")
+    assert table.speedup["three-stage"] == pytest.approx(1 / costs.time["three-stage"])
+    assert table.group["three-stage"] == "LLaVolta" and table.group["two-stage"] == "ours"
+
+
+def test_the_verdict_joins_them(tmp_path, monkeypatch):
+    for name in ("compare-runs.csv", "compare-costs.csv"):
+        (tmp_path / name).write_text((frontier.FOLDER / name).read_text())
+    rows = [
+        dict(scheme="swift", type=kind, difference=-0.01, low=-0.02, high=0.0, seeds=10) for kind in ("read", "overall")
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "verdict.csv", index=False)
+    searched = [dict(round=n, scheme="swift", speedup=2.6, difference=0.0, kept=True) for n in (1, 2)]
+    pd.DataFrame(searched).to_csv(tmp_path / "search.csv", index=False)
+    monkeypatch.setattr(frontier, "FOLDER", tmp_path)
+    row = frontier.recorded().loc["swift"]
+    assert (row.group, row.speedup, row.difference_high, row.seeds) == ("ours, fresh seeds", 2.6, 0.0, 10)
+    ax = plots.frontier(frontier.recorded()).axes[0]
+    assert "ours, fresh seeds: swift" in [text.get_text() for text in ax.get_legend().get_texts()]
