@@ -138,10 +138,15 @@ class Page:
         return self.follow(lambda: self.page.keyboard.press(key))
 
     def follow(self, act) -> float:
-        """Seconds until the numbers have followed ``act``."""
-        before, start = self.text(), time.perf_counter()
+        """Seconds until the numbers or, where these are the same again, the picture have followed ``act``."""
+
+        def shown() -> tuple[str, str]:
+            return self.text(), self.box.locator("img.widget-image").get_attribute("src")
+
+        self.page.wait_for_timeout(300)  # for the picture of what was done before
+        before, start = shown(), time.perf_counter()
         act()
-        while self.text() == before:
+        while shown() == before:
             assert time.perf_counter() - start < 20, f"nothing changed from {before!r}"
             self.page.wait_for_timeout(20)
         return time.perf_counter() - start
