@@ -102,7 +102,7 @@ class Page:
         page.on("pageerror", lambda error: self.crashes.append(str(error)))
         page.goto(f"{url}/lab/tree/{name}.ipynb?reset")  # without the tabs of the notebook before
         page.wait_for_selector(".jp-NotebookPanel-toolbar", timeout=MINUTE)
-        idle = page.get_by_text("Python 3 (ipykernel) | Idle")  # before that, running asks for a kernel
+        self.idle = idle = page.get_by_text("Python 3 (ipykernel) | Idle")  # before that, running asks for a kernel
         idle.wait_for(timeout=MINUTE)
         self.opened = time.perf_counter() - start
         page.get_by_role("menuitem", name="Run", exact=True).click()
@@ -113,7 +113,9 @@ class Page:
             self.first_answer = time.perf_counter() - start
         finally:
             self.screenshot(name)
-        page.wait_for_timeout(500)  # until it has taken up the cells that come next
+        waiting = "() => [...document.querySelectorAll('.jp-InputPrompt')].some(cell => cell.textContent.includes('*'))"
+        while page.evaluate(waiting):  # while cells run, controls wait
+            page.wait_for_timeout(100)
         idle.wait_for(timeout=2 * MINUTE)
         self.box = boxes.last
 
@@ -138,24 +140,24 @@ class Page:
         return self.follow(lambda: self.page.keyboard.press(key))
 
     def follow(self, act) -> float:
-        """Seconds until the numbers or, where these are the same again, the picture have followed ``act``."""
-
-        def shown() -> tuple[str, str]:
-            return self.text(), self.box.locator("img.widget-image").get_attribute("src")
-
-        self.page.wait_for_timeout(300)  # for the picture of what was done before
-        before, start = shown(), time.perf_counter()
+        """Seconds until the numbers have followed ``act``."""
+        before, start = self.text(), time.perf_counter()
         act()
-        while shown() == before:
+        while self.text() == before:
             assert time.perf_counter() - start < 20, f"nothing changed from {before!r}"
             self.page.wait_for_timeout(20)
         return time.perf_counter() - start
 
     def ask(self, question: str) -> float:
-        """Seconds until a question that is typed is answered."""
+        """Seconds until a question that is typed is answered, maybe as the one before: the kernel is idle again."""
         field = self.box.locator(".widget-text", has_text="question").locator("input")
         field.fill(question)
-        return self.follow(lambda: field.press("Enter"))
+        self.page.wait_for_timeout(300)
+        start = time.perf_counter()
+        field.press("Enter")
+        self.page.wait_for_timeout(200)
+        self.idle.wait_for(timeout=MINUTE)
+        return time.perf_counter() - start
 
     def errors(self) -> list[str]:
         found = self.page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
@@ -216,13 +218,15 @@ def test_a_pretrained_model_answers_any_question_about_any_picture(lab, browser,
     picture.save(file)
     with page.page.expect_file_chooser() as chooser:
         page.box.locator(".jupyter-widget-upload, .widget-upload").click()
-    took = {"upload": page.follow(lambda: chooser.value.set_files(file))}
+    chooser.value.set_files(file)
+    page.page.get_by_text("upload a picture (1)").wait_for()
+    took = {}
     plan = "2:avgpool:8" if slider == "stride" else "2:avgpool:4"
     for question in ("What do you see in the top left?", "Was ist oben links zu sehen?"):
         took[question] = page.ask(question)
         view = inspect.view(study.model, study.processor, question, [picture], plan)
         assert f"answer: {view.answer}\n" in page.text() and view.answer and max(view.guesses.values()) > 0.01
-    took[slider] = page.press(slider, "ArrowRight")
+    took[slider] = page.press(slider, "ArrowRight")  # another ratio
     page.screenshot(name)
     took = {"open": page.opened, "first answer": page.first_answer} | took
     print(f"{name}: {', '.join(f'{what} {seconds:.1f} s' for what, seconds in took.items())}")
