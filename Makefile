@@ -78,7 +78,7 @@ nano-evidence: install
 	cd notebooks && ../$(BIN)/papermill 01_redundancy.ipynb ../data/runs/nano-redundancy.ipynb -p model nano-tuned -p limit 150 \
 		-y '{strides: [1, 2, 4, 16, 144]}' -p record ../papers/nano
 	cd notebooks && ../$(BIN)/papermill 05_compare_compressors.ipynb ../data/runs/nano-compressors.ipynb -p model nano-tuned \
-		-p limit 80 -p talks 25 -p train_steps 0 -p record ../papers/nano
+		-p limit 50 -p talks 12 -p train_steps 0 -p record ../papers/nano
 	cd notebooks && ../$(BIN)/papermill 04_compare_schemes.ipynb ../data/runs/nano-schemes.ipynb -p preset nano -p workers 1 \
 		-p questions 300 -p output ../data/runs/nano-compare -p record ../papers/nano \
 		-y '{schemes: [three-stage, constant, three-stage-reversed], options: {max_steps: 150}}'
