@@ -32,7 +32,7 @@ from llavolta.compression.families import find_parts, roles, towers, unwrap
 from llavolta.data.video import FrameProcessor, VideoLlavaProcessor, without_videos
 from llavolta.errors import UserError
 from llavolta.train.config import ConfigError, TrainConfig
-from llavolta.worlds import model_path
+from llavolta.worlds import MODELS, model_path
 from llavolta.worlds.joining import load_whole
 
 ADAPTERS = "adapter_config.json"  # what a folder of adapters holds
@@ -92,6 +92,8 @@ def load_model(name: str, quantize: str | None = None, dtype: torch.dtype = torc
     """
     path = model_path(name)
     if (Path(path) / ADAPTERS).exists():
+        if quantize:  # of a base that holds adapters itself: they would have to be merged into 4 bits
+            raise ConfigError(f"{path} holds adapters, which cannot be merged into 4 bits; give a whole model")
         return _with_its_adapters(path, dtype)
     config = read_config(name)
     options = {"quantization_config": _four_bits(config)} if quantize else {}
@@ -120,7 +122,7 @@ def _base_of(path: str) -> str:
 def _reading_adapters(path: str):
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         why = next(iter(str(error).splitlines()), type(error).__name__)
@@ -136,8 +138,9 @@ def load_to_adapt(name: str, config: TrainConfig) -> tuple:
         base = _base_of(path) if held else name
         model, processor = load_model(base, config.quantize)
         set_trainable(model, "instruct", config.train_tower)
-        folder = Path(base).resolve()  # the adapters may be loaded from elsewhere
-        return with_adapters(model, config, str(folder) if folder.exists() else base, held), processor
+        if base not in MODELS and Path(base).exists():
+            base = str(Path(base).resolve())  # the adapters may be loaded from elsewhere
+        return with_adapters(model, config, base, held), processor
 
 
 def load_processor(config, path: str):

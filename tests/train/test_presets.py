@@ -37,7 +37,7 @@ from llavolta.train.config import PRESETS, ConfigError, TrainConfig, parse_yaml,
 from llavolta.train.models import load_model, load_to_adapt, parameter_groups, set_trainable, with_adapters
 from llavolta.train.run import train
 from llavolta.train.trainer import StageTrainer, read_metrics
-from llavolta.worlds import backbones
+from llavolta.worlds import MODELS, backbones
 from llavolta.worlds.joining import join
 
 
@@ -258,6 +258,16 @@ def test_adapters_of_another_form_are_merged_first(lora, settings, tmp_path, for
     last = run / f"checkpoint-{settings['max_steps']}"
     settings = json.loads((last / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(held) and settings["r"] == form["lora_rank"]
+    with pytest.raises(ConfigError, match=r"checkpoint-2 holds adapters, which cannot be merged into 4 bits"):
+        load_to_adapt(str(last), TrainConfig(output="-", lora_rank=4, quantize="nf4"))
+
+
+def test_a_name_is_not_taken_for_a_folder_that_is_called_so(small_model, tmp_path, monkeypatch):
+    (tmp_path / "nano").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(MODELS, "nano", lambda: small_model)
+    model, _ = load_to_adapt("nano", TrainConfig(output="-", lora_rank=2))
+    assert model.peft_config["default"].base_model_name_or_path == "nano"
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
