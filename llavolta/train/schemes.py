@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from llavolta.compression.plan import (
     VISION,
@@ -104,9 +104,8 @@ class Stage:
         return self.isolated or self.slow_every > 0
 
     def __str__(self) -> str:
-        if self.isolated:
-            return f"{self.plan}, isolated"
-        return f"{self.plan}, slow every {self.slow_every}" if self.slow_every else self.plan
+        parts = ["isolated"] * self.isolated + [f"slow every {self.slow_every}"] * bool(self.slow_every)
+        return ", ".join([self.plan, *parts, *([f"warmup {self.warmup:g}"] * bool(self.warmup))])
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -243,8 +242,7 @@ class Scheme:
 
 
 def _written(stage: Stage, *without: str) -> dict:
-    values = dict(plan=stage.plan, share=stage.share, slow_every=stage.slow_every, isolated=stage.isolated)
-    values["warmup"] = stage.warmup
+    values = {field.name: getattr(stage, field.name) for field in fields(stage) if field.init}
     return {name: value for name, value in values.items() if name not in without and value}
 
 

@@ -142,6 +142,7 @@ def test_a_stage_may_warm_up_anew():
     scheme = Scheme("warm", (Stage("1:avgpool:8", 0.5), Stage("none", 0.5, warmup=0.4)))
     assert [scheme.warmth(step, 20) for step in range(20)] == [1.0] * 10 + [0.25, 0.5, 0.75, 1.0] + [1.0] * 6
     assert Scheme.of("warm", scheme.written) == scheme and "warmup" not in scheme.written[0]
+    assert str(scheme.stages[1]) == "none, warmup 0.4"  # alignments are told apart by it
     for wrong in (1, -0.1, True, "0.1"):
         with pytest.raises(SchemeError, match="warmup must be a share"):
             Stage("none", 1, warmup=wrong)

@@ -55,8 +55,7 @@ class ClassAttention(KeepBudget):
         """(I,) the tokens of each tile, of images whose tiles alone would have ``each`` (I,)."""
         image, row, column, rows, columns = tokens.tiles.unbind(1)
         length, side = tokens.mask.shape[1], int(tokens.grid[0, 0])
-        first, of = row < 0, image.max() + 1
-        tiles = torch.zeros_like(image).index_add(0, image, torch.ones_like(image))[:of]  # (images,)
+        first, tiles = row < 0, image.bincount()  # (images,)
         total = tiles * each[0] if self.keep > 1 else (tiles.double() * length * self.keep).int().clamp(min=1)
         given = torch.where(tiles > 1, (total.double() * self.overview).int().clamp(min=1), total).clamp(max=length)
 
