@@ -221,11 +221,15 @@ def test_a_pretrained_model_answers_any_question_about_any_picture(lab, browser,
     chooser.value.set_files(file)
     page.page.get_by_text("upload a picture (1)").wait_for()
     took = {}
-    plan = "2:avgpool:8" if slider == "stride" else "2:avgpool:4"
+    plan, draw = "2:avgpool:8", token_maps.picture_with_tokens
+    if slider == "layer K":
+        plan, draw = "2:avgpool:4", token_maps.picture_with_layers
     for question in ("What do you see in the top left?", "Was ist oben links zu sehen?"):
         took[question] = page.ask(question)
         view = inspect.view(study.model, study.processor, question, [picture], plan)
         assert f"answer: {view.answer}\n" in page.text() and view.answer and max(view.guesses.values()) > 0.01
+        page.page.wait_for_timeout(300)  # the picture is a message of its own
+        assert page.png() == widgets.png(draw(picture, view))  # of the upload, not of the entry before
     took[slider] = page.press(slider, "ArrowRight")  # another ratio
     page.screenshot(name)
     took = {"open": page.opened, "first answer": page.first_answer} | took
