@@ -24,13 +24,14 @@ def test_the_verdict_joins_them(tmp_path, monkeypatch):
     for name in ("compare-runs.csv", "compare-costs.csv"):
         (tmp_path / name).write_text((frontier.FOLDER / name).read_text())
     rows = [
-        dict(scheme="swift", type=kind, difference=-0.01, low=-0.02, high=0.0, seeds=10) for kind in ("read", "overall")
+        dict(scheme=name, type=kind, speedup=2.6, difference=-0.01, low=-0.02, high=0.0, seeds=10)
+        for name in ("swift", "two-stage")
+        for kind in ("read", "overall")
     ]
     pd.DataFrame(rows).to_csv(tmp_path / "verdict.csv", index=False)
-    searched = [dict(round=n, scheme="swift", speedup=2.6, difference=0.0, kept=True) for n in (1, 2)]
-    pd.DataFrame(searched).to_csv(tmp_path / "search.csv", index=False)
     monkeypatch.setattr(frontier, "FOLDER", tmp_path)
     row = frontier.recorded().loc["swift"]
     assert (row.group, row.speedup, row.difference_high, row.seeds) == ("ours, fresh seeds", 2.6, 0.0, 10)
+    assert frontier.recorded().loc["two-stage"].seeds == 10  # in place of the figure that is already recorded
     ax = plots.frontier(frontier.recorded()).axes[0]
     assert "ours, fresh seeds: swift" in [text.get_text() for text in ax.get_legend().get_texts()]

@@ -52,9 +52,12 @@ def test_halving_keeps_the_better_half_over_all_seeds_so_far(fake):
 
 
 def test_the_verdict_is_of_other_seeds_and_questions(fake, tmp_path):
-    table = search.verdict(schemes("good")["good"], TrainConfig(output="runs"), tmp_path / "fresh.json", (10, 11))
-    assert fake == [({search.BASELINE: [10, 11], "good": [10, 11]}, tmp_path / "fresh.json")]
-    assert sorted(table.type) == ["overall", "read"] and table.difference.round(6).tolist() == [-0.02] * 2
+    chosen = schemes("good", "bad")
+    table = search.verdict(chosen, TrainConfig(output="runs"), tmp_path / "fresh.json", (10, 11))
+    assert fake == [(dict.fromkeys([search.BASELINE, *chosen], [10, 11]), tmp_path / "fresh.json")]
+    assert table.scheme.tolist() == ["good", "good", "bad", "bad"] and sorted(table.type[:2]) == ["overall", "read"]
+    assert table.difference.round(6).tolist() == [-0.02] * 2 + [-0.4] * 2
+    assert table.speedup.round(2).tolist() == [2.56] * 4
     assert not {*search.SEEDS} & {*search.FRESH}
 
 
