@@ -1,18 +1,28 @@
 """Accuracy lost against speed-up, of all schemes that are recorded: ``python papers/frontier.py`` writes frontier.csv
 and frontier.png to papers/faster.
 
-From what 04_compare_schemes recorded in papers/llavolta and papers/faster, and from the verdict of papers/search.py
-where there is one. Speed-up is of tuning; of the verdict, of the whole recipe. Trains nothing.
+The accuracies are what 04_compare_schemes recorded in papers/llavolta and papers/faster, and the verdict of
+papers/search.py, which stands in place of the former where a scheme has both. The speed-ups are of the whole recipe,
+alignment and tuning, all measured side by side: ``python papers/frontier.py --measure``, which writes speedups.csv;
+some five minutes, and it needs a trained model of the search. Trains nothing.
 """
 
 from __future__ import annotations
 
-import pandas as pd
+import argparse
+import sys
+from pathlib import Path
 
-from llavolta.paths import PAPERS
+import pandas as pd
+import search
+
+from llavolta.errors import UserError
+from llavolta.paths import PAPERS, RUNS
 from llavolta.show import plots
 from llavolta.studies import compare
-from llavolta.train.schemes import NEIGHBOURS, SCHEMES
+from llavolta.train import build
+from llavolta.train.config import TrainConfig
+from llavolta.train.schemes import NAMED, NEIGHBOURS, SCHEMES
 
 FOLDER = PAPERS / "faster"
 COLUMNS = ["group", "speedup", "difference", "difference_low", "difference_high", "seeds"]
@@ -25,29 +35,51 @@ def group(name: str) -> str:
     return "LLaVolta" if name in SCHEMES else "DualSpeed" if name in NEIGHBOURS else "ours"
 
 
+def measure(config: TrainConfig, model: Path, rounds: int = 5) -> pd.DataFrame:
+    """What every scheme takes of the time of training on all tokens: of tuning, of alignment, of both (recipe)."""
+    depth = build.prepare(compare.neutral(config)).num_layers
+    schemes = compare.contestants([*NAMED, *compare.CONTROLS], {}, depth)
+    schemes |= search.candidates(FOLDER / "retired.yaml", depth) | search.candidates(FOLDER / "candidates.yaml", depth)
+    cost, _ = compare.costs(schemes, config, model, rounds)
+    return cost.rename(columns=dict(time="tuning"))[["tuning", "align", "recipe"]]
+
+
 def recorded() -> pd.DataFrame:
-    """Every scheme once, by name; where both folders have one, that of papers/llavolta."""
+    """Every scheme once, by name: the stricter figure of one that has several."""
     parts = []
-    for folder in (PAPERS / "llavolta", FOLDER):
-        runs = pd.read_csv(folder / "compare-runs.csv")
-        table = compare.table(runs, pd.read_csv(folder / "compare-costs.csv", index_col="scheme"))
-        table = table.drop(index=compare.BASELINE).assign(seeds=runs.groupby("scheme").seed.nunique())
-        parts.append(table.assign(speedup=1 / table.time, group=[group(name) for name in table.index]))
     if (FOLDER / "verdict.csv").exists():
         verdict = pd.read_csv(FOLDER / "verdict.csv").query("type == 'overall'").set_index("scheme")
         verdict = verdict.rename(columns=dict(low="difference_low", high="difference_high"))
-        groups = [f"{group(name)}, fresh seeds" for name in verdict.index]
-        parts.insert(0, verdict.assign(group=groups))  # the stricter figure, of a scheme that has both
+        parts.append(verdict.assign(group=[f"{group(name)}, fresh seeds" for name in verdict.index]))
+    for folder in (PAPERS / "llavolta", FOLDER):
+        runs = pd.read_csv(folder / "compare-runs.csv")
+        table = compare.table(runs).drop(index=compare.BASELINE)
+        table = table.assign(seeds=runs.groupby("scheme").seed.nunique())
+        parts.append(table.assign(group=[group(name) for name in table.index]))
     found = pd.concat(parts)
-    return found[~found.index.duplicated()][COLUMNS].sort_values(["group", "speedup"])
+    found = found[~found.index.duplicated()]
+    found["speedup"] = 1 / pd.read_csv(FOLDER / "speedups.csv", index_col="scheme").recipe[found.index]
+    return found[COLUMNS].sort_values(["group", "speedup"])
 
 
-def main() -> None:
-    table = recorded()
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python papers/frontier.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--measure", action="store_true", help="the speed-ups anew")
+    parser.add_argument("--model", type=Path, default=RUNS / "search" / "0" / compare.BASELINE, help="a trained one")
+    options = parser.parse_args(arguments)
+    try:
+        if options.measure:
+            config = TrainConfig.from_preset("embedded", output=str(options.model))
+            measure(config, options.model).to_csv(FOLDER / "speedups.csv", float_format="%.4f")
+        table = recorded()
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     table.to_csv(FOLDER / "frontier.csv", float_format="%.4f")
     plots.frontier(table).savefig(FOLDER / "frontier.png", dpi=120)
     print(table.to_string(float_format="{:.3f}".format))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -110,6 +110,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python papers/search.py", description=__doc__.split("\n")[0])
     parser.add_argument("--candidates", type=Path, default=FOLDER / "candidates.yaml")
     parser.add_argument("--preset", default="embedded", help="what all runs share")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes any parameter of it")
+    parser.add_argument("--winner", help="a candidate by name: search nothing, and give the verdict on it")
+    parser.add_argument("--questions", type=int, default=QUESTIONS, help="of each run")
     parser.add_argument("--faster", type=float, default=FASTER, help="times that a candidate must be at least")
     parser.add_argument("--beside", nargs="*", default=["dualspeed"], help="schemes of the package in the verdict, too")
     parser.add_argument("--fresh", type=int, default=len(FRESH), help="seeds of the verdict")
@@ -118,16 +121,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--record", type=Path, default=FOLDER)
     options = parser.parse_args(arguments)
     try:
-        config = TrainConfig.from_preset(options.preset, output=str(options.output or RUNS / "search"), log_steps=5)
+        changes = dict(output=str(options.output or RUNS / "search"), log_steps=5)
+        for name, given, value in (change.partition("=") for change in options.set):
+            if not given:
+                raise UserError(f"--set takes NAME=VALUE, not {name!r}")
+            changes[name] = yaml.safe_load(value)
+        config = TrainConfig.from_preset(options.preset, **changes)
         depth = build.prepare(compare.neutral(config)).num_layers
         schemes, beside = candidates(options.candidates, depth), compare.contestants(options.beside, {}, depth)
-        log = search(schemes, config, faster=options.faster, workers=options.workers)
-        log.to_csv(options.record / "search.csv", index=False, float_format="%.4f")
-        print(log.to_string(index=False))
-        winner = log.scheme[log["round"].eq(len(SEEDS)) & log.kept].item()
+        winner = options.winner
+        if winner is None:
+            log = search(schemes, config, faster=options.faster, questions=options.questions, workers=options.workers)
+            log.to_csv(options.record / "search.csv", index=False, float_format="%.4f")
+            print(log.to_string(index=False))
+            winner = log.scheme[log["round"].eq(len(SEEDS)) & log.kept].item()
+        elif winner not in schemes:
+            raise UserError(f"no candidate {winner!r} in {options.candidates}; it has {', '.join(schemes)}")
         chosen = {winner: schemes[winner], **{name: beside[name] for name in options.beside}}
         fresh = WORLDS[config.data].folder(FRESH_SCENES, seed=1) / "heldout.json"
-        table = verdict(chosen, config, fresh, FRESH[: options.fresh], workers=options.workers)
+        table = verdict(chosen, config, fresh, FRESH[: options.fresh], options.questions, options.workers)
         table.to_csv(options.record / "verdict.csv", index=False, float_format="%.4f")
         print(table.to_string(index=False))
     except (UserError, OSError) as error:
