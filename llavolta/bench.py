@@ -12,11 +12,20 @@ from pathlib import Path
 import torch
 
 from llavolta.cost import throughput
-from llavolta.cost.bench import Sizes, compressor_times, embedded_batches, scheme_times, step_report, zoo_times
+from llavolta.cost.bench import (
+    Sizes,
+    compressor_times,
+    embedded_batches,
+    recipe_times,
+    scheme_times,
+    step_report,
+    zoo_times,
+)
 from llavolta.cost.gpu_report import gpu_report
 from llavolta.cost.precision import precision_times
 from llavolta.errors import UserError
 from llavolta.paths import PAPERS
+from llavolta.train.schemes import NAMED
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,6 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     step.add_argument("--rounds", type=int, default=7)
     schemes = commands.add_parser("schemes", help="time of four schemes, measured and predicted; fails above 10%%")
     schemes.add_argument("--rounds", type=int, default=5)
+    recipes = commands.add_parser("recipes", help="alignment and tuning under schemes, at a size of your choice")
+    for name, kind in typing.get_type_hints(Sizes).items():
+        recipes.add_argument(f"--{name}", type=kind, default=getattr(Sizes, name))
+    recipes.add_argument("--schemes", nargs="+", default=list(NAMED), choices=list(NAMED), metavar="NAME")
+    recipes.add_argument("--rounds", type=int, default=5)
     opening = commands.add_parser("data", help="opening a data set of mix665k's size; fails above 20 s or 1 GB")
     opening.add_argument("--entries", type=int, default=sum(many for many, *_ in throughput.MIX.values()))
     train = commands.add_parser("train", help="parts of a step, loading, memory; fails if loading is below 2x the use")
@@ -88,9 +102,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options}\n")
         print(compressor_times(**options).to_string(index=False, float_format="{:.4f}".format))
         return 0
-    rounds = options.pop("rounds")
+    rounds, names = options.pop("rounds"), options.pop("schemes", [])
     sizes = Sizes(**options)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {sizes}")
+    if command == "recipes":
+        schemes = {name: NAMED[name].scaled(sizes.layers) for name in names}
+        print(f"\n{recipe_times(sizes, schemes, rounds).to_string(index=False, float_format='{:.2f}'.format)}")
+        return 0
     for name, table in step_report(sizes, rounds).items():
         print(f"\n{name}\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
     return 0

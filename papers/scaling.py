@@ -8,6 +8,7 @@ training uses, on texts as long as those of mix665k. Bandwidths and the speed of
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ from functools import cache
 import numpy as np
 import pandas as pd
 
+from llavolta.cost.bench import CAPTIONS, INSTRUCTIONS
 from llavolta.cost.flops import cost_model
 from llavolta.cost.planner import GPUS as GPU_DATA
 from llavolta.cost.planner import published_hours
@@ -25,8 +27,7 @@ from llavolta.paths import PAPERS
 from llavolta.train.schemes import OURS, SCHEMES
 
 PAGE, RECIPE = PAPERS / "scaling.md", PAPERS / "REPRODUCE.md"
-CAPTIONS = 558_128  # of projector alignment
-EXAMPLES, TRAINED_ON = 665_298, 8  # of the run whose hours the paper reports: entries, GPUs
+TRAINED_ON = 8  # GPUs, of the run whose hours the paper reports
 PLANS = [stage.plan for stage in SCHEMES["three-stage"].stages]
 GPUS = (8, 32, 128, 512)
 TOKENS_A_WORD = 1.3
@@ -75,7 +76,9 @@ def flops(plan: str, tokens: np.ndarray, has_image: np.ndarray) -> np.ndarray:
 def gpu_speed() -> float:
     """FLOP/s of a GPU in the run of 15.3 hours that the paper reports, on texts like ours."""
     tokens, has_image = text_tokens(20_000)
-    return flops("none", tokens, has_image).mean() * EXAMPLES / (published_hours()["single-stage"] * 3600 * TRAINED_ON)
+    return (
+        flops("none", tokens, has_image).mean() * INSTRUCTIONS / (published_hours()["single-stage"] * 3600 * TRAINED_ON)
+    )
 
 
 def simulate(plan: str, gpus: int, batch: int, engine: str, cluster: Cluster, grouped: bool = True) -> dict:
@@ -215,17 +218,29 @@ def render(cluster: Cluster, batch: int = 16) -> str:
 
 
 def hours(gpus: int = 8) -> pd.DataFrame:
-    """Hours of LLaVA-1.5-7B by scheme on ``gpus`` GPUs: A100 at the paper's speed, H100 at that share of its peak."""
+    """Hours of LLaVA-1.5-7B by scheme on ``gpus`` GPUs: A100 at the paper's speed, H100 at that share of its peak;
+    of the last column, alignment and tuning together."""
     tokens, has_image = text_tokens(20_000)
     model, a100 = cost_model(reference_config()), gpu_speed()
     speeds = {"A100-80GB": a100, "H100": a100 * GPU_DATA["H100-SXM"].peak / GPU_DATA["A100-80GB"].peak}
-    work = {"projector alignment": CAPTIONS * model.step("none", 20, 1, phase="align", checkpointing=True).total}
+
+    def alignment(plan: str) -> float:
+        return CAPTIONS * model.step(plan, 20, 1, phase="align", checkpointing=True).total
+
+    work = {"projector alignment": alignment("none")}
+    recipe = {"projector alignment": math.nan}
     for name, scheme in (SCHEMES | OURS).items():
         example = sum(stage.share * flops(stage.plan, tokens, has_image).mean() for stage in scheme.stages)
-        work[name] = EXAMPLES * example
+        first = work["projector alignment"]
+        if scheme.align:
+            first = work[f"projector alignment, {name}"] = alignment(scheme.align.plan)
+            recipe[f"projector alignment, {name}"] = math.nan
+        work[name] = INSTRUCTIONS * example
+        recipe[name] = first + work[name]
     run = pd.Series(work, name="FLOPs").rename_axis("run")
     table = pd.DataFrame({f"{gpus} x {name}, hours": run / (gpus * speed * 3600) for name, speed in speeds.items()})
-    return table.assign(**{"of single-stage": run / run["single-stage"]})
+    both = pd.Series(recipe)
+    return table.assign(**{"of single-stage": run / run["single-stage"], "with alignment": both / both["single-stage"]})
 
 
 def recipe(text: str) -> str:
@@ -239,10 +254,12 @@ def _markdown(table: pd.DataFrame) -> str:
     flat = table.reset_index()
     lines = ["| " + " | ".join(map(str, flat.columns)) + " |", "|" + "---|" * len(flat.columns)]
     for row in flat.itertuples(index=False):
-        lines.append(
-            "| " + " | ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row) + " |"
-        )
+        lines.append("| " + " | ".join(_cell(value) for value in row) + " |")
     return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    return str(value) if not isinstance(value, float) else "" if math.isnan(value) else f"{value:.2f}"
 
 
 def main(arguments: list[str] | None = None) -> int:

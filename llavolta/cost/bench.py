@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -34,8 +34,10 @@ from llavolta.train.build import visual_tokens
 from llavolta.train.config import TrainConfig
 from llavolta.train.dualspeed import add_isolator, fast_mode, slow_mode
 from llavolta.train.models import autocasts, load_model, set_trainable, with_adapters
-from llavolta.train.schemes import ISOLATOR, SCHEMES, Stage
+from llavolta.train.schemes import ISOLATOR, SCHEMES, Scheme, Stage
 from llavolta.worlds import HOMES, WORLDS
+
+CAPTIONS, INSTRUCTIONS = 558_128, 665_298  # that LLaVA-1.5 is aligned and tuned on
 
 
 def now(device: torch.device) -> float:
@@ -511,6 +513,29 @@ def scheme_times(model, batches: Sequence[dict], rounds: int = 5, progress: bool
         predicted = sum(stage.share * speed.seconds(costs[stage.plan]) for stage in scheme.stages)
         rows.append(dict(scheme=name, measured=measured, predicted=predicted, error=predicted / measured - 1))
     return pd.DataFrame(rows).set_index("scheme")
+
+
+def recipe_times(sizes: Sizes, schemes: Mapping[str, Scheme], rounds: int = 5, progress: bool = True) -> pd.DataFrame:
+    """How many times faster each scheme is than no compression: tuning, align (projector alignment), and recipe, both
+    as often as LLaVA-1.5 does them; measured, and beside each what its FLOPs promise (``_promised``).
+
+    schemes: for ``sizes.layers`` layers. Alignment is on captions of 20 tokens.
+    """
+    model, captions = sizes.model(), replace(sizes, text=20).inputs()
+    aligned = {name: scheme.align or Stage("none", 1) for name, scheme in schemes.items()}
+    stages = [stage for scheme in schemes.values() for stage in scheme.stages]
+    tuning = step_times(model, [sizes.inputs()], stages, rounds, progress=progress).set_index("plan")
+    align = step_times(model, [captions], list(aligned.values()), rounds, "align", progress).set_index("plan")
+    whole, rows = [CAPTIONS * align.seconds["none"], INSTRUCTIONS * tuning.seconds["none"]], []
+    for name, scheme in schemes.items():
+        row = {"scheme": name}
+        for ending, ratio in (("", "ratio"), ("_promised", "flops_ratio")):
+            tuned = sum(stage.share * tuning[ratio][str(stage)] for stage in scheme.stages)
+            first = align[ratio][str(aligned[name])]
+            both = (whole[0] * first + whole[1] * tuned) / sum(whole)
+            row |= {f"tuning{ending}": 1 / tuned, f"align{ending}": 1 / first, f"recipe{ending}": 1 / both}
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def embedded_batches(batch: int = 32, count: int = 2, name: str = "embedded") -> tuple:
