@@ -71,7 +71,7 @@ nano: install
 	$(BIN)/python -m llavolta.show nano-tuned
 
 # Every figure in papers/nano: nano-tuned's accuracy, the two redundancy studies on it, compressors compared on it, and
-# schemes trained on nano from one alignment; two hours on 2 cores, resumed where it was interrupted, minutes on a GPU.
+# schemes trained on nano from one alignment; three hours on 2 cores, resumed where it was interrupted, minutes on a GPU.
 nano-evidence: install
 	mkdir -p data/runs
 	$(BIN)/python papers/nano.py
