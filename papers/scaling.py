@@ -233,7 +233,7 @@ def hours(gpus: int = 8) -> pd.DataFrame:
         example = sum(stage.share * flops(stage.plan, tokens, has_image).mean() for stage in scheme.stages)
         first = work["projector alignment"]
         if scheme.align:
-            first = work[f"projector alignment, {name}"] = alignment(scheme.align.plan)
+            first = work[f"projector alignment, {name}"] = scheme.align.share * alignment(scheme.align.plan)
             recipe[f"projector alignment, {name}"] = math.nan
         work[name] = INSTRUCTIONS * example
         recipe[name] = first + work[name]

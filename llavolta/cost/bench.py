@@ -531,7 +531,7 @@ def recipe_times(sizes: Sizes, schemes: Mapping[str, Scheme], rounds: int = 5, p
         row = {"scheme": name}
         for ending, ratio in (("", "ratio"), ("_promised", "flops_ratio")):
             tuned = sum(stage.share * tuning[ratio][str(stage)] for stage in scheme.stages)
-            first = align[ratio][str(aligned[name])]
+            first = aligned[name].share * align[ratio][str(aligned[name])]
             both = (whole[0] * first + whole[1] * tuned) / sum(whole)
             row |= {f"tuning{ending}": 1 / tuned, f"align{ending}": 1 / first, f"recipe{ending}": 1 / both}
         rows.append(row)

@@ -115,7 +115,9 @@ def compare(
         if own.aligns:
             kind = "" if own.projector == OWN else "-" + own.projector.replace(":", "-")
             align = schemes[name].align
-            kind += "" if align is None else "-" + re.sub(r"[^\w.]+", "-", str(align))
+            if align is not None:
+                of = "" if align.share == 1 else f" {align.share:g} of the steps"
+                kind += "-" + re.sub(r"[^\w.]+", "-", f"{align}{of}")
             first = root / f"{seed}" / f"{build.ALIGN}{kind}"
             # Under stages that play no part in it, so that schemes which are aligned alike share one.
             stages = ["none"] if align is None else replace(Scheme.equal("any", "none"), align=align).written
@@ -239,7 +241,7 @@ def costs(
         chosen = {name: config.align_stage(scheme) for name, scheme in schemes.items()}
         aligning = bench.step_times(trained, seen, list(chosen.values()), rounds, "align", progress, config)
         of_plan = aligning.set_index("plan")
-        table["align"] = [of_plan.ratio[str(stage)] for stage in chosen.values()]
+        table["align"] = [stage.share * of_plan.ratio[str(stage)] for stage in chosen.values()]
         align = build.count_steps(config, "align", *build.align_data(config)) * of_plan.seconds["none"]
         tuning = setup.total_steps * by_plan.seconds["none"]
         table["recipe"] = (align * table["align"] + tuning * table.time) / (align + tuning)

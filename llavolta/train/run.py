@@ -26,7 +26,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -131,8 +131,9 @@ def _train(config: TrainConfig, setup: Setup, progress: bool) -> Path:
         align = output / ALIGN
         with state.main_process_first():
             data, images = align_data(config)
-        steps = count_steps(config, "align", data, images)
-        scheme = Scheme(ALIGN, (config.align_stage(setup.scheme),))
+        stage = config.align_stage(setup.scheme)
+        steps = max(1, round(stage.share * count_steps(config, "align", data, images)))
+        scheme = Scheme(ALIGN, (replace(stage, share=1),))
         then = (setup.data, setup.images) if config.stage != 0 else None
         _bring(config, Phase("align", align, model, data, images, scheme, steps, 1, then), progress)
         if config.stage == 0:

@@ -141,7 +141,8 @@ class Stage:
 class Scheme:
     """Stages in their order; their shares sum to 1. The stage is a function of the step and the total alone.
 
-    align: the stage that projector alignment before them is; None: on all tokens.
+    align: the stage that projector alignment before them is, its share that of the run's steps of alignment which are
+    done; None: all of them, on all tokens.
     """
 
     name: str
@@ -162,7 +163,7 @@ class Scheme:
     @classmethod
     def of(cls, name: str, stages: Sequence[str | dict]) -> Scheme:
         """A scheme from a list as YAML holds it: plans, which share the steps equally, or Stage's fields each; the
-        first may be ``{align: {plan, isolated}}``, what projector alignment is."""
+        first may be ``{align: {plan, share, isolated}}``, what projector alignment is."""
         try:
             align, rest = None, stages
             if stages and isinstance(stages[0], dict) and set(stages[0]) == {"align"}:
@@ -189,7 +190,7 @@ class Scheme:
     @property
     def written(self) -> list[dict]:
         """Alignment and stages as ``of`` reads them back, without what is not in use."""
-        align = [] if self.align is None else [{"align": _written(self.align, "share")}]
+        align = [] if self.align is None else [{"align": _written(self.align, *["share"] * (self.align.share == 1))}]
         return align + [_written(stage) for stage in self.stages]
 
     def reversed(self, name: str) -> Scheme:

@@ -36,6 +36,7 @@ from llavolta.studies.compare import (
 from llavolta.studies.opening import StudyError
 from llavolta.train.config import ConfigError, TrainConfig
 from llavolta.train.models import load_model
+from llavolta.train.trainer import read_metrics
 from llavolta.worlds import WORLDS
 
 ONE = {"single-stage": [0], "mine": [0]}
@@ -252,17 +253,27 @@ def test_models_answer_and_are_timed_on_the_accelerator(scenes, small_model, tmp
 
 def test_schemes_with_an_alignment_of_their_own_share_it_and_are_timed_as_a_whole(scenes, small_model, tmp_path):
     data = dict(data=str(scenes / "train.json"), align_data=str(scenes / "align.json"))
-    config = TrainConfig(output=str(tmp_path), model=str(small_model), align_steps=2, max_steps=4, batch_size=8, **data)
+    config = TrainConfig(
+        output=str(tmp_path), model=str(small_model), align_steps=2, max_steps=4, batch_size=8, log_steps=1, **data
+    )
     align = {"align": {"plan": "0:avgpool:16"}}
-    own = {"early": [align, "0:avgpool:16", "none"], "late": [align, "none", "0:avgpool:16"]}
+    short = {"align": {"plan": "0:avgpool:16", "share": 0.5}}
+    own = {"early": [align, "0:avgpool:16", "none"], "late": [align, "none", "0:avgpool:16"], "short": [short, "none"]}
     schemes = contestants(["heavy"], own, 4)
     compare(schemes, seed_lists(1, schemes), config, scenes / "heldout.json", 8, progress=False)
-    assert {path.name for path in (tmp_path / "0").glob("align*")} == {"align", "align-0-avgpool-16"}
+    folders = ["align", "align-0-avgpool-16", "align-0-avgpool-16-0.5-of-the-steps"]
+    assert sorted(path.name for path in (tmp_path / "0").glob("align*")) == folders
+    assert [read_metrics(tmp_path / "0" / name / "align" / "metrics.jsonl")[-1]["step"] for name in folders] == [
+        2,
+        2,
+        1,
+    ]
     starts = {name: yaml.safe_load((tmp_path / "0" / name / "config.yaml").read_text())["model"] for name in schemes}
     assert {name for name, start in starts.items() if start.endswith("avgpool-16")} == {"early", "late"}
     table, _ = costs(schemes, config, tmp_path / "0" / "single-stage", rounds=1, progress=False)
     assert table.loc["single-stage"].tolist() == [1, 1, 1, 1] and table["align"]["heavy"] == 1
     assert table["align"]["early"] == table["align"]["late"] < 1
+    assert table["align"]["short"] == table["align"]["early"] / 2
     for row in table.itertuples():  # between what its two parts are
         assert min(row.align, row.time) - 1e-9 <= row.recipe <= max(row.align, row.time) + 1e-9
     alone, _ = costs(schemes, config.changed(align_steps=0), tmp_path / "0" / "single-stage", 1, progress=False)

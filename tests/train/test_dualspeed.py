@@ -207,6 +207,8 @@ class TestScheme:
         assert plain.align_stage(plain.resolve_scheme(8, 10)) == Stage("1:avgpool:8", 1)
         with pytest.raises(PlanError, match="layer 16"):
             config.resolve_scheme(8, 10)
+        short = Scheme.of("short", [{"align": {"plan": "none", "share": 0.25}}, "none"])
+        assert short.align.share == 0.25 and Scheme.of("short", short.written) == short
 
     @pytest.mark.parametrize(
         ("stage", "match"),
