@@ -29,7 +29,8 @@ def fake(monkeypatch):
 
     def costs(schemes, config, model, rounds):
         recipe = {name: 0.39 for name in schemes} | {search.BASELINE: 1.0, "slow": 0.5}
-        return pd.DataFrame(dict(recipe=pd.Series(recipe))).loc[list(schemes)], None
+        table = pd.DataFrame(dict(recipe=pd.Series(recipe))).rename_axis("scheme")
+        return table.loc[list(schemes)], None
 
     monkeypatch.setattr(compare, "compare", answers)
     monkeypatch.setattr(compare, "costs", costs)
@@ -40,8 +41,9 @@ def schemes(*names) -> dict[str, Scheme]:
     return {name: Scheme.equal(name, "none") for name in names}
 
 
-def test_halving_keeps_the_better_half_over_all_seeds_so_far(fake):
-    log = search.search(schemes("slow", "good", "bad", "lucky"), TrainConfig(output="runs"))
+def test_halving_keeps_the_better_ones_over_all_seeds_so_far(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "KEPT", 2)
+    log = search.search(schemes("slow", "good", "bad", "lucky"), TrainConfig(output=str(tmp_path)))
     assert log[log["round"] == 0].scheme.tolist() == ["slow"] and not log.query("scheme == 'slow'").kept.any()
     assert log[log["round"] == 1].scheme.tolist() == ["lucky", "good", "bad"]  # the best first
     assert log[(log["round"] == 1) & log.kept].scheme.tolist() == ["lucky", "good"]
@@ -53,7 +55,7 @@ def test_halving_keeps_the_better_half_over_all_seeds_so_far(fake):
 
 def test_the_verdict_is_of_other_seeds_and_questions(fake, tmp_path):
     chosen = schemes("good", "bad")
-    table = search.verdict(chosen, TrainConfig(output="runs"), tmp_path / "fresh.json", (10, 11))
+    table = search.verdict(chosen, TrainConfig(output=str(tmp_path)), tmp_path / "fresh.json", (10, 11))
     assert fake == [(dict.fromkeys([search.BASELINE, *chosen], [10, 11]), tmp_path / "fresh.json")]
     assert table.scheme.tolist() == ["good", "good", "bad", "bad"] and sorted(table.type[:2]) == ["overall", "read"]
     assert table.difference.round(6).tolist() == [-0.02] * 2 + [-0.4] * 2
@@ -61,9 +63,9 @@ def test_the_verdict_is_of_other_seeds_and_questions(fake, tmp_path):
     assert not {*search.SEEDS} & {*search.FRESH}
 
 
-def test_nothing_fast_enough_is_said(fake):
+def test_nothing_fast_enough_is_said(fake, tmp_path):
     with pytest.raises(UserError, match=r"no candidate is 3 times faster; the fastest is 2\.56"):
-        search.search(schemes("good", "slow"), TrainConfig(output="runs"), faster=3)
+        search.search(schemes("good", "slow"), TrainConfig(output=str(tmp_path)), faster=3)
 
 
 def test_the_candidates_fit_models_of_both_worlds():
