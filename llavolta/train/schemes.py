@@ -64,7 +64,7 @@ class Stage:
     slow_every: 0, or after how many steps there is one of DualSpeed's slow steps, on all tokens; the steps between are
     its fast ones, on what ``plan`` leaves behind the mode isolator. isolated: behind the isolator without slow steps,
     as DualSpeed aligns. See llavolta.train.dualspeed. warmup: the share of the stage's steps in which the learning rate
-    rises anew, from 0 to what the run's schedule says.
+    rises anew, from 0 to what the run's schedule says, times lr_scale.
     """
 
     plan: str
@@ -72,6 +72,7 @@ class Stage:
     slow_every: int = 0
     isolated: bool = False
     warmup: float = 0.0
+    lr_scale: float = 1.0
     choices: tuple[Plan, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -88,6 +89,9 @@ class Stage:
             raise SchemeError(f"slow_every must be 0 (no slow steps) or a whole number of at least 2, not {every!r}")
         if isinstance(self.warmup, bool) or not (isinstance(self.warmup, (int, float)) and 0 <= self.warmup < 1):
             raise SchemeError(f"a stage's warmup must be a share of its steps from 0 to below 1, not {self.warmup!r}")
+        scale = self.lr_scale
+        if isinstance(scale, bool) or not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
+            raise SchemeError(f"lr_scale must be a number above 0, not {scale!r}")
         if not isinstance(self.isolated, bool):
             raise SchemeError(f"isolated must be true or false, not {self.isolated!r}")
         if every and self.isolated:
@@ -105,7 +109,8 @@ class Stage:
 
     def __str__(self) -> str:
         parts = ["isolated"] * self.isolated + [f"slow every {self.slow_every}"] * bool(self.slow_every)
-        return ", ".join([self.plan, *parts, *([f"warmup {self.warmup:g}"] * bool(self.warmup))])
+        parts += [f"warmup {self.warmup:g}"] * bool(self.warmup)
+        return ", ".join([self.plan, *parts, *([f"learning rate x {self.lr_scale:g}"] * (self.lr_scale != 1))])
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -220,11 +225,12 @@ class Scheme:
         return sum(step >= end for end in self.boundaries(total_steps))
 
     def warmth(self, step: int, total_steps: int) -> float:
-        """What optimizer step ``step`` has of the learning rate that the run's schedule says: 1, or less while its
-        stage warms up."""
+        """What optimizer step ``step`` has of the learning rate that the run's schedule says: its stage's lr_scale, or
+        less while the stage warms up."""
         stage = self.stage_at(step, total_steps)
         first, end = [0, *self.boundaries(total_steps)][stage : stage + 2]
-        return min(1.0, (step - first + 1) / max(1, round(self.stages[stage].warmup * (end - first))))
+        rising = (step - first + 1) / max(1, round(self.stages[stage].warmup * (end - first)))
+        return self.stages[stage].lr_scale * min(1.0, rising)
 
     def is_slow(self, step: int, total_steps: int) -> bool:
         """Whether optimizer step ``step`` is a slow one: see Stage."""
@@ -243,8 +249,8 @@ class Scheme:
 
 
 def _written(stage: Stage, *without: str) -> dict:
-    values = {field.name: getattr(stage, field.name) for field in fields(stage) if field.init}
-    return {name: value for name, value in values.items() if name not in without and value}
+    held = [field for field in fields(stage) if field.init and field.name not in without]
+    return {field.name: getattr(stage, field.name) for field in held if getattr(stage, field.name) != field.default}
 
 
 def scale_layer(layer: int, num_layers: int, reference_layers: int = REFERENCE_LAYERS) -> int:

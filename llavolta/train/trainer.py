@@ -169,7 +169,7 @@ class StageTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if any(stage.warmup for stage in self.scheme.stages):
+        if any(stage.warmup or stage.lr_scale != 1 for stage in self.scheme.stages):
             total = num_training_steps
             rates = [
                 lambda step, rate=rate: rate(step) * self.scheme.warmth(min(step, total - 1), total)

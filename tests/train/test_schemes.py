@@ -148,6 +148,16 @@ def test_a_stage_may_warm_up_anew():
             Stage("none", 1, warmup=wrong)
 
 
+def test_a_stage_may_have_more_of_the_learning_rate():
+    scheme = Scheme("high", (Stage("1:avgpool:8", 0.5), Stage("none", 0.5, warmup=0.4, lr_scale=3)))
+    assert [scheme.warmth(step, 10) for step in range(10)] == [1.0] * 5 + [1.5, 3.0] + [3.0] * 3
+    assert Scheme.of("high", scheme.written) == scheme and set(scheme.written[0]) == {"plan", "share"}
+    assert str(scheme.stages[1]) == "none, warmup 0.4, learning rate x 3"
+    for wrong in (0, -1, True, "2", float("inf"), float("nan")):
+        with pytest.raises(SchemeError, match="lr_scale must be"):
+            Stage("none", 1, lr_scale=wrong)
+
+
 def test_a_plan_may_be_drawn_for_each_step():
     stage = Stage("2:avgpool2d:1|2|4;16:avgpool:2", 1)
     assert stage.plan == "2:avgpool2d:1|2|4;16:avgpool:2" and len(stage.choices) == 3

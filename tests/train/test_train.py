@@ -117,16 +117,16 @@ def test_a_run_of_drawn_plans_resumes_bit_for_bit(settings, tmp_path, monkeypatc
 
 
 def test_a_stage_warms_up_anew_and_resumes_bit_for_bit(settings, tmp_path, monkeypatch):
-    """Each step's learning rate is the plain run's, times how far its stage has warmed up."""
-    stages = [{"plan": "1:avgpool:8", "share": 1 / 3}, {"plan": "none", "share": 2 / 3, "warmup": 0.5}]
+    """Each step's learning rate is the plain run's, times its stage's, times how far that has warmed up."""
+    stages = [{"plan": "1:avgpool:8", "share": 1 / 3}, {"plan": "none", "share": 2 / 3, "warmup": 0.5, "lr_scale": 2}]
     warmed = {**settings, "scheme": stages, "align_steps": 0}
-    plain = {**warmed, "scheme": [{**stage, "warmup": 0} for stage in stages]}
+    plain = {**warmed, "scheme": [{**stage, "warmup": 0, "lr_scale": 1} for stage in stages]}
     rates = []
     for name, given in (("plain", plain), ("warmed", warmed)):
         train(TrainConfig(output=str(tmp_path / name), **given), progress=False)
         rates.append([row["learning_rate"] for row in read_metrics(tmp_path / name / "metrics.jsonl")])
     assert rates[1] == pytest.approx(
-        [a * b for a, b in zip(rates[0], [1, 1, 1, 1 / 3, 2 / 3, 1, 1, 1, 1], strict=True)]
+        [a * b for a, b in zip(rates[0], [1, 1, 1, 2 / 3, 4 / 3, 2, 2, 2, 2], strict=True)]
     )
     for stage in (1, 2):
         train(TrainConfig(output=str(tmp_path / "run"), stage=stage, **warmed), progress=False)
