@@ -4,7 +4,7 @@ and frontier.png to papers/faster.
 The accuracies are what 04_compare_schemes recorded in papers/llavolta and papers/faster, and the verdict of
 papers/search.py, which stands in place of the former where a scheme has both. The speed-ups are of the whole recipe,
 alignment and tuning, all measured side by side: ``python papers/frontier.py --measure``, which writes speedups.csv;
-some five minutes, and it needs a trained model of the search. Trains nothing.
+a few minutes, and it needs a trained model of the search. Trains nothing.
 """
 
 from __future__ import annotations
