@@ -291,7 +291,7 @@ def frontier(table: pd.DataFrame) -> Figure:
                 label=f"{group}: {name}",
             )
     ax.axhline(0, color="0.5", linestyle=":")
-    ax.set(xlabel="speed-up of the recipe, alignment and tuning (times)", ylabel="accuracy less that of no compression (points)")
+    ax.set(xlabel="speed-up of the whole recipe (times)", ylabel="accuracy less that of no compression (points)")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     return figure
 
