@@ -1,13 +1,13 @@
 """A search for faster training, and what becomes of its promises: ``python papers/search.py`` writes search.csv and
 verdict.csv to papers/faster.
 
-Candidates (papers/faster/candidates.yaml) are whole recipes, alignment and tuning. Those that take at most 1 / 2.5 of
-the time of training on all tokens, measured side by side, enter successive halving, by thirds: trained with seed 0, the
-best third also with seed 1, the best third of these with seed 2. Better: the accuracy lost, paired by seed. The winner,
-DualSpeed as it is published, and training on all tokens are then trained with ten seeds and asked questions that the
-search never saw; those intervals are the verdict, and the search's own figures stand beside it.
+Candidates (papers/faster/candidates.yaml) are whole recipes, alignment and tuning. Those that are fast enough against
+training on all tokens, measured side by side (``--faster``), enter successive halving, by thirds: trained with seed 0,
+the best third also with seed 1, the best third of these with seed 2. Better: the accuracy lost, paired by seed. The
+winner, DualSpeed as it is published, and training on all tokens are then trained with ten seeds and asked questions
+that the search never saw; those intervals are the verdict, and the search's own figures stand beside it.
 
-What is finished is kept: an interrupted search goes on where it stopped. Some two hours on 2 cores.
+What is finished is kept: an interrupted search goes on where it stopped. Some three hours on 2 cores.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from llavolta.paths import PAPERS, RUNS
 from llavolta.studies import compare
 from llavolta.studies.compare import BASELINE
 from llavolta.train import build
-from llavolta.train.config import TrainConfig
+from llavolta.train.config import TrainConfig, parse_changes
 from llavolta.train.schemes import Scheme
 from llavolta.worlds import WORLDS
 
 FOLDER = PAPERS / "faster"
-FASTER = 2.5  # times, over the whole recipe
+FASTER = 2.3  # times, over the whole recipe: 2.5 is aimed at, and machines differ
 KEPT = 3  # one in so many goes on to the next seed
 SEEDS, FRESH = (0, 1, 2), tuple(range(10, 20))
 QUESTIONS, FRESH_SCENES = 1200, 8  # scenes to train on in the world of fresh questions, which nothing trains on
@@ -81,8 +81,9 @@ def search(
 
 def speedups(schemes: Mapping[str, Scheme], config: TrainConfig, seed: int, rounds: int = 5) -> pd.Series:
     """How many times faster than BASELINE, which is trained with ``seed``, the recipe of each scheme is: measured."""
-    digest = hashlib.blake2b(repr([s.written for s in schemes.values()]).encode(), digest_size=6).hexdigest()
-    file = Path(config.output) / f"speedups-{digest}.csv"  # so that a search that goes on does not measure anew
+    written = repr({name: scheme.written for name, scheme in schemes.items()})
+    digest = hashlib.blake2b(written.encode(), digest_size=6).hexdigest()
+    file = Path(config.output) / f"speedups-{digest}.csv"  # kept: a search that goes on enters the same candidates
     if not file.exists():
         cost, _ = compare.costs(schemes, config, Path(config.output) / f"{seed}" / BASELINE, rounds)
         (1 / (cost.recipe if "recipe" in cost else cost.time)).rename("speedup").to_csv(file)
@@ -128,11 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         changes = dict(output=str(options.output or RUNS / "search"), log_steps=5)
-        for name, given, value in (change.partition("=") for change in options.set):
-            if not given:
-                raise UserError(f"--set takes NAME=VALUE, not {name!r}")
-            changes[name] = yaml.safe_load(value)
-        config = TrainConfig.from_preset(options.preset, **changes)
+        config = TrainConfig.from_preset(options.preset, **changes | parse_changes(options.set))
         depth = build.prepare(compare.neutral(config)).num_layers
         schemes, beside = candidates(options.candidates, depth), compare.contestants(options.beside, {}, depth)
         winner = options.winner

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from llavolta.errors import Stopped, UserError
-from llavolta.train.config import PRESETS, ConfigError, TrainConfig, parse_yaml
+from llavolta.train.config import PRESETS, ConfigError, TrainConfig, parse_changes, parse_yaml
 from llavolta.train.launch import launch
 from llavolta.train.run import WANTED_PROCESSES, train
 
@@ -43,11 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         changes = {key: getattr(options, key) for key in ("stage", "output") if getattr(options, key) is not None}
-        for change in options.set:
-            name, equals, value = change.partition("=")
-            if not equals:
-                raise ConfigError(f"--set takes NAME=VALUE, not {change!r}")
-            changes[name] = parse_yaml(value, f"--set {name}")
+        changes |= parse_changes(options.set)
         if options.config in PRESETS:
             config = TrainConfig.from_preset(options.config, **changes)
         else:

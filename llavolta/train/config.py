@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -72,8 +73,8 @@ class TrainConfig(BaseModel):
 
     scheme: str | list = "three-stage"
     """A name of schemes.NAMED (layers are scaled to the model's depth), a list of plans, or a list of {plan, share},
-    maybe with slow_every (both taken as they are; see schemes.Stage). The first entry of a list may be
-    ``{align: {plan}}``, what projector alignment is, in place of align_plan."""
+    maybe with slow_every, warmup, lr_scale (both taken as they are; see schemes.Stage). The first entry of a list may
+    be ``{align: {plan, share}}``, what projector alignment is, in place of align_plan, and in how many of its steps."""
     pivots: list | None = None
     """The optimizer steps at which a stage ends and the next begins; None: stages have their shares."""
     stage: int | None = None
@@ -290,6 +291,17 @@ def parse_yaml(text: str, name: str):
         return yaml.safe_load(text)
     except Exception as error:  # PyYAML raises whatever a malformed number, date or tag makes of it
         raise ConfigError(f"{name} cannot be read as YAML ({' '.join(str(error).split())})") from None
+
+
+def parse_changes(given: Sequence[str]) -> dict:
+    """The parameters of a command line's ``--set NAME=VALUE ...``. Raises ConfigError."""
+    changes = {}
+    for change in given:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes NAME=VALUE, not {change!r}")
+        changes[name] = parse_yaml(value, f"--set {name}")
+    return changes
 
 
 def run_settings(model: str | Path) -> dict:
