@@ -39,7 +39,6 @@ def measure(config: TrainConfig, model: Path, rounds: int = 5) -> pd.DataFrame:
     """What every scheme takes of the time of training on all tokens: of tuning, of alignment, of both (recipe)."""
     depth = build.prepare(compare.neutral(config)).num_layers
     schemes = compare.contestants([*NAMED, *compare.CONTROLS], {}, depth)
-    schemes |= search.candidates(FOLDER / "retired.yaml", depth)
     if (FOLDER / "verdict.csv").exists():
         known, judged = search.candidates(FOLDER / "candidates.yaml", depth), pd.read_csv(FOLDER / "verdict.csv").scheme
         schemes |= {name: known[name] for name in judged.unique() if name in known}

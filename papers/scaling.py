@@ -76,9 +76,8 @@ def flops(plan: str, tokens: np.ndarray, has_image: np.ndarray) -> np.ndarray:
 def gpu_speed() -> float:
     """FLOP/s of a GPU in the run of 15.3 hours that the paper reports, on texts like ours."""
     tokens, has_image = text_tokens(20_000)
-    return (
-        flops("none", tokens, has_image).mean() * INSTRUCTIONS / (published_hours()["single-stage"] * 3600 * TRAINED_ON)
-    )
+    seconds = TRAINED_ON * published_hours()["single-stage"] * 3600
+    return flops("none", tokens, has_image).mean() * INSTRUCTIONS / seconds
 
 
 def simulate(plan: str, gpus: int, batch: int, engine: str, cluster: Cluster, grouped: bool = True) -> dict:
@@ -227,19 +226,17 @@ def hours(gpus: int = 8) -> pd.DataFrame:
     def alignment(plan: str) -> float:
         return CAPTIONS * model.step(plan, 20, 1, phase="align", checkpointing=True).total
 
-    work = {"projector alignment": alignment("none")}
-    recipe = {"projector alignment": math.nan}
+    work, whole = {"projector alignment": alignment("none")}, {}
     for name, scheme in (SCHEMES | OURS).items():
         example = sum(stage.share * flops(stage.plan, tokens, has_image).mean() for stage in scheme.stages)
         first = work["projector alignment"]
         if scheme.align:
             first = work[f"projector alignment, {name}"] = scheme.align.share * alignment(scheme.align.plan)
-            recipe[f"projector alignment, {name}"] = math.nan
         work[name] = INSTRUCTIONS * example
-        recipe[name] = first + work[name]
+        whole[name] = first + work[name]
     run = pd.Series(work, name="FLOPs").rename_axis("run")
     table = pd.DataFrame({f"{gpus} x {name}, hours": run / (gpus * speed * 3600) for name, speed in speeds.items()})
-    both = pd.Series(recipe)
+    both = pd.Series(whole)  # which the rows of alignment alone are not in
     return table.assign(**{"of single-stage": run / run["single-stage"], "with alignment": both / both["single-stage"]})
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import frontier
 import pandas as pd
 import pytest
+import yaml
 
 from llavolta.show import plots
 from llavolta.studies import compare
+from llavolta.train.config import TrainConfig
+from llavolta.train.schemes import NAMED
 
 
 def test_what_is_committed_is_what_the_records_say():
@@ -38,3 +43,20 @@ def test_the_verdict_joins_them(tmp_path, monkeypatch):
     assert frontier.recorded().loc["two-stage"].seeds == 10  # in place of the figure that is already recorded
     ax = plots.frontier(frontier.recorded()).axes[0]
     assert "ours, fresh seeds: swift" in [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_all_schemes_and_the_winner_are_measured_in_one_run(tmp_path, monkeypatch):
+    winner = next(iter(yaml.safe_load((frontier.FOLDER / "candidates.yaml").read_text())))
+    (tmp_path / "candidates.yaml").write_text((frontier.FOLDER / "candidates.yaml").read_text())
+    pd.DataFrame(dict(scheme=[winner, "dualspeed"], type="overall")).to_csv(tmp_path / "verdict.csv", index=False)
+    timed = []
+
+    def costs(schemes, config, model, rounds):
+        timed.append(list(schemes))
+        return pd.DataFrame(dict(time=0.5, flops=0.5, align=1.0, recipe=0.75), index=list(schemes)), None
+
+    monkeypatch.setattr(frontier, "FOLDER", tmp_path)
+    monkeypatch.setattr(compare, "costs", costs)
+    monkeypatch.setattr(frontier.build, "prepare", lambda config: SimpleNamespace(num_layers=8))
+    table = frontier.measure(TrainConfig(output="-"), tmp_path)
+    assert timed == [[*NAMED, *compare.CONTROLS, winner]] and list(table) == ["tuning", "align", "recipe"]
