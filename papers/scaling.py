@@ -18,8 +18,8 @@ import pandas as pd
 
 from llavolta.cost.bench import CAPTIONS, INSTRUCTIONS
 from llavolta.cost.flops import cost_model
+from llavolta.cost.planner import CAPTION_TOKENS, published_hours
 from llavolta.cost.planner import GPUS as GPU_DATA
-from llavolta.cost.planner import published_hours
 from llavolta.cost.references import reference_config
 from llavolta.cost.throughput import MIX
 from llavolta.data import GroupedSampler
@@ -224,7 +224,7 @@ def hours(gpus: int = 8) -> pd.DataFrame:
     speeds = {"A100-80GB": a100, "H100": a100 * GPU_DATA["H100-SXM"].peak / GPU_DATA["A100-80GB"].peak}
 
     def alignment(plan: str) -> float:
-        return CAPTIONS * model.step(plan, 20, 1, phase="align", checkpointing=True).total
+        return CAPTIONS * model.step(plan, CAPTION_TOKENS, 1, phase="align", checkpointing=True).total
 
     work, whole = {"projector alignment": alignment("none")}, {}
     for name, scheme in (SCHEMES | OURS).items():

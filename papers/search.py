@@ -4,8 +4,8 @@ verdict.csv to papers/faster.
 Candidates (papers/faster/candidates.yaml) are whole recipes, alignment and tuning. Those that are fast enough against
 training on all tokens, measured side by side (``--faster``), enter successive halving, by quarters: trained with
 seed 0, the best quarter also with seed 1, the best quarter of these with seed 2. Better: the accuracy lost, paired by
-seed. The winner, DualSpeed as it is published, and training on all tokens are then trained with ten seeds and asked
-questions that the search never saw; those intervals are the verdict, and the search's own figures stand beside it.
+seed. The winner and training on all tokens are then trained with ten seeds and asked questions that the search never
+saw; that interval is the verdict, and the search's own figures stand beside it. ``--winner`` gives a verdict on others.
 
 What is finished is kept: an interrupted search goes on where it stopped. Some three hours on 2 cores.
 """
@@ -28,7 +28,7 @@ from llavolta.studies import compare
 from llavolta.studies.compare import BASELINE
 from llavolta.train import build
 from llavolta.train.config import TrainConfig, parse_changes
-from llavolta.train.schemes import Scheme
+from llavolta.train.schemes import OURS, Scheme
 from llavolta.worlds import WORLDS
 
 FOLDER = PAPERS / "faster"
@@ -42,6 +42,17 @@ def candidates(file: Path, num_layers: int) -> dict[str, Scheme]:
     """The schemes of a YAML file, for a model of ``num_layers`` layers."""
     held = yaml.safe_load(file.read_text())
     return {name: Scheme.of(name, stages).scaled(num_layers) for name, stages in held.items()}
+
+
+def presets(schemes: Mapping[str, Scheme], num_layers: int) -> dict[str, str]:
+    """What the package calls those of ``schemes`` that it has under a name of its own."""
+    known = {preset.name: preset.scaled(num_layers) for preset in OURS.values()}
+    return {
+        name: preset
+        for name, scheme in schemes.items()
+        for preset, kept in known.items()
+        if (scheme.stages, scheme.align) == (kept.stages, kept.align)
+    }
 
 
 def search(
@@ -118,10 +129,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--candidates", type=Path, default=FOLDER / "candidates.yaml")
     parser.add_argument("--preset", default="embedded", help="what all runs share")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes any parameter of it")
-    parser.add_argument("--winner", help="a candidate by name: search nothing, and give the verdict on it")
+    parser.add_argument("--winner", nargs="+", help="candidates by name: search nothing, and give the verdict on them")
     parser.add_argument("--questions", type=int, default=QUESTIONS, help="of each run")
     parser.add_argument("--faster", type=float, default=FASTER, help="times that a candidate must be at least")
-    parser.add_argument("--beside", nargs="*", default=["dualspeed"], help="schemes of the package in the verdict, too")
+    parser.add_argument("--beside", nargs="*", default=[], help="schemes of the package in the verdict, too")
     parser.add_argument("--fresh", type=int, default=len(FRESH), help="seeds of the verdict")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time; 1 on a GPU")
     parser.add_argument("--output", type=Path, help="of the runs; by default data/runs/search")
@@ -132,17 +143,19 @@ def main(arguments: list[str] | None = None) -> int:
         config = TrainConfig.from_preset(options.preset, **changes | parse_changes(options.set))
         depth = build.prepare(compare.neutral(config)).num_layers
         schemes, beside = candidates(options.candidates, depth), compare.contestants(options.beside, {}, depth)
-        winner = options.winner
-        if winner is None:
+        chosen = {name: schemes.get(name) for name in options.winner or []}
+        if missing := [name for name, scheme in chosen.items() if scheme is None]:
+            raise UserError(f"no candidate {missing[0]!r} in {options.candidates}; it has {', '.join(schemes)}")
+        if not chosen:
             log = search(schemes, config, faster=options.faster, questions=options.questions, workers=options.workers)
             log.to_csv(options.record / "search.csv", index=False, float_format="%.4f")
             print(log.to_string(index=False))
             winner = log.scheme[log["round"].eq(len(SEEDS)) & log.kept].item()
-        elif winner not in schemes:
-            raise UserError(f"no candidate {winner!r} in {options.candidates}; it has {', '.join(schemes)}")
-        chosen = {winner: schemes[winner], **{name: beside[name] for name in options.beside}}
+            chosen = {winner: schemes[winner]}
+        chosen |= {name: beside[name] for name in options.beside}
         fresh = WORLDS[config.data].folder(FRESH_SCENES, seed=1) / "heldout.json"
         table = verdict(chosen, config, fresh, FRESH[: options.fresh], options.questions, options.workers)
+        table["scheme"] = table.scheme.replace(presets(chosen, depth))
         table.to_csv(options.record / "verdict.csv", index=False, float_format="%.4f")
         print(table.to_string(index=False))
     except (UserError, OSError) as error:

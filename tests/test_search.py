@@ -73,3 +73,12 @@ def test_the_candidates_fit_models_of_both_worlds():
         held = search.candidates(search.FOLDER / "candidates.yaml", depth)
         assert len(held) > 5 and all(scheme.align for scheme in held.values())
         assert all(scheme.boundaries(200)[-1] == 200 for scheme in held.values())
+
+
+def test_the_preset_is_the_candidate_that_won():
+    log = pd.read_csv(search.FOLDER / "search.csv")
+    (winner,) = log.scheme[log["round"].eq(len(search.SEEDS)) & log.kept]
+    held = search.candidates(search.FOLDER / "candidates.yaml", 8)
+    assert search.presets(held, 8) == {winner: "fast"}
+    verdict = pd.read_csv(search.FOLDER / "verdict.csv")
+    assert set(verdict.scheme) == {"fast"} and set(verdict.seeds) == {len(search.FRESH)}

@@ -28,7 +28,7 @@ from llavolta.compression.patch import compress
 from llavolta.compression.plan import parse_plan, tokens_per_layer
 from llavolta.compression.probe import TowerLayer, TowerProbe
 from llavolta.cost.flops import cost_model, of_tower
-from llavolta.cost.planner import fit_speed
+from llavolta.cost.planner import CAPTION_TOKENS, fit_speed
 from llavolta.data import Collator, LlavaData
 from llavolta.train.build import visual_tokens
 from llavolta.train.config import TrainConfig
@@ -519,9 +519,9 @@ def recipe_times(sizes: Sizes, schemes: Mapping[str, Scheme], rounds: int = 5, p
     """How many times faster each scheme is than no compression: tuning, align (projector alignment), and recipe, both
     as often as LLaVA-1.5 does them; measured, and beside each what its FLOPs promise (``_promised``).
 
-    schemes: for ``sizes.layers`` layers. Alignment is on captions of 20 tokens.
+    schemes: for ``sizes.layers`` layers. Alignment is on captions of CAPTION_TOKENS.
     """
-    model, captions = sizes.model(), replace(sizes, text=20).inputs()
+    model, captions = sizes.model(), replace(sizes, text=CAPTION_TOKENS).inputs()
     aligned = {name: scheme.align or Stage("none", 1) for name, scheme in schemes.items()}
     stages = [stage for scheme in schemes.values() for stage in scheme.stages]
     tuning = step_times(model, [sizes.inputs()], stages, rounds, progress=progress).set_index("plan")

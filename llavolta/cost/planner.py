@@ -21,7 +21,9 @@ from llavolta.errors import UserError
 from llavolta.paths import PUBLISHED
 from llavolta.train.build import visual_tokens
 from llavolta.train.models import load_processor, read_config, whole_path
-from llavolta.train.schemes import Scheme
+from llavolta.train.schemes import Scheme, Stage
+
+CAPTION_TOKENS = 20  # of a caption that LLaVA-1.5's projector is aligned on
 
 
 class PlannerError(UserError, ValueError):
@@ -98,13 +100,17 @@ def scheme_table(
     speed: Speed,
     price: float | None = None,
     gpus: int = 1,
+    captions: int = 0,
     **step,
 ) -> pd.DataFrame:
     """Per scheme: compression ratio, FLOPs and hours of training on ``examples``, and both relative to no compression.
 
-    price: of one GPU for an hour; adds the cost. step: text_tokens, images, checkpointing, ... of CostModel.step.
+    price: of one GPU for an hour; adds the cost. captions: examples of projector alignment before; adds its hours, and
+    recipe_ratio, the time of both together. step: text_tokens, images, checkpointing, ... of CostModel.step.
     """
     plain = model.step("none", **step)
+    align = {**step, "text_tokens": CAPTION_TOKENS, "images": 1, "lora_rank": 0, "labelled": None, "phase": "align"}
+    once = captions * speed.seconds(model.step("none", **align))
     rows = []
     for name, scheme in schemes.items():
         costs = [(stage.share * often, cost) for stage in scheme.stages for often, cost in model.stage(stage, **step)]
@@ -115,6 +121,12 @@ def scheme_table(
         hours = seconds * examples / 3600
         row = dict(scheme=name, ratio=layers * visual / tokens, pflops=flops * examples / 1e15, hours=hours)
         row |= dict(flops_ratio=flops / plain.total, time_ratio=seconds / speed.seconds(plain))
+        if captions:
+            first = scheme.align or Stage("none", 1)
+            aligned = sum(often * speed.seconds(cost) for often, cost in model.stage(first, **align))
+            whole = captions * first.share * aligned + examples * seconds
+            row |= dict(align_hours=captions * first.share * aligned / 3600)
+            row |= dict(recipe_ratio=whole / (once + examples * speed.seconds(plain)))
         rows.append(row if price is None else {**row, "price": hours * gpus * price})
     return pd.DataFrame(rows).set_index("scheme")
 

@@ -296,12 +296,20 @@ NEIGHBOURS = {
 alignment consists; the isolator that is trained there is where tuning starts from. Beside it, as a control, random
 tokens, after alignment on all."""
 
-_FEW = "0:avgpool2d:2;16:avgpool:36"  # a quarter of the tokens in the first half of the layers, 1 of 144 in the other
 OURS = {
-    "two-stage": Scheme("two-stage", (Stage(_FEW, 0.875), Stage("none", 0.125))),
-    "two-stage-light": Scheme("two-stage-light", (Stage(_FEW, 0.75), Stage("16:avgpool:8", 0.25))),
+    "fast": Scheme(
+        "fast",
+        (
+            Stage("0:kmeans:0.25;16:avgpool:36", 0.66),
+            Stage("16:avgpool:8", 0.24, lr_scale=2),
+            Stage("none", 0.1, lr_scale=4),
+        ),
+        Stage("0:avgpool2d:4;16:avgpool:9", 1),
+    )
 }
-"""Cheaper than what is published: first 2 x 2 pooled patches in half of the layers and next to none of them in the
-others, which need few once the text has taken up what it asks for; then all, or all in half of the layers."""
+"""The whole recipe in 0.4 of the time: what won a search among thirty (papers/faster). Alignment on a sixteenth of the
+tokens; tuning on a quarter, means of clusters, and on next to none in the upper half of the layers, where the text has
+taken up what it asks for; then on all in the lower half; then on all, at more of the learning rate than the schedule
+has left."""
 
 NAMED = SCHEMES | NEIGHBOURS | OURS

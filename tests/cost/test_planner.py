@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from llavolta import SCHEMES
@@ -18,6 +20,7 @@ from llavolta.cost.planner import (
     within,
 )
 from llavolta.cost.references import reference_config
+from llavolta.train.schemes import Stage
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,19 @@ def test_hours_of_a_scheme_are_those_of_its_stages(model):
     assert table.ratio["single-stage"] == 1
     # CR of the stages: 5.565, 1.778, 1; tokens add up, ratios do not
     assert table.ratio["three-stage"] == pytest.approx(3 / (1 / 5.5652 + 1 / 1.7778 + 1), rel=1e-4)
+
+
+def test_alignment_is_a_part_of_the_recipe(model):
+    speed = Speed.of_gpu("H100-SXM", 0.4, 8)
+    align = Stage("0:avgpool2d:4", 0.5)
+    schemes = {"plain": SCHEMES["single-stage"], "short": replace(SCHEMES["three-stage"], align=align)}
+    table = scheme_table(model, schemes, 1000, speed, captions=900, text_tokens=60, labelled=20, lora_rank=8)
+    caption = {plan: speed.seconds(model.step(plan, 20, phase="align")) for plan in ("none", "0:avgpool2d:4")}
+    assert table.align_hours["plain"] == pytest.approx(900 * caption["none"] / 3600)
+    assert table.align_hours["short"] == pytest.approx(450 * caption["0:avgpool2d:4"] / 3600)
+    assert table.recipe_ratio["plain"] == 1
+    both = table.align_hours + table.hours
+    assert table.recipe_ratio["short"] == pytest.approx(both["short"] / both["plain"])
 
 
 def test_which_scheme_fits(model):

@@ -35,7 +35,9 @@ def test_the_six_schemes_as_published():
     assert list(SCHEMES) == NAMES
     third = (Stage("2:avgpool:8", 1 / 3), Stage("16:avgpool:8", 1 / 3), Stage("none", 1 / 3))
     assert SCHEMES["three-stage"].stages == third
-    assert [stage.plan for stage in NAMED["two-stage"].scaled(8).stages] == ["0:avgpool2d:2;4:avgpool:36", "none"]
+    fast = NAMED["fast"].scaled(8)
+    assert [s.plan for s in fast.stages] == ["0:kmeans:0.25:5:0;4:avgpool:36", "4:avgpool:8", "none"]
+    assert fast.align.plan == "0:avgpool2d:4;4:avgpool:9" and fast.align.share == 1
     plans = {name: [stage.plan for stage in scheme.stages] for name, scheme in SCHEMES.items()}
     assert plans["four-stage-wider"] == ["2:avgpool:8", "2:avgpool:2", "16:avgpool:2", "none"]
     assert plans["four-stage-deeper"] == ["2:avgpool:8", "16:avgpool:8", "16:avgpool:2", "none"]
