@@ -291,7 +291,16 @@ def frontier(table: pd.DataFrame) -> Figure:
                 label=f"{group}: {name}",
             )
     ax.axhline(0, color="0.5", linestyle=":")
-    ax.set(xlabel="speed-up of the whole recipe (times)", ylabel="accuracy less that of no compression (points)")
+    # What loses much would hide the differences between those that lose next to nothing.
+    ax.set_yscale("symlog", linthresh=2)
+    low, high = ax.get_ylim()
+    ticks = [tick for tick in (-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10) if low <= tick <= high]
+    ax.set_yticks(ticks, [f"{tick:+d}" if tick else "0" for tick in ticks])
+    ax.set_yticks([], minor=True)
+    ax.set(
+        xlabel="speed-up of the whole recipe (times)",
+        ylabel="accuracy less that of no compression\n(points; logarithmic beyond 2)",
+    )
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     return figure
 
