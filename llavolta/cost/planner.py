@@ -110,7 +110,6 @@ def scheme_table(
     """
     plain = model.step("none", **step)
     align = {**step, "text_tokens": CAPTION_TOKENS, "images": 1, "lora_rank": 0, "labelled": None, "phase": "align"}
-    once = captions * speed.seconds(model.step("none", **align))
     rows = []
     for name, scheme in schemes.items():
         costs = [(stage.share * often, cost) for stage in scheme.stages for often, cost in model.stage(stage, **step)]
@@ -124,9 +123,9 @@ def scheme_table(
         if captions:
             first = scheme.align or Stage("none", 1)
             aligned = sum(often * speed.seconds(cost) for often, cost in model.stage(first, **align))
-            whole = captions * first.share * aligned + examples * seconds
-            row |= dict(align_hours=captions * first.share * aligned / 3600)
-            row |= dict(recipe_ratio=whole / (once + examples * speed.seconds(plain)))
+            before, once = captions * first.share * aligned, captions * speed.seconds(model.step("none", **align))
+            ratio = (before + examples * seconds) / (once + examples * speed.seconds(plain))
+            row |= dict(align_hours=before / 3600, recipe_ratio=ratio)
         rows.append(row if price is None else {**row, "price": hours * gpus * price})
     return pd.DataFrame(rows).set_index("scheme")
 
