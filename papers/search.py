@@ -90,15 +90,20 @@ def search(
     return pd.DataFrame(rows)
 
 
-def speedups(schemes: Mapping[str, Scheme], config: TrainConfig, seed: int, rounds: int = 5) -> pd.Series:
-    """How many times faster than BASELINE, which is trained with ``seed``, the recipe of each scheme is: measured."""
+def costs(schemes: Mapping[str, Scheme], config: TrainConfig, seed: int, rounds: int = 5) -> pd.DataFrame:
+    """``compare.costs`` of ``schemes``, measured on BASELINE's model of ``seed``, which must be trained."""
     written = repr({name: scheme.written for name, scheme in schemes.items()})
     digest = hashlib.blake2b(written.encode(), digest_size=6).hexdigest()
-    file = Path(config.output) / f"speedups-{digest}.csv"  # kept: a search that goes on enters the same candidates
+    file = Path(config.output) / f"costs-{digest}.csv"  # saved: a search that goes on enters the same candidates
     if not file.exists():
-        cost, _ = compare.costs(schemes, config, Path(config.output) / f"{seed}" / BASELINE, rounds)
-        (1 / (cost.recipe if "recipe" in cost else cost.time)).rename("speedup").to_csv(file)
-    return pd.read_csv(file, index_col="scheme").speedup
+        compare.costs(schemes, config, Path(config.output) / f"{seed}" / BASELINE, rounds)[0].to_csv(file)
+    return pd.read_csv(file, index_col="scheme")
+
+
+def speedups(schemes: Mapping[str, Scheme], config: TrainConfig, seed: int, rounds: int = 5) -> pd.Series:
+    """How many times faster than BASELINE the recipe of each scheme is: see ``costs``."""
+    cost = costs(schemes, config, seed, rounds)
+    return (1 / (cost.recipe if "recipe" in cost else cost.time)).rename("speedup")
 
 
 def verdict(
@@ -109,19 +114,64 @@ def verdict(
     questions: int = QUESTIONS,
     workers: int = 2,
     rounds: int = 5,
-) -> pd.DataFrame:
-    """For each scheme and question type: accuracy of BASELINE and of the scheme with fresh seeds, on the questions of
-    ``fresh``, the paired difference with its 95% interval, and how many times faster the recipe is."""
-    entered = {BASELINE: Scheme.equal(BASELINE, "none"), **schemes}
-    answers = compare.compare(entered, dict.fromkeys(entered, list(seeds)), config, fresh, questions, workers)
-    speedup, rows = speedups(entered, config, seeds[0], rounds), []
-    for kind, of in compare.accuracies(answers).groupby("type", sort=False):
+    fewer: Sequence[str] = (),
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Accuracy of BASELINE and of each scheme with fresh seeds, on the questions of ``fresh``.
+
+    Args:
+        fewer: Controls that train on all tokens for fewer steps: ``"83:99"`` for 83 steps of tuning after 99 of
+            alignment, ``"140"`` for 140 steps of tuning after all of alignment.
+
+    Returns:
+        A row per scheme and question type: both accuracies, the paired difference with its 95% interval, and how many
+        times faster the recipe is (measured; for ``fewer``, counted in steps). And the accuracies that this is the
+        mean of: a row per scheme, seed and question type.
+    """
+    base = Scheme.equal(BASELINE, "none")
+    controls = fewer_steps(fewer)
+    timed = {BASELINE: base, **schemes}
+    entered = timed | dict.fromkeys(controls, base)
+    answers = compare.compare(
+        entered, dict.fromkeys(entered, list(seeds)), config, fresh, questions, workers, changes=controls
+    )
+    speedup, runs, rows = speedups(timed, config, seeds[0], rounds), compare.accuracies(answers), []
+    if controls:
+        align_share = costs(timed, config, seeds[0], rounds).get("align_share", pd.Series([0.0])).iloc[0]
+        speedup = pd.concat([speedup, fewer_speedups(controls, config, align_share)])
+    for kind, of in runs.groupby("type", sort=False):
         mean = of.groupby("scheme").accuracy.mean()
-        for name in schemes:
+        for name in [*schemes, *controls]:
             difference, low, high = compare.paired(of, name, BASELINE)
             row = dict(scheme=name, type=kind, speedup=speedup[name], baseline=mean[BASELINE], accuracy=mean[name])
             rows.append(row | dict(difference=difference, low=low, high=high, seeds=len(seeds)))
-    return pd.DataFrame(rows).sort_values("scheme", key=lambda names: names.map(list(schemes).index), kind="stable")
+    table = pd.DataFrame(rows)
+    return table.sort_values("scheme", key=lambda names: names.map(list(entered).index), kind="stable"), runs
+
+
+def fewer_steps(fewer: Sequence[str]) -> dict[str, dict[str, int]]:
+    """``{"all-tokens-83-99": {"max_steps": 83, "align_steps": 99}}`` for ``["83:99"]``. Raises UserError."""
+    controls = {}
+    for text in fewer:
+        steps = text.split(":")
+        if len(steps) > 2 or not all(part.isdecimal() and int(part) for part in steps):
+            raise UserError(f"--fewer takes steps of tuning, or of tuning and alignment, as in 83:99, not {text!r}")
+        names = ("max_steps", "align_steps")
+        controls["-".join(["all-tokens", *steps])] = dict(zip(names, map(int, steps), strict=False))
+    return controls
+
+
+def fewer_speedups(controls: Mapping[str, Mapping[str, int]], config: TrainConfig, align_share: float) -> pd.Series:
+    """How many times faster than BASELINE the recipes of ``controls`` are, whose steps are as long as BASELINE's.
+
+    align_share: The share of alignment in BASELINE's time, measured.
+    """
+    tuning, alignment = build.prepare(compare.neutral(config)).total_steps, config.align_steps
+    share = {
+        name: (1 - align_share) * change["max_steps"] / tuning
+        + (align_share * change.get("align_steps", alignment) / alignment if align_share else 0)
+        for name, change in controls.items()
+    }
+    return 1 / pd.Series(share, dtype=float)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -129,10 +179,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--candidates", type=Path, default=FOLDER / "candidates.yaml")
     parser.add_argument("--preset", default="embedded", help="what all runs share")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes any parameter of it")
-    parser.add_argument("--winner", nargs="+", help="candidates by name: search nothing, and give the verdict on them")
+    parser.add_argument("--winner", nargs="*", help="candidates by name: search nothing, and give the verdict on them")
     parser.add_argument("--questions", type=int, default=QUESTIONS, help="of each run")
     parser.add_argument("--faster", type=float, default=FASTER, help="times that a candidate must be at least")
     parser.add_argument("--beside", nargs="*", default=[], help="schemes of the package in the verdict, too")
+    parser.add_argument(
+        "--fewer",
+        nargs="*",
+        default=[],
+        metavar="TUNING[:ALIGNMENT]",
+        help="steps of controls that train on all tokens",
+    )
     parser.add_argument("--fresh", type=int, default=len(FRESH), help="seeds of the verdict")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time; 1 on a GPU")
     parser.add_argument("--output", type=Path, help="of the runs; by default data/runs/search")
@@ -146,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         chosen = {name: schemes.get(name) for name in options.winner or []}
         if missing := [name for name, scheme in chosen.items() if scheme is None]:
             raise UserError(f"no candidate {missing[0]!r} in {options.candidates}; it has {', '.join(schemes)}")
-        if not chosen:
+        if options.winner is None:
             log = search(schemes, config, faster=options.faster, questions=options.questions, workers=options.workers)
             log.to_csv(options.record / "search.csv", index=False, float_format="%.4f")
             print(log.to_string(index=False))
@@ -154,9 +211,12 @@ def main(arguments: list[str] | None = None) -> int:
             chosen = {winner: schemes[winner]}
         chosen |= {name: beside[name] for name in options.beside}
         fresh = WORLDS[config.data].folder(FRESH_SCENES, seed=1) / "heldout.json"
-        table = verdict(chosen, config, fresh, FRESH[: options.fresh], options.questions, options.workers)
-        table["scheme"] = table.scheme.replace(presets(chosen, depth))
+        seeds, names = FRESH[: options.fresh], presets(chosen, depth)
+        table, runs = verdict(chosen, config, fresh, seeds, options.questions, options.workers, fewer=options.fewer)
+        table["scheme"], runs["scheme"] = table.scheme.replace(names), runs.scheme.replace(names)
+        options.record.mkdir(parents=True, exist_ok=True)
         table.to_csv(options.record / "verdict.csv", index=False, float_format="%.4f")
+        runs.to_csv(options.record / "verdict-runs.csv", index=False, float_format="%.6f")
         print(table.to_string(index=False))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -18,18 +18,18 @@ def fake(monkeypatch):
     right = {search.BASELINE: 0.7, "slow": 0.8, "good": 0.68, "bad": 0.3, "lucky": 0.69}
     asked = []
 
-    def answers(schemes, seeds, config, heldout, questions, workers):
+    def answers(schemes, seeds, config, heldout, questions, workers, changes=None):
         asked.append((dict(seeds), heldout))
         rows = []
         for name in schemes:
             for seed in seeds[name]:
-                share = right[name] + 0.01 * seed - 0.3 * (name == "lucky" and seed > 0)
+                share = right.get(name, 0.5) + 0.01 * seed - 0.3 * (name == "lucky" and seed > 0)
                 rows += [dict(scheme=name, seed=seed, type="read", correct=n < 100 * share) for n in range(100)]
         return pd.DataFrame(rows)
 
     def costs(schemes, config, model, rounds):
         recipe = {name: 0.39 for name in schemes} | {search.BASELINE: 1.0, "slow": 0.5}
-        table = pd.DataFrame(dict(recipe=pd.Series(recipe))).rename_axis("scheme")
+        table = pd.DataFrame(dict(recipe=pd.Series(recipe), align_share=0.4)).rename_axis("scheme")
         return table.loc[list(schemes)], None
 
     monkeypatch.setattr(compare, "compare", answers)
@@ -55,12 +55,27 @@ def test_halving_keeps_the_better_ones_over_all_seeds_so_far(fake, tmp_path, mon
 
 def test_the_verdict_is_of_other_seeds_and_questions(fake, tmp_path):
     chosen = schemes("good", "bad")
-    table = search.verdict(chosen, TrainConfig(output=str(tmp_path)), tmp_path / "fresh.json", (10, 11))
+    table, runs = search.verdict(chosen, TrainConfig(output=str(tmp_path)), tmp_path / "fresh.json", (10, 11))
     assert fake == [(dict.fromkeys([search.BASELINE, *chosen], [10, 11]), tmp_path / "fresh.json")]
     assert table.scheme.tolist() == ["good", "good", "bad", "bad"] and sorted(table.type[:2]) == ["overall", "read"]
     assert table.difference.round(6).tolist() == [-0.02] * 2 + [-0.4] * 2
     assert table.speedup.round(2).tolist() == [2.56] * 4
     assert not {*search.SEEDS} & {*search.FRESH}
+    means = runs.groupby(["scheme", "type"]).accuracy.mean()
+    assert means["bad", "overall"] == pytest.approx(table.query("scheme == 'bad'").accuracy.iloc[0])
+    assert len(runs) == 3 * 2 * 2  # schemes, seeds, types
+
+
+def test_all_tokens_for_fewer_steps_stand_beside_the_schemes(fake, tmp_path):
+    config = TrainConfig(output=str(tmp_path), max_steps=200, align_steps=240)
+    fresh = tmp_path / "fresh.json"
+    table, runs = search.verdict(schemes("good"), config, fresh, (10, 11), fewer=["50:60", "100"])
+    speedup = table.groupby("scheme").speedup.first()
+    assert speedup["all-tokens-50-60"] == pytest.approx(4)  # a quarter of all steps
+    assert speedup["all-tokens-100"] == pytest.approx(1 / (0.4 + 0.6 * 0.5))
+    assert {"all-tokens-50-60", "all-tokens-100"} < set(runs.scheme)
+    with pytest.raises(UserError, match="steps of tuning.* not '0'"):
+        search.fewer_steps(["0"])
 
 
 def test_nothing_fast_enough_is_said(fake, tmp_path):

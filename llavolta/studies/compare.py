@@ -94,7 +94,8 @@ def compare(
     config: what the runs share; its output is the folder that holds them all, as ``<seed>/<scheme>``. Projector
     alignment is done once a seed. heldout: LLaVA JSON; None: that of the generated data trained on. workers: runs at
     a time, each in a process of its own (on the CPU with its share of the cores). plans: by scheme, the plan in force
-    while answering (default: none). changes: by scheme, what differs in its configuration: ``{"projector": "stf:2"}``.
+    while answering (default: none). changes: by scheme, what differs in its configuration: ``{"projector": "stf:2"}``,
+    or fewer steps of tuning and alignment, ``{"max_steps": 83, "align_steps": 99}``.
     max_new_tokens: see evaluation.evaluate; pictures are padded as the runs pad them.
     Returns one row per scheme, seed and question: see evaluation.evaluate. Raises what ``train`` raises, at once; what
     is finished stays.
@@ -110,7 +111,9 @@ def compare(
     for seed, name in ((number, key) for number in sorted(set().union(*seeds.values())) for key in schemes):
         if seed not in seeds[name]:
             continue
-        own = config.changed(seed=seed, **changes.get(name, {}))
+        change = dict(changes.get(name, {}))
+        steps = change.pop("max_steps", setup.total_steps)
+        own = config.changed(seed=seed, **change)
         start = {}
         if own.aligns:
             kind = "" if own.projector == OWN else "-" + own.projector.replace(":", "-")
@@ -118,6 +121,8 @@ def compare(
             if align is not None:
                 of = "" if align.share == 1 else f" {align.share:g} of the steps"
                 kind += "-" + re.sub(r"[^\w.]+", "-", f"{align}{of}")
+            if own.align_steps != config.align_steps:
+                kind += f"-{own.align_steps}-steps"
             first = root / f"{seed}" / f"{build.ALIGN}{kind}"
             # Under stages that play no part in it, so that schemes which are aligned alike share one.
             stages = ["none"] if align is None else replace(Scheme.equal("any", "none"), align=align).written
@@ -125,7 +130,7 @@ def compare(
             start = dict(model=str(first), align_steps=0, align_epochs=None, projector=OWN)
         run = own.changed(output=str(root / f"{seed}" / name), stage=None, plan=None, **start)
         written = schemes[name].written
-        runs[name, seed] = run.changed(scheme=written, pivots=None, max_steps=setup.total_steps, epochs=None)
+        runs[name, seed] = run.changed(scheme=written, pivots=None, max_steps=steps, epochs=None)
     if workers == 1:
         for first in aligned.values():
             train(first, progress=False)
@@ -217,7 +222,8 @@ def costs(
 
     The first table has one row per scheme: time and flops (1 for no compression) of instruction tuning, each the mean
     over its stages by their shares; where the runs are aligned, too, align, the time of projector alignment relative to
-    that on all tokens, and recipe, that of both together. The second is ``bench.step_times`` of all plans of tuning,
+    that on all tokens, recipe, that of both together, and align_share, the share of alignment in the recipe without
+    compression. The second is ``bench.step_times`` of all plans of tuning,
     timed in turn on the same ``batches``, as training has them, so that the noise of the machine cancels. model: a
     trained one of them.
     """
@@ -245,6 +251,7 @@ def costs(
         align = build.count_steps(config, "align", *build.align_data(config)) * of_plan.seconds["none"]
         tuning = setup.total_steps * by_plan.seconds["none"]
         table["recipe"] = (align * table["align"] + tuning * table.time) / (align + tuning)
+        table["align_share"] = align / (align + tuning)
     return table, steps
 
 
