@@ -1,4 +1,5 @@
-# make demo | nano | test | lab | notebooks | evidence | nano-evidence | gpu | stress: each sets up .venv first. PYTHON names the interpreter (3.11 or newer).
+# make demo | nano | test | test-rest | test-all | mutants | lab | notebooks | evidence | nano-evidence | gpu | stress:
+# each sets up .venv first. PYTHON names the interpreter, 3.11 to 3.13.
 # make eval | test-eval: the same in .venv-eval, which has lmms-eval, too.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +10,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 export TOKENIZERS_PARALLELISM := false
 
 $(INSTALLED) $(EVAL_INSTALLED): %/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit("llavolta needs Python 3.11 or newer: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "error: Python %d.%d: the pinned versions in constraints.txt have packages for Python 3.11 to 3.13; name one: make PYTHON=python3.13 ..." % v)'
 	$(PYTHON) -m venv $*
 	$*/bin/python $(PIP_INSTALL) --constraint constraints.txt --editable '.[test]'
 	$(if $(findstring eval,$*),$*/bin/python $(PIP_INSTALL) --no-deps --requirement requirements-eval.txt)
@@ -27,10 +28,29 @@ demo: install
 	@$(BIN)/python -c 'print(open("data/runs/three-stage/summary.txt").read())'
 	@echo "executed notebook: $(CURDIR)/data/runs/stage2.ipynb"
 
-test: install
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
+
+lint: install
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+# At most six minutes on two cores; test-rest is what this leaves out, and test-all is both.
+test: lint
+	$(PYTEST) -m "not slow and not browser"
+
+test-rest: install
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
+		echo "note: no chromium, so the browser tests are skipped; apt-get install chromium runs them"
+	@command -v c++ >/dev/null || \
+		echo "note: no C++ compiler, so the tests of DeepSpeed are skipped; apt-get install g++ runs them"
+	$(PYTEST) -m "slow or browser"
+
+test-all: lint
+	$(PYTEST)
+
+# One-line faults, each planted in a copy of the package: which of the tests find it. Some two hours on two cores.
+mutants: install
+	$(BIN)/python tests/mutants.py
 
 lab: install
 	$(BIN)/jupyter lab --notebook-dir .
@@ -105,4 +125,4 @@ test-eval: install-eval
 	$(EVAL_BIN)/python -m pytest tests/harness/test_benchmarks.py
 
 .NOTPARALLEL:  # notebooks time their steps; two at once would slow each other
-.PHONY: install install-eval demo nano test lab notebooks $(NOTEBOOKS) evidence faster-evidence nano-evidence gpu stress eval test-eval
+.PHONY: install install-eval demo nano lint test test-rest test-all mutants lab notebooks $(NOTEBOOKS) evidence faster-evidence nano-evidence gpu stress eval test-eval

@@ -94,6 +94,6 @@ def test_data_without_a_second_question(llava, scenes, tmp_path):
     entries = json.loads((scenes / "heldout.json").read_text())[:2]
     for one in entries:
         one |= {"conversations": one["conversations"][:2], "types": one["types"][:1]}
-    (scenes / "one.json").write_text(json.dumps(entries))
+    (tmp_path / "one.json").write_text(json.dumps(entries))
     with pytest.raises(StudyError, match="no entry has a second question"):
-        second_questions(*llava, LlavaData(scenes / "one.json"))
+        second_questions(*llava, LlavaData(tmp_path / "one.json", scenes))
