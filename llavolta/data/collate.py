@@ -166,7 +166,10 @@ class Collator:
         return {}
 
     def _render(self, conversation: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as text, and from where to where in it each answer goes."""
+        """The conversation as text, and from where to where in it each answer that is learned goes.
+
+        A message with ``"learn": False`` is read and has no label.
+        """
 
         def render(messages, **options):
             return self.processor.apply_chat_template(messages, tokenize=False, **options)
@@ -186,7 +189,8 @@ class Collator:
                 place = len(after.rstrip()) + added
                 text = text[:place] + eos + text[place:]
                 last, added = place + len(eos), added + len(eos)
-            spans.append((first, last))
+            if message.get("learn", True):
+                spans.append((first, last))
         return text, spans
 
 

@@ -517,3 +517,13 @@ def test_pictures_are_padded_as_the_models_own_run_says(processor, tmp_path):
 )
 def test_texts_are_found_between_what_a_processor_writes_around_pictures(ids, written, place):
     assert _placed(ids, written, [token != 0 for token in written]) == place
+
+
+def test_an_answer_that_is_not_to_be_learned_has_no_label(tmp_path, processor):
+    example = write(tmp_path, entry())[0]
+    whole = Collator(processor)([example])
+    example.messages[1]["learn"] = False
+    batch = Collator(processor)([example])
+    labels = batch["labels"][0]
+    assert torch.equal(batch["input_ids"], whole["input_ids"])
+    assert processor.tokenizer.decode(labels[labels != IGNORED]) == "no </s>"
