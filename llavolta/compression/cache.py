@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_masks_for_generate
 
-from llavolta.compression.families import Parts
+from llavolta.compression.families import Parts, has_3d_positions
 from llavolta.compression.masks import add_to_mask, is_flat, look_up_mask, sliding_window, whole_cache
 from llavolta.compression.rows import columns, positions_by_row
 from llavolta.compression.state import CachedRows, Pass
@@ -121,7 +121,7 @@ class CacheBook:
     def _with_positions(self, inputs: dict, seen: int, state: Pass) -> dict:
         new, position_ids = state.real.shape[1], inputs.get("position_ids")
         if position_ids is None:
-            if hasattr(self.parts.base, "rope_deltas"):
+            if has_3d_positions(self.parts):
                 raise UnsupportedModel("with a plan at layer 0, pass the position_ids of the new tokens with the cache")
             position_ids = torch.arange(seen, seen + new, device=state.real.device)[None]
         first = self._held.get(state.cache, {}).get(0)

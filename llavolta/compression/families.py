@@ -235,6 +235,23 @@ def without_class_token(parts: Parts) -> list[str]:
     ]
 
 
+def has_3d_positions(parts: Parts) -> bool:
+    """Whether tokens have a position in time, height and width each (M-RoPE)."""
+    return hasattr(parts.base, "rope_deltas")
+
+
+def holds_state(parts: Parts) -> str:
+    """What of the decoder's layers holds a running state of the tokens, such as linear attention,
+    Mamba or a convolution over tokens: its types in the config, else its classes; "" if nothing."""
+    kinds = map(str, getattr(parts.decoder.config, "layer_types", None) or ())
+    found = {k for k in kinds if k == "linear_attention" or not k.endswith("attention")} or {
+        type(module).__name__
+        for module in parts.layers.modules()
+        if any(isinstance(child, nn.Conv1d) for child in module.children())
+    }
+    return ", ".join(sorted(found))
+
+
 def encode_pictures(base: nn.Module, args: tuple, kwargs: dict) -> dict:
     """The arguments of the base model with its pictures encoded ahead, as ``generate`` hands them over too.
 

@@ -32,7 +32,16 @@ from llavolta.compression.compressors import CompressedTokens, Compressor, Visua
 from llavolta.compression.compressors.base import check_output
 from llavolta.compression.compressors.prefix import Prefixed
 from llavolta.compression.compressors.withdraw import Enter, Wait
-from llavolta.compression.families import PIXELS, encode_pictures, find_parts, is_compiled, pools_frames, visual_tokens
+from llavolta.compression.families import (
+    PIXELS,
+    encode_pictures,
+    find_parts,
+    has_3d_positions,
+    holds_state,
+    is_compiled,
+    pools_frames,
+    visual_tokens,
+)
 from llavolta.compression.generation import WatchedGeneration
 from llavolta.compression.plan import VISION, Layer, Plan, PlanError, check_layers, format_plan, parse_plan
 from llavolta.compression.probe import LayerInput
@@ -107,6 +116,14 @@ class Compression:
         self._enters = next((layer for layer, c in working.items() if isinstance(c, Enter)), None)
         if self._enters is not None:
             self._steps[0] = [*self._steps.get(0, []), Wait()]
+        if self._steps and (state := holds_state(self.parts)):
+            raise UnsupportedModel(
+                f"{type(self.parts.base).__name__} has decoder layers of type {state}, which hold "
+                "a running state in place of keys and values; only models whose decoder layers are "
+                "all attention over a key-value cache can be compressed"
+            )
+        if has_3d_positions(self.parts):
+            self._check_3d(prefix)
         if prefix is not None:
             if 0 not in self._steps:
                 raise PlanError(f"plan {written!r} makes no room for a prefix at 'vision' or layer 0")
@@ -122,6 +139,22 @@ class Compression:
             raise RuntimeError("this model is being compressed already; remove() the first handle or leave its block")
         if self._steps or self.labelled_only:
             self._install()
+
+    def _check_3d(self, prefix: nn.Module | None) -> None:
+        """Raises UnsupportedModel for what 3-D positions (M-RoPE) leave no room for."""
+        name = type(self.parts.base).__name__
+        if prefix is not None:
+            raise UnsupportedModel(
+                f"{name} has 3-D positions, in which tokens of another kind before an image have "
+                "no place: it cannot be compressed with a prefix (DualSpeed's mode isolator)"
+            )
+        for layer, compressor in self.plan.items():
+            if getattr(compressor, "positions", None) == "contiguous":
+                raise UnsupportedModel(
+                    f"{name} has 3-D positions, of which an image takes as many as its longer "
+                    "side, however many tokens are left of it, so nothing can close up; write "
+                    f"positions=original for {compressor.name} at {layer}"
+                )
 
     def __repr__(self) -> str:
         return f"compress({format_plan(self.plan)!r}{'' if self._hooks else ', not in force'})"
@@ -301,7 +334,7 @@ class Compression:
             at_rows = dict(spread=rows.pictures.mask, rows=rows.pictures.rows, image_sizes=state.image_sizes)
             probe.tower = self._tower.probe(features, kinds=kinds, **at_rows)
         if "start" in compressor.needs:
-            first, start = state.start
+            first, start = state.start or (at, rows)  # this is layer 0
             probe.start = start.tokens(first.hidden, decoder.training, self._now.probe(first, start, probe.norm))
         tokens = rows.tokens(at.hidden, decoder.training, probe)
         where = f"compressor {compressor} at layer {number}"

@@ -154,8 +154,9 @@ class LayerProbe:
 
     def _queries(self, query: str) -> Tensor:
         """(B, T) the tokens whose attention counts, some in each sample."""
-        goes_on = self.valid[:, 1:] & (self.sample[:, 1:] == self.sample[:, :-1])
-        last = self.valid & ~torch.nn.functional.pad(goes_on, (0, 1))
+        place = self.valid * torch.arange(self.valid.shape[1], device=self.valid.device)
+        ends = torch.zeros_like(self.sample).scatter_reduce(1, self.sample, place, "amax")
+        last = self.valid & (ends.gather(1, self.sample) == place)  # padding may stand between
         if query == "last" or self.answers is None:
             return last
         answers = self.answers & self.valid

@@ -63,7 +63,8 @@ class Rows:
         far (B, 1) the last token moved up.
 
         whole: ``out`` has no padding. first: this is at layer 0, so later stock masks have the columns that are left
-        here. contiguous: the gaps are closed.
+        here. contiguous: the gaps are closed, sample by sample of a packed row. With 3-D positions
+        there are none: text behind an image goes on from its longer side, whatever is left of it.
         """
         (batch, length, width), pictures = hidden.shape, self.pictures
         flat, positions = hidden.reshape(batch * length, width), self.positions.reshape(batch * length, -1)
@@ -91,8 +92,11 @@ class Rows:
         new = flat.index_select(0, source).index_copy(0, real(target), real(out.hidden))
         new_positions = positions.index_select(0, source).index_copy(0, real(target), real(out_positions))
         moved = 0
-        if contiguous:
-            gone = (self.valid & ~keep).cumsum(1)
+        if contiguous and self.positions.shape[-1] == 1:
+            dropped = (self.valid & ~keep).long()
+            gone = dropped.cumsum(1)
+            before = torch.where(begins(self.positions[..., 0], self.valid), gone - dropped, 0)
+            gone = gone - before.cummax(1).values
             moved = gone[:, -1:]
             new_positions = new_positions - gone.gather(1, take).view(-1, 1)
 
@@ -153,6 +157,13 @@ class Rows:
 def columns(count: int, like: Tensor) -> Tensor:
     """(B, count) 0, 1, 2, ... in every row of a batch as large as that of ``like``."""
     return torch.arange(count, device=like.device).expand(len(like), -1)
+
+
+def begins(positions: Tensor, valid: Tensor) -> Tensor:
+    """(B, T) bool, where a sample of a packed row begins: real tokens whose position is below that
+    of the real token before. positions, valid: (B, T)."""
+    last = torch.where(valid, columns(valid.shape[1], valid), 0).cummax(1).values
+    return torch.nn.functional.pad(positions.gather(1, last).diff(dim=1) < 0, (1, 0))
 
 
 def positions_by_row(position_ids: Tensor, batch: int) -> Tensor:

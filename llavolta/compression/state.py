@@ -12,7 +12,7 @@ from llavolta.compression.families import Parts, find_pictures
 from llavolta.compression.labelled import answer_marks
 from llavolta.compression.masks import is_flat
 from llavolta.compression.probe import LayerInput, LayerProbe
-from llavolta.compression.rows import Rows, positions_by_row
+from llavolta.compression.rows import Rows, begins, positions_by_row
 from llavolta.errors import UnsupportedModel
 
 
@@ -129,8 +129,8 @@ class Now(threading.local):
         positions = state.position_ids
         if positions.dim() > 2:  # (A, B, T): of tokens with three, the first, time, never falls
             positions = positions[0]
-        sample = torch.nn.functional.pad((positions.diff(dim=1) < 0).long().cumsum(1), (1, 0))  # where they restart
-        sample = sample.expand(len(index), -1).gather(1, index)
+        sample = begins(positions.expand(len(index), -1), state.real).long().cumsum(1)
+        sample = sample.gather(1, index)
         if self.prompt is not None:
             valid = valid & (index + state.seen < self.prompt)
         marks = (None, None) if self.labels is None else answer_marks(self.labels, index)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import IMAGE, oracle, ragged_batch, tiny_llava
+from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from llavolta import AveragePool, CompressedTokens, Compressor, PlanError, compress
 from llavolta.compression.compressors import COMPRESSORS
@@ -261,6 +262,26 @@ class TestErrors:
     def test_no_visual_tokens(self, model):
         with pytest.raises(UnsupportedModel, match="no visual tokens"):
             compress(model.model.language_model, "1:avgpool:2")
+
+    @pytest.mark.parametrize("plan", ["0:avgpool:2", "1:random:0.5", "2:fastv:0.5"])
+    @pytest.mark.parametrize("listed", [True, False])
+    def test_layers_that_hold_a_state(self, plan, listed):
+        """Qwen3.5: three of four layers are linear attention; also where no config says so."""
+        small = dict(hidden_size=32, num_attention_heads=4, intermediate_size=48)
+        text = dict(small, vocab_size=32, num_hidden_layers=4, num_key_value_heads=2, head_dim=8)
+        text |= dict(linear_key_head_dim=8, linear_value_head_dim=8, pad_token_id=0)
+        text |= dict(linear_num_key_heads=2, linear_num_value_heads=2)
+        vision = dict(depth=1, hidden_size=16, num_heads=2, intermediate_size=24)
+        vision["out_hidden_size"] = 32
+        config = Qwen3_5Config(text_config=text, vision_config=vision)
+        hybrid = Qwen3_5ForConditionalGeneration(config)
+        with compress(hybrid, "none"):
+            assert hybrid(input_ids=torch.tensor([[5, 6]])).logits.isfinite().all()
+        if not listed:
+            hybrid.get_decoder().config.layer_types = None
+        kind = "linear_attention" if listed else "Qwen3_5GatedDeltaNet"
+        with pytest.raises(UnsupportedModel, match=f"Qwen3_5Model has .* layers of type {kind}"):
+            compress(hybrid, plan)
 
     def test_embeddings_without_ids(self, model):
         with compress(model, "1:avgpool:2"), pytest.raises(UnsupportedModel, match="input_ids"):

@@ -65,6 +65,20 @@ def test_a_chat_goes_on_over_turns_on_one_cache(model, plan, picture):
     assert torch.equal(again[:, -6:], scratch[:, -6:])
 
 
+def test_padding_between_turns_does_not_hide_the_turn_before(model):
+    """As rows of unlike length have it: their positions begin anew for padding alone."""
+    ids = prompt([[3, 4, 4]])["input_ids"]
+    pixels = prompt([[3, 4, 4]])["pixel_values"]
+    gap = torch.zeros(1, 2, dtype=torch.long)
+    padded = torch.cat([ids[:, :-4], gap, ids[:, -4:]], dim=1)
+    mask = torch.cat([torch.ones_like(ids[:, :-4]), gap, torch.ones_like(ids[:, -4:])], dim=1)
+    for plan in ("1:pyramiddrop:0.25", "0:cdpruner:4", "0:divprune:4"):
+        with compress(model, plan):
+            expected = model.generate(ids, pixel_values=pixels, **GREEDY)
+            found = model.generate(padded, pixel_values=pixels, attention_mask=mask, **GREEDY)
+        assert torch.equal(found[:, -6:], expected[:, -6:]), plan
+
+
 class Learnt(torch.nn.Module):
     """Two embeddings to stand before each picture."""
 

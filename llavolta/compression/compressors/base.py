@@ -247,8 +247,8 @@ class Compressor(ABC):
 
     @property
     def contiguous(self) -> bool:
-        """At "vision" and layer 0: whether all tokens behind a gap, text too, move up, as if the shorter sequence had
-        been fed."""
+        """At "vision" and layer 0, where positions have one dimension: whether all tokens behind
+        a gap, text too, move up, as if the shorter sequence had been fed."""
         return False
 
     def __str__(self) -> str:
@@ -300,7 +300,9 @@ class KeepBudget(Compressor):
 
     positions: "contiguous", as if the shorter sequence had been fed: what follows moves up; "original"; or "auto":
     contiguous at "vision" and layer 0, original from layer 1 on, where contiguous cannot be, as the layers before have
-    rotated keys by the original ones.
+    rotated keys by the original ones. With 3-D positions (M-RoPE, Qwen-VL) "auto" is original
+    everywhere, and "contiguous" is refused: an image takes as many positions as its longer side,
+    however many tokens are left of it.
     """
 
     keep: float | int = 0.25

@@ -34,10 +34,10 @@ class Prefixed(Compressor):
         left = self.compressor(tokens)
         prefix: Tensor = self.prefix(len(left.hidden)).to(left.hidden.dtype)
         more, count = prefix.shape[1], tokens.mask.sum(1)
-        if (left.mask.sum(1) + more > count).any() or tokens.positions.shape[-1] > 1:
+        if (left.mask.sum(1) + more > count).any():
             raise ValueError(
                 f"no room for {more} tokens before each picture: {self.compressor} must drop at least as many of its "
-                f"{int(count.min())}, and positions must have one dimension"
+                f"{int(count.min())}"
             )
         # Places that rise, from the first on; which ones they are plays no part where the sequence closes up.
         place = torch.arange(more + left.mask.shape[1], device=prefix.device)

@@ -44,6 +44,8 @@ class Restore(Compressor):
         number = isinstance(self.calibration, int | float) and not isinstance(self.calibration, bool)
         if not number or not (self.calibration == 0 or self.calibration > 1):
             raise ValueError(f"restore: calibration must be 0 or above 1, not {self.calibration!r}")
+        if getattr(self.inner, "positions", None) == "contiguous":
+            raise ValueError("restore: positions are original; leave positions=contiguous out")
         if self.inner.may_empty or "class_token" in self.inner.needs:
             raise ValueError(f"restore: {self.inner.name} does not keep tokens at a decoder layer")
         object.__setattr__(self, "needs", self.inner.needs | {"decoder"})

@@ -42,6 +42,11 @@ class SparseVLM(KeepBudget):
     name: ClassVar[str] = "sparsevlm"
     needs: ClassVar[frozenset[str]] = frozenset({"decoder", "start"})
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.positions == "contiguous":
+            raise ValueError("sparsevlm: positions are original; leave positions=contiguous out")
+
     @property
     def contiguous(self) -> bool:
         return False
