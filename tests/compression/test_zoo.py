@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -30,6 +31,7 @@ from llavolta import (
     parse_plan,
 )
 from llavolta.compression.compressors.base import choose_greedily
+from llavolta.compression.compressors.sparsevlm import merge_by_density
 from llavolta.compression.plan import format_plan
 from llavolta.compression.probe import TowerProbe
 from llavolta.cost.bench import tower_tokens
@@ -385,17 +387,17 @@ def attention_of(model, layer: int, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def density_peaks(x: list[torch.Tensor], groups: int) -> list[list[int]]:
-    """Members of each group of x, one by one."""
+    """Members of each group of x, one by one; of equally dense ones the first is denser."""
     places, width = range(len(x)), len(x[0])
     away = [[float((a.double() - b.double()).norm()) / width**0.5 for b in x] for a in x]
     density = []
     for i in places:
         nearest = sorted(away[i])[:groups]
-        density.append(torch.tensor(-sum(d * d for d in nearest) / len(nearest)).exp().item())
+        density.append((-sum(d * d for d in nearest) / len(nearest), -i))
     score = []
     for i in places:
         denser = [away[i][j] for j in places if density[j] > density[i]]
-        score.append(density[i] * (min(denser) if denser else max(map(max, away))))
+        score.append(math.exp(density[i][0]) * (min(denser) if denser else max(map(max, away))))
     centres = sorted(places, key=lambda i: -score[i])[:groups]
     members = {centre: [] for centre in centres}
     for i in places:
@@ -403,13 +405,47 @@ def density_peaks(x: list[torch.Tensor], groups: int) -> list[list[int]]:
     return [members[centre] for centre in centres]
 
 
+def test_clusters_far_apart_are_found():
+    """Two of random tokens, and far from all others; alone, and beside a longer row."""
+    generator = torch.Generator().manual_seed(0)
+    for shift in (2.0, 100.0):
+        for trial in range(20):
+            which = torch.rand(12, generator=generator) < 0.5
+            hidden = 0.1 * torch.randn(2, 40, 8, generator=generator)
+            hidden[0, :12] += shift * which[:, None]
+            chosen = torch.arange(40) < torch.tensor([[12], [25 if trial % 2 else 40]])
+            means, count, cluster = merge_by_density(hidden, chosen)
+            assert count.tolist() == [2, 3 if trial % 2 else 5]
+            assert len(set(zip(which.tolist(), cluster[0, :12].tolist(), strict=True))) == 2
+            expected = hidden[0, :12][which == which[0]].mean(0)
+            torch.testing.assert_close(means[0, cluster[0, 0]], expected)
+
+
+@pytest.mark.parametrize("shift", [1.0, 30.0])
+def test_tokens_are_clustered_in_a_batch_as_alone(shift):
+    generator = torch.Generator().manual_seed(0)
+    hidden = shift * torch.randn(24, 48, 32, generator=generator)
+    count = torch.randint(1, 49, (24, 1), generator=generator)
+    count[::2] = torch.randint(10, 20, (12, 1), generator=generator)  # two groups
+    chosen = torch.rand(24, 48, generator=generator).argsort(1) < count
+    means, groups, cluster = merge_by_density(hidden, chosen)
+    for row in range(24):
+        one, number, of_one = merge_by_density(hidden[row : row + 1], chosen[row : row + 1])
+        assert number == groups[row] and torch.equal(of_one[0], cluster[row])
+        torch.testing.assert_close(one[0, :number], means[row, :number])
+        places = chosen[row].nonzero()[:, 0]
+        expected = density_peaks(list(hidden[row, places]), int(number)) if shift < 2 else ()
+        for group in expected:
+            assert len(cluster[row, places[group]].unique()) == 1
+
+
 @pytest.mark.parametrize("recycle", [True, False])
 @pytest.mark.parametrize("keep", [0.2, 0.5, 4])
 def test_sparsevlm(keep, recycle):
     plan = f"2:sparsevlm:{keep}:recycle={str(recycle).lower()}"
-    lengths = [[3, 6], [2, 0, 5], [1, 3, 5]]
-    model, states, tokens, out, pictures = in_a_model(plan, lengths, grid=6)
-    batch = ragged_batch(lengths, grid=6)
+    lengths, grid = [[3, 6], [2, 0, 5], [1, 3, 5]], 8 if keep == 4 else 6  # two groups, one
+    model, states, tokens, out, pictures = in_a_model(plan, lengths, grid=grid)
+    batch, whole = ragged_batch(lengths, grid=grid), torch.ones(1, grid**2, dtype=torch.bool)
     for number, (row, visual, behind) in enumerate(pictures):
         v, t = states[0][row, visual], states[0][row, behind]
         weight = (v @ t.T).softmax(-1).mean(0)
@@ -417,7 +453,7 @@ def test_sparsevlm(keep, recycle):
         real = batch["attention_mask"][row].bool()
         score = attention_of(model, 2, states[2][row][real])[:, raters].mean((0, 1))[visual]
         best = ranked(score)
-        kept = sorted(best[: SparseVLM(keep).budget(torch.ones(1, 36, dtype=torch.bool)).item()])
+        kept = sorted(best[: SparseVLM(keep).budget(whole).item()])
         expected = [states[2][row, visual[i]] for i in kept]
         if recycle:
             dropped = [i for i in best if i not in kept]
@@ -425,7 +461,7 @@ def test_sparsevlm(keep, recycle):
             x = [states[2][row, visual[i]] for i in again]
             groups = density_peaks(x, len(x) // 10 + 1)
             expected += [torch.stack([x[i] for i in group]).mean(0) for group in groups]
-        assert len(expected) == SparseVLM(keep, recycle=recycle).num_tokens(36)
+        assert len(expected) == SparseVLM(keep, recycle=recycle).num_tokens(grid**2)
         found = out.hidden[number][out.mask[number]]
         torch.testing.assert_close(found[: len(kept)], torch.stack(expected[: len(kept)]), rtol=1e-4, atol=1e-5)
         found, merged = found[len(kept) :], expected[len(kept) :]

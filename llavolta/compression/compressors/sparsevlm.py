@@ -101,7 +101,10 @@ def merge_by_density(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Te
 
     Density peaks (DPC-KNN): distance ``d = |a - b| / sqrt(C)``, density ``exp(-mean d^2)`` over the G nearest, itself
     among them, times the distance to the nearest denser token (the densest: the largest distance of all); the G
-    largest are centres, and every token joins the nearest one.
+    largest are centres, and every token joins the nearest one. Of equally dense tokens, as two that
+    are nearest to each other always are where G = 2, the first counts as denser: the published code
+    adds noise there. Products are compared by their logarithms, as densities of tokens far from all
+    others are 0 in float32.
     """
     count = chosen.sum(1)
     groups = torch.where(count > 0, count // 10 + 1, 0)
@@ -110,16 +113,20 @@ def merge_by_density(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Te
     most = int(groups.max())
     with torch.no_grad():
         pair = real[:, :, None] & real[:, None]
-        away = torch.cdist(features.float(), features.float()) / features.shape[-1] ** 0.5
+        # Not by a matrix product, whose rounding depends on the batch and breaks ties by chance.
+        away = torch.cdist(*[features.float()] * 2, compute_mode="donot_use_mm_for_euclid_dist")
+        away = away / features.shape[-1] ** 0.5
         nearest = away.masked_fill(~pair, torch.inf).sort(-1).values[..., :most]  # (I, n, G)
         counted = torch.arange(nearest.shape[-1], device=away.device) < groups[:, None]
         counted = counted[:, None] & nearest.isfinite()
-        squares = nearest.square().masked_fill(~counted, 0).sum(-1) / counted.sum(-1).clamp(min=1)
-        density = (-squares).exp().masked_fill(~real, -torch.inf)
-        denser = (density[:, None] > density[..., None]) & pair
+        squares = nearest.double().square().masked_fill(~counted, 0).sum(-1)
+        density = -squares / counted.sum(-1).clamp(min=1)  # its logarithm
+        first = torch.ones_like(pair[0]).tril(-1)  # (n, n), where the second stands before
+        alike = density[:, None] == density[..., None]
+        denser = ((density[:, None] > density[..., None]) | alike & first) & pair
         to_denser = away.masked_fill(~denser, torch.inf).amin(-1)
         farthest = away.masked_fill(~pair, 0).amax((1, 2))
-        score = torch.where(to_denser.isfinite(), to_denser, farthest[:, None]) * density.masked_fill(~real, 0)
+        score = density + torch.where(to_denser.isfinite(), to_denser, farthest[:, None]).log()
         score = score.masked_fill(~real, -torch.inf)
         centres = score.argsort(dim=1, descending=True, stable=True)[:, :most]  # (I, G)
         there = torch.arange(most, device=away.device) < groups[:, None]
