@@ -132,7 +132,15 @@ def _projector(base: nn.Module) -> nn.Module | None:
 def towers(parts: Parts) -> dict[str, nn.Module]:
     """The vision towers, by their names in the base model."""
     others = (parts.decoder, parts.projector)
-    return {name: part for name, part in parts.base.named_children() if part not in others and _stacks(part)}
+    children = parts.base.named_children()
+    return {name: _running(part) for name, part in children if part not in others and _stacks(part)}
+
+
+def _running(part: nn.Module) -> nn.Module:
+    """The module that runs: where PEFT trains a part whole, its copy of it, not the original."""
+    if not hasattr(part, "original_module"):
+        return part
+    return part.original_module if part.disable_adapters else part.modules_to_save[part.active_adapters[0]]
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,7 @@ class Roles:
 
     def of(self, parameter: str) -> str:
         """Of a parameter, by its name in the unwrapped model: "projector", "tower" or "language"."""
+        parameter = parameter.replace(".modules_to_save.default", "")  # PEFT's copy of a part
         for role in ("projector", "tower"):  # a merger stands within its tower
             if any(parameter == name or parameter.startswith(f"{name}.") for name in getattr(self, role)):
                 return role
@@ -160,7 +169,7 @@ def roles(model: nn.Module) -> Roles:
     names = {module: name for name, module in top.named_modules()}
     base = f"{names[parts.base]}." if names[parts.base] else ""
     beside = [
-        (name, part)
+        (name, _running(part))
         for name, part in parts.base.named_children()
         if part is not parts.decoder and any(True for _ in part.parameters())
     ]

@@ -252,14 +252,19 @@ def _outermost(names: list[str]) -> list[str]:
 
 
 def parameter_groups(model, weight_decay: float, decayed: set[str], rates: dict[str, float | None]) -> list[dict]:
-    """Groups for the optimizer: the parameters whose names hold a key of ``rates`` get that learning rate.
+    """Groups for the optimizer, which hold every parameter that trains once.
 
-    decayed: names of the parameters that weight decay applies to.
+    Args:
+        model: The model, wrapped or not.
+        weight_decay: That of the parameters that decay.
+        decayed: Their names in the unwrapped model.
+        rates: Learning rates by role ("projector", "tower", "language"). None, or no rate: the run's.
     """
+    top, role = unwrap(model), roles(model)
     groups: dict[tuple, dict] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in top.named_parameters():
         if parameter.requires_grad:
-            rate = next((rate for part, rate in rates.items() if part in name and rate is not None), None)
+            rate = rates.get(role.of(name))
             decay = weight_decay if name in decayed else 0.0
             group = groups.setdefault((rate, decay), {"params": [], "weight_decay": decay})
             group["params"].append(parameter)

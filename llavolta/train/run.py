@@ -36,7 +36,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llavolta.compression.families import find_parts, roles, unwrap
+from llavolta.compression.families import find_parts, unwrap
 from llavolta.data import Collator, check_words, token_statistics
 from llavolta.errors import Stopped
 from llavolta.train import checkpoints
@@ -274,9 +274,7 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         say(f"projector fitted to words: {named:.0%} of unseen pictures' patches named right", progress)
     asked = threading.Event()
     stages = StageCallback(scheme, phase.last, lambda: _on_any_process(trainer, asked))
-    role = roles(model)  # a merger stands within its tower, so projectors come first
-    tuned = {name: config.projector_learning_rate for name in role.projector}
-    tuned |= {f"{name}.": config.tower_learning_rate for name in role.tower}
+    tuned = {"projector": config.projector_learning_rate, "tower": config.tower_learning_rate}
     trainer = StageTrainer(
         model=model,
         args=arguments,

@@ -160,9 +160,8 @@ class StageTrainer(Trainer):
     def create_optimizer(self, model=None):
         model = self.model if model is None else model
         if self.optimizer is None and any(self.rates.values()):
-            groups = parameter_groups(
-                model, self.args.weight_decay, set(self.get_decay_parameter_names(model)), self.rates
-            )
+            decayed = set(self.get_decay_parameter_names(unwrap(model)))
+            groups = parameter_groups(model, self.args.weight_decay, decayed, self.rates)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = kind(groups, **options)
         return super().create_optimizer(model)

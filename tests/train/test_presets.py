@@ -174,7 +174,7 @@ def test_parameter_groups_hold_every_trained_weight_once(small_model):
     model, _ = load_model(str(small_model))
     set_trainable(model, "instruct")
     decayed = {name for name, p in model.named_parameters() if p.dim() > 1}
-    groups = parameter_groups(model, 0.1, decayed, {"multi_modal_projector": 1e-5, "vision_tower": None})
+    groups = parameter_groups(model, 0.1, decayed, {"projector": 1e-5, "tower": None})
     held = [id(p) for group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert {(group.get("lr"), group["weight_decay"]) for group in groups} == {

@@ -6,6 +6,7 @@ import pytest
 import torch
 from families_tiny import FAMILIES
 
+from llavolta import compress
 from llavolta.compression.families import roles, unwrap
 from llavolta.train.config import ConfigError, TrainConfig
 from llavolta.train.models import parameter_groups, set_trainable, with_adapters
@@ -64,11 +65,37 @@ def test_adapters_train_in_the_decoder_and_the_projector_trains_whole(name):
     role = roles(family.model)
     assert whole and {role.of(key.removeprefix("base_model.model.")) for key in whole} == {"projector"}
     assert not any("lora_" in key and role.of(key.removeprefix("base_model.model.")) != "language" for key in moved)
-    rates = {part: 1e-5 for part in role.projector} | {f"{part}.": 1e-6 for part in role.tower}
-    groups = parameter_groups(model, 0.0, set(), rates)
-    slow = {id(p) for group in groups if group.get("lr") == 1e-5 for p in group["params"]}
-    assert slow == {id(p) for key, p in model.named_parameters() if key in whole}
     assert unwrap(model) is family.model
+
+
+@families
+@pytest.mark.parametrize("rank", [0, 2])
+def test_each_part_trains_at_its_rate_and_the_others_at_the_runs(name, rank):
+    model = FAMILIES[name]().model
+    original = roles(model)
+    ours = {id(p): original.of(key) for key, p in model.named_parameters()}
+    set_trainable(model, "instruct", train_tower=True)
+    if rank:
+        adapt = TrainConfig(output="none", lora_rank=rank, train_tower=True)
+        model = with_adapters(model, adapt, "none")
+        trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+        names = [key.removeprefix("base_model.model.").replace("modules_to_save.default.", "") for key in trained]
+        ours = {id(p): original.of(key) for key, p in zip(names, trained.values(), strict=True)}
+    for rates in ({"tower": 1e-6, "projector": None}, {"tower": None, "projector": 1e-5}):
+        groups = parameter_groups(model, 0.0, set(), rates)
+        given = {id(p): group.get("lr") for group in groups for p in group["params"]}
+        assert given == {id(p): rates.get(ours[id(p)]) for p in model.parameters() if p.requires_grad}
+        assert len(set(given.values())) == 2
+
+
+@pytest.mark.parametrize("plan", ["vision:cls:0.5", "0:visionzip:0.5"])
+def test_a_plan_that_reads_a_tower_that_trains_beside_adapters(plan):
+    family = FAMILIES["llava"]()
+    with compress(family.model, plan):
+        expected = family.model(**family.batch).loss
+    model = with_adapters(family.model, TrainConfig(output="none", lora_rank=2, train_tower=True), "none")
+    with compress(model, plan):
+        assert torch.equal(model(**family.batch).loss, expected)  # new adapters change nothing
 
 
 def test_a_model_whose_projector_cannot_be_found_says_so():
