@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from llavolta.data.entries import MEDIA, PLACEHOLDER, as_llava, chat_messages, media_paths_of, plain_text
-from llavolta.data.images import image_size, open_image, open_video
+from llavolta.data.images import check_folder, image_size, open_image, open_video
 from llavolta.data.index import file_version, read_index
 from llavolta.data.table import Table, is_table, open_table
 from llavolta.data.video import FRAMES
@@ -66,8 +66,7 @@ class LlavaData(Dataset):
         self.folder = Path(images) if images else self.file.parent
         self.pad, self.frames = pad, frames
         self.index = read_index(self.file)
-        if not self.folder.is_dir():
-            raise DataError(f"no image folder {self.folder}; give the folder that the image paths are relative to")
+        check_folder(self.folder)
         bad = self.index.bad
         if bad and skip is None:
             raise DataError(

@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature
 from transformers.video_processing_utils import VideoProcessorMixin
 
+from llavolta.data.kinds import kind_of
 from llavolta.errors import DataError
 
 FRAMES = 8  # of a clip, as Video-LLaVA samples
@@ -48,7 +49,8 @@ def read_frames(path: str | Path, count: int, name: str | None = None) -> list[I
             kept, _ = _decode(path, frame_places(found, count))
         return [kept[place] for place in frame_places(found, count)]
     except (OSError, ValueError, LookupError, MemoryError) as error:  # PyAV's errors are of these kinds
-        raise DataError(f"{name} cannot be read ({error}); fetch it again or drop the entry") from None
+        why = f"is {kind}, or" if (kind := kind_of(path)) else f"cannot be read ({error}); fetch it again or"
+        raise DataError(f"{name} {why} drop the entry") from None
 
 
 def _count(path: str | Path) -> int:

@@ -238,6 +238,15 @@ def test_every_mode_shows_its_greys(mode):
     assert mode == "1" or np.abs(shown[0, 1] - 128).max() <= 1
 
 
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_images_that_use_fewer_than_16_bits_are_not_black(bits, mode):
+    values = np.array([[0, 2 ** (bits - 1), 2**bits - 1]])
+    kind = {"I;16": "<u2", "I;16B": ">u2", "I": np.int32}[mode]
+    image = Image.frombytes(mode, (3, 1), values.astype(kind).tobytes())
+    assert np.asarray(to_rgb(image))[0, :, 0].tolist() == [0, 128, 255]
+
+
 def test_transparent_pictures_stand_on_white_and_photographs_upright(tmp_path):
     clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
     assert np.asarray(to_rgb(clear)).min() == 255

@@ -21,11 +21,11 @@ from torch.utils.data import BatchSampler, DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from llavolta.cost import throughput
-from llavolta.data import Collator, DataError, GroupedSampler, LlavaData, find_bad, jsonlist, open_image
+from llavolta.data import Collator, DataError, GroupedSampler, LlavaData, find_bad, jsonlist, open_image, open_video
 from llavolta.data import index as data_index
 from llavolta.data.__main__ import main
 from llavolta.data.collate import IGNORED
-from llavolta.data.images import FORMATS
+from llavolta.data.images import FORMATS, image_size
 from llavolta.worlds import backbones
 from llavolta.worlds.joining import VICUNA_TEMPLATE
 
@@ -287,22 +287,86 @@ def test_image_bombs_are_refused(tmp_path):
             open_image(tmp_path, name, "entry")
 
 
-def test_paths_out_of_the_folder_are_refused(folder):
-    outside = folder.parent / "secret.png"
-    outside.write_bytes((folder / "a.png").read_bytes())
-    (folder / "link.png").symlink_to(outside)
-    (folder / "up").symlink_to(folder.parent)
-    (folder / "own.png").symlink_to(folder / "a.png")
+def test_paths_out_of_the_folder_are_refused_and_links_in_it_followed(folder):
+    disk = folder.parent / "disk"
+    (disk / "deep").mkdir(parents=True)
+    for outside in (folder.parent / "secret.png", disk / "deep" / "1.png"):
+        outside.write_bytes((folder / "a.png").read_bytes())
+    (folder / "link.png").symlink_to(folder.parent / "secret.png")
+    (folder / "gqa").symlink_to(disk / "deep")  # as COCO, GQA and OCR-VQA stand on other disks
     (folder / "loop").symlink_to(folder / "loop")
+    (folder / "gone").symlink_to(folder.parent / "not mounted")
     (folder / "sub").mkdir()
     os.mkfifo(folder / "pipe")
-    for path in (str(outside), "../secret.png", "sub/../../secret.png", "link.png", "up/secret.png", "/etc/passwd"):
+    absolute = str(folder.parent / "secret.png")
+    for path in (absolute, "../secret.png", "sub/../../secret.png", "/etc/passwd", "..\\secret.png"):
         with pytest.raises(DataError, match="leads out of the image folder"):
             open_image(folder, path, "entry")
-    for path in ("loop", "", ".", "sub", "pipe", "a.png/b", "a\0b", "\ud800", "x" * 5000):
+    (disk / "secret.png").write_bytes((folder / "a.png").read_bytes())
+    missing = ("loop", "", ".", "sub", "pipe", "a.png/b", "a\0b", "\ud800", "x" * 5000)
+    for path in (*missing, "gone/1.png", "gqa/../secret.png"):
         with pytest.raises(DataError, match="^entry: (no image|image)"):
             open_image(folder, path, "entry")
-    assert open_image(folder, "own.png", "entry").size == open_image(folder, "sub/../a.png", "entry").size == (64, 64)
+    for path in ("link.png", "gqa/1.png", "gqa\\1.png", "sub/../a.png", str(folder / "a.png")):
+        assert open_image(folder, path, "entry").size == (64, 64)
+    (folder.parent / "shortcut").symlink_to(folder)
+    assert open_image(folder.parent / "shortcut", str(folder / "a.png"), "entry").size == (64, 64)
+
+
+def test_what_stands_in_place_of_a_file_is_named_with_the_cure(folder):
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+    kinds = {
+        "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer.*git lfs pull"),
+        "page": (b"\n<!DOCTYPE html><html>404</html>", "a web page"),
+        "drawing": (
+            b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>',
+            "an SVG drawing; save it as PNG",
+        ),
+        "document": (b"%PDF-1.7", "a PDF document"),
+        "phone": (heic, "HEIC.*save it as JPEG"),
+        "zipped": (b"PK\x03\x04", "a zip archive; unpack it"),
+        "gzipped": (b"\x1f\x8b\x08", "compressed with gzip; unpack it"),
+        "tarred": (bytes(257) + b"ustar", "a tar archive; unpack it"),
+        "empty": (b"", "empty; fetch"),
+    }
+    for name, (content, match) in kinds.items():
+        (folder / name).write_bytes(content)
+        for read in (open_image, image_size):
+            with pytest.raises(DataError, match=f"^entry: image '{name}' is {match}"):
+                read(folder, name, "entry")
+        with pytest.raises(DataError, match=f"^entry: image '0' is {match}"):
+            open_image(folder, "0", "entry", content=content)
+        with pytest.raises(DataError, match=f"^entry: video '{name}' is {match}"):
+            open_video(folder, name, "entry", 2)
+        with pytest.raises(DataError, match=f"{name} is {match}"):
+            LlavaData(folder / name)
+    with pytest.raises(DataError, match="zipped is a zip archive; unpack it"):
+        open_image(folder, "zipped/a.png", "entry")
+    with pytest.raises(DataError, match="the image folder .*zipped is a zip archive"):
+        LlavaData(write(folder, entry()), folder / "zipped")
+    with pytest.raises(DataError, match="is an address; download it"):
+        open_image(folder, "https://example.org/a.png", "entry")
+
+
+def test_a_data_file_of_another_encoding_or_form_is_named(folder, monkeypatch):
+    file = folder / "data.json"
+    rows = json.dumps([entry(None, id="x" * 500, source="café")], ensure_ascii=False)
+    for block in (1 << 23, 10):  # also behind the first block that is read
+        monkeypatch.setattr(jsonlist, "LONGEST", block)
+        for encoding, named in (
+            ("latin-1", "not UTF-8 .*Latin-1.*iconv"),
+            ("utf-16", "UTF-16"),
+            ("utf-16-le", "UTF-16"),
+        ):
+            file.write_text(rows, encoding=encoding)
+            with pytest.raises(DataError, match=f"data.json is {named}"):
+                LlavaData(file)
+    monkeypatch.undo()
+    file.write_text("datasets:\n  - json_path: a.json\n")
+    with pytest.raises(DataError, match="data.json begins with 'datasets.*give a JSON list"):
+        LlavaData(file)
+    file.write_text(rows, encoding="utf-8-sig")
+    assert LlavaData(file).entry(0)["source"] == "café"
 
 
 @fuzzed
