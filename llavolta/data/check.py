@@ -13,11 +13,13 @@ from pathlib import Path
 from reprlib import repr as short
 
 import numpy as np
+from PIL import Image, ImageFile
 from tqdm.auto import tqdm
 
 from llavolta.data.collate import Collator
 from llavolta.data.entries import chat_messages, media_paths_of
-from llavolta.data.index import keep, kept_path, read_index, read_reasons
+from llavolta.data.images import find_file
+from llavolta.data.index import keep, kept_path, read_index
 from llavolta.data.llava import LlavaData
 from llavolta.errors import DataError
 
@@ -59,43 +61,84 @@ def find_bad(
 ) -> dict[int, str]:
     """The bad entries of a data file, in order, and the reason of each: structure, pictures and clips (all decoded).
 
-    workers: threads, for Pillow decodes outside Python's lock; None: one a core. What was found is kept in data/cache
-    and holds while the file stays as it is; fresh: look again. Raises DataError if the file itself cannot be read.
+    What was found is saved in data/cache. It holds while the data file, its images and clips (by size, time and inode)
+    and this code stay as they are: entries whose files have changed, come or gone are looked at again.
+
+    Args:
+        workers: threads, for Pillow decodes outside Python's lock; None: one a core.
+        fresh: look at all entries again.
+
+    Raises:
+        DataError: the file itself cannot be read.
     """
     file, folder = Path(file), Path(images) if images else Path(file).parent
     index = read_index(file)
-    kept = kept_path(file, "json", folder.resolve())
-    if kept.exists() and not fresh:
-        try:
-            held = json.loads(kept.read_text())
-            if held["version"] == index.version:
-                return read_reasons(held["bad"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged; it is made again
-            pass
-    bad = dict(index.bad)
-    if len(bad) < len(index.start):
+    saved = kept_path(file, "json", folder.resolve())
+    version = [*index.version, Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES]
+    bad, media, todo = (None if fresh else _read_findings(saved, version, folder)) or (dict(index.bad), {}, None)
+    if todo is not None and not todo:
+        return bad
+    if len(index.bad) < len(index.start):
         data = LlavaData(file, folder, skip=())
-        parts = np.array_split(np.arange(len(data)), -(-len(data) // 64))
+        entries = np.arange(len(data)) if todo is None else np.flatnonzero(np.isin(data.rows, list(todo)))
+        parts, seen = np.array_split(entries, -(-len(entries) // 64)), {}
         with (
             ThreadPoolExecutor(workers or os.cpu_count()) as pool,
-            tqdm(total=len(data), desc=f"checking {file.name}", unit="entry", disable=not progress) as bar,
+            tqdm(total=len(entries), desc=f"checking {file.name}", unit="entry", disable=not progress) as bar,
         ):
-            for part, found in zip(parts, pool.map(partial(_bad_media, data), parts), strict=True):
+            for part, (found, looked) in zip(parts, pool.map(partial(_look_at, data), parts), strict=True):
                 bad |= found
+                for path, stamp, row in looked:
+                    rows = seen.setdefault(path, [stamp, []])[1]
+                    if rows[-1:] != [row]:
+                        rows.append(row)
                 bar.update(len(part))
+        for path, (stamp, rows) in seen.items():
+            media.setdefault(path, [stamp, rows])[0] = stamp
     bad = dict(sorted(bad.items()))
-    keep(kept, json.dumps({"version": index.version, "bad": json.dumps(bad)}).encode())
+    keep(saved, json.dumps({"version": version, "bad": bad, "media": media}).encode())
     return bad
 
 
-def _bad_media(data: LlavaData, part: np.ndarray) -> dict[int, str]:
-    bad = {}
+def _read_findings(saved: Path, version: list, folder: Path) -> tuple[dict[int, str], dict[str, list], set[int]] | None:
+    """What an earlier check saved of entries whose files are as they were; None if there is nothing of use.
+
+    Returns:
+        The reasons of bad entries, by entry; of each path its stamp and the entries that name it; and the entries that
+        are to be looked at again.
+    """
+    try:
+        found = json.loads(saved.read_text())
+        if found["version"] != version:
+            return None
+        media = found["media"]
+        changed = {row for path, (stamp, rows) in media.items() if stamp != _stamp(folder, path) for row in rows}
+        return {int(row): why for row, why in found["bad"].items() if int(row) not in changed}, media, changed
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged; it is made again
+        return None
+
+
+def _stamp(folder: Path, path: str) -> list[int] | None:
+    """What changes when the image or clip at ``path`` does; None if there is none."""
+    try:
+        stat = find_file(folder, path, "").stat()
+    except (DataError, OSError):
+        return None
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def _look_at(data: LlavaData, part: np.ndarray) -> tuple[dict[int, str], list[tuple[str, list[int] | None, int]]]:
+    """The bad entries of ``part``, and the path and stamp of each of its files, taken before it is read."""
+    bad, seen = {}, []
     for index in part:
+        row = int(data.rows[index])
         try:
+            outside = [path for path, content in data.sources(index) if content is None]
+            seen += [(path, _stamp(data.folder, path), row) for path in outside]
             data.check_media(index)
         except DataError as error:
-            bad[int(data.rows[index])] = str(error)
-    return bad
+            bad[row] = str(error)
+    return bad, seen
 
 
 def find_too_long(data: LlavaData, collate: Collator, progress: bool = True) -> dict[int, str]:

@@ -9,9 +9,12 @@ import os
 import sys
 from array import array
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version as version_of
 from pathlib import Path
 
 import numpy as np
+import PIL
 
 from llavolta.data.entries import as_llava, check_entry, media_paths_of
 from llavolta.data.jsonlist import WrongFormat, scan
@@ -114,9 +117,18 @@ def file_version(file: str | Path | int) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
+@cache
+def _code() -> str:
+    """Of what reads and checks data files, with the versions of the libraries that decode."""
+    digest = hashlib.sha256(f"{PIL.__version__} {version_of('av')}".encode())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def kept_path(file: Path, suffix: str, *more: object) -> Path:
-    """Where something about ``file`` (and ``more``) is kept."""
-    key = hashlib.sha256(repr([str(part) for part in (file.resolve(), *more)]).encode()).hexdigest()[:16]
+    """Where something about ``file`` (and ``more``) is kept, as this code finds it."""
+    key = hashlib.sha256(repr([str(part) for part in (file.resolve(), *more, _code())]).encode()).hexdigest()[:16]
     return CACHE / f"{file.stem}-{key}.{suffix}"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from llavolta.data.entries import MEDIA, PLACEHOLDER, as_llava, chat_messages, media_paths_of, plain_text
+from llavolta.data.entries import PLACEHOLDER, as_llava, chat_messages, media_paths_of, plain_text
 from llavolta.data.images import check_folder, image_size, open_image, open_video
 from llavolta.data.index import file_version, read_index
 from llavolta.data.table import Table, is_table, open_table
@@ -138,10 +138,11 @@ class LlavaData(Dataset):
     def _name(self, index: int, entry: dict) -> str:
         return f"{self.file.name} entry {self.rows[index]} (id {short(entry.get('id'))})"
 
-    def media_paths(self, index: int) -> list[Path]:
-        """The files of an entry's pictures and clips."""
+    def sources(self, index: int) -> list[tuple[str, bytes | None]]:
+        """Of each image and clip of an entry: its path below the folder, and the content that a table has of it."""
         entry = self.entry(index)
-        return [self.folder / path for medium in MEDIA for path in media_paths_of(entry, medium)]
+        images = [self._held(index, path) for path in media_paths_of(entry)]
+        return [*images, *((path, None) for path in media_paths_of(entry, "video"))]
 
     def questions(self) -> Iterator[dict]:
         """Every turn as a question of its own: index (of the entry), type, question, answer."""

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from llavolta.compression.patch import compress
 from llavolta.data import LlavaData, check_words
+from llavolta.data.images import find_file
 from llavolta.studies.opening import answering
 
 LEAST_NEW_TOKENS = 4  # so that a model's own wrong answers can be read
@@ -46,8 +47,10 @@ def asked_digest(data: LlavaData, questions: list[dict]) -> bytes:
     """Of what is asked: the questions of ``data``, their answers, and their pictures and clips, byte by byte."""
     digest = hashlib.blake2b(json.dumps([questions, data.pad, data.frames]).encode(), digest_size=12)
     for index in dict.fromkeys(question["index"] for question in questions):
-        for path in data.media_paths(index):
-            digest.update(path.read_bytes())
+        for path, content in data.sources(index):
+            if content is None:
+                content = find_file(data.folder, path, data.file.name).read_bytes()
+            digest.update(f"{len(content)} ".encode() + content)
     return digest.digest()
 
 

@@ -143,7 +143,7 @@ def test_check_names_every_bad_entry_and_why(folder, capsys):
     reasons = {
         3: "no image 'no.jpg'",
         4: "image 'cut.jpg' cannot be read",
-        5: "image 'page.jpg' cannot be read",
+        5: "image 'page.jpg' is a web page",
         6: "leads out of the image folder",
         7: "no image 'no.png'",
         8: "no 'conversations' list",
@@ -165,12 +165,47 @@ def test_check_names_every_bad_entry_and_why(folder, capsys):
     assert main(["check", str(file), str(folder / "none")]) == 2 and "no image folder" in capsys.readouterr().err
 
 
-def test_what_was_found_holds_until_it_is_looked_for_again(folder, monkeypatch):
-    file = write(folder, entry(), entry("late.png"))
-    assert list(find_bad(file, folder, progress=False)) == [1]
-    (folder / "late.png").write_bytes((folder / "a.png").read_bytes())
-    assert list(find_bad(file, folder, progress=False)) == [1]
-    assert find_bad(file, folder, fresh=True, progress=False) == find_bad(file, folder, progress=False) == {}
+def test_what_was_found_holds_while_the_images_stay_as_they_are(folder, monkeypatch):
+    """Entries whose files came, went or changed are looked at again, those that share an image, too, and no others."""
+    good, cut = (folder / "a.png").read_bytes(), (folder / "a.jpg").read_bytes()[:300]
+    names = ["a.png", "late.png", "cut.png", ["a.png", "late.png"], "lost.png"]
+    (folder / "cut.png").write_bytes(cut)
+    (folder / "lost.png").write_bytes(good)
+    file = write(folder, *map(entry, names), entry(None))
+    looked = []
+    monkeypatch.setattr(
+        LlavaData, "check_media", lambda self, i, own=LlavaData.check_media: looked.append(i) or own(self, i)
+    )
+
+    def found() -> tuple[list[int], list[int]]:
+        looked.clear()
+        return list(find_bad(file, folder, progress=False)), sorted(looked)
+
+    assert found() == ([1, 2, 3], [0, 1, 2, 3, 4, 5])
+    assert found() == ([1, 2, 3], [])
+    (folder / "late.png").write_bytes(good)
+    assert found() == ([2], [1, 3])
+    (folder / "cut.png").write_bytes(good)
+    (folder / "lost.png").unlink()
+    assert found() == ([4], [2, 4])
+    stat = (folder / "a.png").stat()
+    (folder / "new").write_bytes(cut.ljust(stat.st_size, b"\0"))  # another file of the same size and time
+    os.utime(folder / "new", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    (folder / "new").replace(folder / "a.png")
+    assert found() == ([0, 3, 4], [0, 3])
+    assert found() == ([0, 3, 4], [])
+    assert list(find_bad(file, folder, fresh=True, progress=False)) == [0, 3, 4] and len(looked) == 6
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert found()[1] == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_was_found_by_other_code_is_found_again(tmp_path, monkeypatch):
+    before = data_index.kept_path(tmp_path / "a.json", "json")
+    assert before == data_index.kept_path(tmp_path / "a.json", "json")
+    data_index._code.cache_clear()
+    monkeypatch.setattr(data_index.PIL, "__version__", "0")
+    assert data_index.kept_path(tmp_path / "a.json", "json") != before
+    data_index._code.cache_clear()
 
 
 def test_entries_left_out_keep_the_names_of_the_others(folder):

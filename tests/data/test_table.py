@@ -11,6 +11,7 @@ from PIL import Image
 
 from llavolta.data import DataError, LlavaData, find_bad
 from llavolta.data.__main__ import main
+from llavolta.studies.evaluation import asked_digest
 from llavolta.train.config import TrainConfig
 from llavolta.train.run import train
 
@@ -119,3 +120,27 @@ def test_tables_that_are_none(tmp_path):
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(str(tmp_path / "other.parquet"))
     with pytest.raises(DataError, match="no column 'messages'; it has text"):
         LlavaData(tmp_path / "other.parquet")
+
+
+@pytest.mark.parametrize("where", ["file", "saved", "beside"])
+def test_answers_of_a_table_are_saved_under_its_images(pairs, where, tmp_path):
+    """What names a sweep's and a comparison's saved answers depends on the bytes that the table, or a file, holds."""
+
+    def digest(pairs, name: str) -> bytes:
+        made, file = table(pairs), tmp_path / name
+        if where == "saved":
+            made.save_to_disk(str(file))
+        elif where == "file":
+            made.to_parquet(str(file := file.with_suffix(".parquet")))
+        else:
+            file.mkdir()
+            for number, (*_, image) in enumerate(pairs):
+                image.save(file / f"{number}.png")
+            paths = [[{"bytes": None, "path": f"{number}.png"}] for number in range(len(pairs))]
+            made = made.remove_columns("images").add_column("images", paths)
+            made.to_parquet(str(file := file / "chat.parquet"))
+        data = LlavaData(file)
+        return asked_digest(data, list(data.questions()))
+
+    other = [(asked, answered, image.rotate(90)) for asked, answered, image in pairs[:2]]
+    assert digest(pairs[:2], "a") == digest(pairs[:2], "b") != digest(other, "c")
