@@ -24,7 +24,7 @@ from llavolta.cost.bench import (
 from llavolta.cost.gpu_report import gpu_report
 from llavolta.cost.precision import precision_times
 from llavolta.errors import UserError
-from llavolta.paths import PAPERS
+from llavolta.paths import PAPERS, given_path
 from llavolta.train.schemes import NAMED
 
 
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     precision.add_argument("--batch", type=int, default=8)
     precision.add_argument("--rounds", type=int, default=3)
     gpu = commands.add_parser("gpu", help="everything on one GPU at the shapes of LLaVA-1.5-7B, in minutes")
-    gpu.add_argument("--folder", type=Path, default=PAPERS / "benchmarks", help="of gpu-<card>.md and .csv")
+    gpu.add_argument("--folder", type=given_path, default=PAPERS / "benchmarks", help="of gpu-<card>.md and .csv")
     gpu.add_argument("--parts", nargs="+", default=[], help="some of them (default: all)")
     gpu.add_argument("--minutes", type=float, default=8, help="no part begins after so many")
     gpu.add_argument("--tiny", action="store_true", help="small shapes, also on a CPU: whether it all works")

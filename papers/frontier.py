@@ -17,7 +17,7 @@ import pandas as pd
 import search
 
 from llavolta.errors import UserError
-from llavolta.paths import PAPERS, RUNS
+from llavolta.paths import PAPERS, RUNS, given_path
 from llavolta.show import plots
 from llavolta.studies import compare
 from llavolta.train import build
@@ -70,7 +70,8 @@ def recorded() -> pd.DataFrame:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python papers/frontier.py", description=__doc__.split("\n")[0])
     parser.add_argument("--measure", action="store_true", help="the speed-ups anew")
-    parser.add_argument("--model", type=Path, default=RUNS / "search" / "0" / compare.BASELINE, help="a trained one")
+    trained = RUNS / "search" / "0" / compare.BASELINE
+    parser.add_argument("--model", type=given_path, default=trained, help="a trained one")
     options = parser.parse_args(arguments)
     try:
         if options.measure:

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from llavolta.data import LlavaData
 from llavolta.errors import UserError
-from llavolta.paths import NANO_TUNED, PAPERS
+from llavolta.paths import NANO_TUNED, PAPERS, given_path
 from llavolta.studies.evaluation import evaluate
 from llavolta.studies.opening import open_model
 from llavolta.studies.statistics import OVERALL, accuracy_table, interval, paired_difference
@@ -133,15 +133,16 @@ def _course(course: pd.DataFrame) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python papers/nano.py")
     parser.add_argument("--limit", type=int, help="the first so many questions of each file")
-    parser.add_argument("--curve", metavar="FOLDER", help="of saved adapters; writes curve.csv alone")
-    parser.add_argument("--ship", metavar="RUN", help="a finished run of the preset nano; makes data/nano-tuned alone")
+    parser.add_argument("--curve", type=given_path, metavar="FOLDER", help="of saved adapters; writes curve.csv alone")
+    about = "a finished run of the preset nano; makes data/nano-tuned alone"
+    parser.add_argument("--ship", type=given_path, metavar="RUN", help=about)
     options = parser.parse_args(arguments)
     try:
         if options.ship:
-            print(ship(Path(options.ship)))
+            print(ship(options.ship))
             return 0
         if options.curve:
-            table = curve(Path(options.curve), options.limit or 200)
+            table = curve(options.curve, options.limit or 200)
             table.to_csv(FOLDER / "curve.csv", index=False, float_format="%.4f")
             return 0
         table, cost = accuracies(options.limit)

@@ -23,7 +23,7 @@ import pandas as pd
 import yaml
 
 from llavolta.errors import UserError
-from llavolta.paths import PAPERS, RUNS
+from llavolta.paths import PAPERS, RUNS, given_path
 from llavolta.studies import compare
 from llavolta.studies.compare import BASELINE
 from llavolta.train import build
@@ -176,7 +176,7 @@ def fewer_speedups(controls: Mapping[str, Mapping[str, int]], config: TrainConfi
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python papers/search.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--candidates", type=Path, default=FOLDER / "candidates.yaml")
+    parser.add_argument("--candidates", type=given_path, default=FOLDER / "candidates.yaml")
     parser.add_argument("--preset", default="embedded", help="what all runs share")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="changes any parameter of it")
     parser.add_argument("--winner", nargs="*", help="candidates by name: search nothing, and give the verdict on them")
@@ -192,8 +192,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--fresh", type=int, default=len(FRESH), help="seeds of the verdict")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time; 1 on a GPU")
-    parser.add_argument("--output", type=Path, help="of the runs; by default data/runs/search")
-    parser.add_argument("--record", type=Path, default=FOLDER)
+    parser.add_argument("--output", type=given_path, help="of the runs; by default data/runs/search")
+    parser.add_argument("--record", type=given_path, default=FOLDER)
     options = parser.parse_args(arguments)
     try:
         changes = dict(output=str(options.output or RUNS / "search"), log_steps=5)

@@ -56,7 +56,14 @@ def test_it_trains_away_from_the_checkout(site, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("given", "where"), [({}, ".cache/llavolta"), ({"XDG_CACHE_HOME": "/else"}, "/else/llavolta")])
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [
+        ({}, ".cache/llavolta"),
+        ({"XDG_CACHE_HOME": "/else"}, "/else/llavolta"),
+        ({"LLAVOLTA_DATA": "~/mine"}, "mine"),
+    ],
+)
 def test_without_a_folder_given_it_writes_to_the_users_cache(site, tmp_path, given, where):
     environment = {name: value for name, value in os.environ.items() if name not in ("LLAVOLTA_DATA", "XDG_CACHE_HOME")}
     environment |= {"PYTHONPATH": str(site), "HOME": str(tmp_path)} | given

@@ -6,27 +6,27 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from llavolta.data.check import check_words, find_bad
 from llavolta.data.index import read_index
 from llavolta.data.llava import LlavaData
 from llavolta.errors import DataError, UserError
+from llavolta.paths import given_path
 from llavolta.worlds import model_path
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llavolta.data", description=__doc__)
     check = parser.add_subparsers(required=True).add_parser("check", help="name every bad entry of a data set")
-    check.add_argument("file", help="LLaVA JSON")
-    check.add_argument("folder", nargs="?", help="of the pictures; default: that of FILE")
+    check.add_argument("file", type=given_path, help="LLaVA JSON")
+    check.add_argument("folder", nargs="?", type=given_path, help="of the pictures; default: that of FILE")
     check.add_argument("--workers", type=int, help="threads that decode pictures; default: one a core")
     check.add_argument("--model", help="folder or hub name of the model, whose tokenizer must know the words")
     check.add_argument("--json", action="store_true", help='print one object, {"entries": n, "bad": {index: reason}}')
     options = parser.parse_args(arguments)
     try:
         bad = find_bad(options.file, options.folder, options.workers, fresh=True)
-        entries = len(read_index(Path(options.file)).start)
+        entries = len(read_index(options.file).start)
         strange = _strange_words(options, bad) if options.model and len(bad) < entries else None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -49,7 +49,7 @@ def _strange_words(options: argparse.Namespace, bad: dict[int, str]) -> str | No
     except (OSError, ValueError) as error:
         raise DataError(f"no tokenizer of {options.model!r} ({str(error).splitlines()[0]})") from None
     try:
-        check_words(LlavaData(options.file, options.folder, skip=bad).texts(), tokenizer, Path(options.file).name)
+        check_words(LlavaData(options.file, options.folder, skip=bad).texts(), tokenizer, options.file.name)
     except DataError as error:
         return str(error)
     return None

@@ -16,7 +16,7 @@ from llavolta.harness import TASKS
 from llavolta.harness.local import DIGITS, HarnessError, write_digits
 from llavolta.harness.run import read_samples, run
 from llavolta.harness.video import CLIP_NAMES, prepare
-from llavolta.paths import RUNS
+from llavolta.paths import RUNS, given_path
 from llavolta.studies.evaluation import evaluate
 from llavolta.studies.opening import embedded_llava, open_study
 from llavolta.train.checkpoints import RECORD
@@ -94,22 +94,22 @@ def main(arguments: list[str] | None = None) -> int:
     runs.add_argument(
         "--tasks", required=True, help=f"lmms-eval's names, with commas between; the papers': {', '.join(TASKS)}"
     )
-    runs.add_argument("--output", required=True, type=Path, help="a new folder")
+    runs.add_argument("--output", required=True, type=given_path, help="a new folder")
     runs.add_argument("--plan", default="none")
     runs.add_argument("--batch-size", type=int, default=16)
     runs.add_argument("--processes", type=int, default=1, help="on this machine, one a GPU")
-    runs.add_argument("--include", type=Path, help="a folder of further task files")
+    runs.add_argument("--include", type=given_path, help="a folder of further task files")
     runs.add_argument("--limit", type=int, help="the first so many questions a task")
     runs.add_argument("--model-args", nargs="*", default=[], metavar="NAME=VALUE", help="such as pad_to_square=true")
     video = commands.add_parser("video", help="make tasks of MSVD-QA or MSRVTT-QA from the published files")
     video.add_argument("task", choices=list(CLIP_NAMES))
-    video.add_argument("questions", type=Path, help="test_qa.json, or test_q.json with --answers")
-    video.add_argument("--answers", type=Path, help="test_a.json")
-    video.add_argument("--videos", type=Path, required=True, help="folder of the clips")
-    video.add_argument("--output", type=Path, required=True, help="folder for the task files, for --include")
+    video.add_argument("questions", type=given_path, help="test_qa.json, or test_q.json with --answers")
+    video.add_argument("--answers", type=given_path, help="test_a.json")
+    video.add_argument("--videos", type=given_path, required=True, help="folder of the clips")
+    video.add_argument("--output", type=given_path, required=True, help="folder for the task files, for --include")
     local = commands.add_parser("embedded", help="the embedded model on the digits, compared with llavolta.studies")
     local.add_argument("--model", help="a trained folder instead of the embedded one")
-    local.add_argument("--output", type=Path, default=RUNS / "eval", help="an earlier one there is replaced")
+    local.add_argument("--output", type=given_path, default=RUNS / "eval", help="an earlier one there is replaced")
     local.add_argument("--plans", nargs="+", help=f"none, and {STAGE_I} scaled to the model's depth, unless given")
     local.add_argument("--limit", type=int, default=600, help="the first so many of 1200 questions")
     options = vars(parser.parse_args(arguments))

@@ -12,7 +12,7 @@ import yaml
 
 from llavolta.errors import UserError
 from llavolta.harness.run import read_results
-from llavolta.paths import PUBLISHED
+from llavolta.paths import PUBLISHED, given_path
 from llavolta.train.trainer import read_metrics
 
 # Column: lmms-eval's task, its metric, and what to multiply that by for percent. MME's perception score is of 2000.
@@ -55,7 +55,7 @@ def paper_table(runs: Mapping[str, Sequence[str | Path]], columns: Sequence[str]
     folder, where it is one of ours. Raises TableError if a row's folders are of two models or plans, or give one
     benchmark twice.
     """
-    rows = {name: _row(name, [Path(folder) for folder in folders], columns) for name, folders in runs.items()}
+    rows = {name: _row(name, [given_path(folder) for folder in folders], columns) for name, folders in runs.items()}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=[*columns, AVERAGE, HOURS, RATIO], dtype=float)
     common = [column for column in columns if len(table) and table[column].notna().all()]
     if common:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 
 from llavolta.data import check_words, open_image
 from llavolta.errors import UserError
-from llavolta.paths import RUNS
+from llavolta.paths import RUNS, given_path
 from llavolta.show import plots
 from llavolta.studies import inspect
 from llavolta.studies.opening import StudyError, open_model, open_study
@@ -20,17 +19,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llavolta.show", description=__doc__.partition(": ")[2])
     parser.add_argument("model", help="a name such as nano-tuned, a folder or a hub name")
     parser.add_argument(
-        "--picture", help="a picture of your own; without it, pictures of the model's held-out questions"
+        "--picture",
+        type=given_path,
+        help="a picture of your own; without it, pictures of the model's held-out questions",
     )
     parser.add_argument("--question", action="append", help="about the picture, in plain words; may be given again")
     parser.add_argument("--count", type=int, default=6, help="of held-out questions (6)")
     parser.add_argument("--plan", default="none", help="of compression, such as 2:avgpool:8 (none)")
-    parser.add_argument("--output", default=str(RUNS / "asked.png"), help="the drawing's file (%(default)s)")
+    asked = RUNS / "asked.png"
+    parser.add_argument("--output", type=given_path, default=asked, help="the drawing's file (%(default)s)")
     options = parser.parse_args(arguments)
     try:
         rows = _own(options) if options.picture else _heldout(options)
         figure = plots.asked([(picture, asked, view.answer, right) for picture, asked, view, right in rows])
-        file = Path(options.output)
+        file = options.output
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=120, bbox_inches="tight")  # with all lines of a long answer
     except (UserError, OSError, ValueError) as error:
@@ -46,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _own(options) -> list[tuple]:
     if not options.question:
         raise StudyError("--picture needs a --question")
-    file = Path(options.picture).expanduser()
+    file = options.picture
     picture = open_image(file.parent, file.name, "--picture")
     model, processor, _ = open_model(options.model)
     check_words(options.question, processor.tokenizer, "the questions")

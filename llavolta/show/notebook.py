@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 from llavolta.errors import UserError
+from llavolta.paths import expand
 from llavolta.train.config import parse_yaml
 
 # What a parameter may be, in the order of trying, and how an error calls it.
@@ -82,7 +83,7 @@ def _read(value, kind: str, each: str | None = None, alone: bool = True):
     elif kind == "bool" and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     elif kind in ("plan", "str") and isinstance(value, str):
-        return value
+        return expand(value)  # where it is a path
     elif kind in ("int", "float") and isinstance(value, str | int | float) and not isinstance(value, bool):
         number = float(value)
         if kind == "float" and math.isfinite(number):

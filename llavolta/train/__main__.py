@@ -6,11 +6,11 @@ import argparse
 import os
 import signal
 import sys
-from pathlib import Path
 
 import torch
 
 from llavolta.errors import Stopped, UserError
+from llavolta.paths import given_path
 from llavolta.train.config import PRESETS, ConfigError, TrainConfig, parse_changes, parse_yaml
 from llavolta.train.launch import launch
 from llavolta.train.run import WANTED_PROCESSES, train
@@ -33,7 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="\n".join(["parameters:", *about]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help=f"YAML file of TrainConfig's parameters, or a preset: {', '.join(PRESETS)}")
+    presets = ", ".join(PRESETS)
+    parser.add_argument(
+        "config", type=given_path, help=f"YAML file of TrainConfig's parameters, or a preset: {presets}"
+    )
     parser.add_argument("--stage", type=int, help="overrides the file's stage")
     parser.add_argument("--output", help="overrides the file's output")
     parser.add_argument("--num-processes", type=int, metavar="N", help="processes of this machine, by torchrun")
@@ -44,14 +47,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         changes = {key: getattr(options, key) for key in ("stage", "output") if getattr(options, key) is not None}
         changes |= parse_changes(options.set)
-        if options.config in PRESETS:
-            config = TrainConfig.from_preset(options.config, **changes)
+        if (name := str(options.config)) in PRESETS:
+            config = TrainConfig.from_preset(name, **changes)
         else:
             try:
-                text = Path(options.config).read_text(encoding="utf-8")
+                text = options.config.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise ConfigError(f"{options.config} is not UTF-8 text ({error})") from None
-            values = parse_yaml(text, options.config)
+            values = parse_yaml(text, name)
             if not isinstance(values, dict):
                 raise ConfigError(f"{options.config} must hold 'name: value' lines")
             config = TrainConfig(**values | changes)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from llavolta.compression.plan import check_layers, parse_plan
 from llavolta.errors import ConfigError
+from llavolta.paths import expand
 from llavolta.train.projectors import OWN, parse_projector
 from llavolta.train.schemes import NAMED, Scheme, Stage
 
@@ -36,34 +37,38 @@ _Rate = Annotated[_Number, Field(ge=1e-12, lt=1)]
 _Epochs = Annotated[_Number, Field(ge=1e-6, lt=1e6)]
 _Count = Annotated[int, Field(ge=0)]
 _Positive = Annotated[int, Field(ge=1)]
+_Path = Annotated[str, AfterValidator(expand)]
 
 
 class TrainConfig(BaseModel):
-    """Everything a run depends on. The defaults are the embedded scale; ``PRESETS`` names others."""
+    """Everything a run depends on. The defaults are the embedded scale; ``PRESETS`` names others.
+
+    A path may begin with ~, the user's home folder. Environment variables are not expanded.
+    """
 
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
 
-    output: str
+    output: _Path
     """The folder that the run is written to."""
-    model: str = "embedded"
+    model: _Path = "embedded"
     """A Hugging Face folder or hub name; "embedded" is the tiny LLaVA in data/, "embedded-video" a Video-LLaVA of its
     parts."""
-    vision_tower: str | None = None
+    vision_tower: _Path | None = None
     """With language_model, in place of ``model``: a folder or hub name, to make a LLaVA with a new projector of."""
-    language_model: str | None = None
+    language_model: _Path | None = None
     """The other part of that LLaVA."""
     projector: str = OWN
     """A new one for projector alignment to train, such as "stf:2" (see train.projectors); "mlp": the model's own."""
 
-    data: str = "digits"
+    data: _Path = "digits"
     """LLaVA JSON; "digits" and "clips" are the generated digits VQA and clips VQA."""
-    images: str | None = None
+    images: _Path | None = None
     """Image folder of ``data``."""
-    align_data: str | None = None
+    align_data: _Path | None = None
     """LLaVA JSON for projector alignment; None: that of ``data``."""
-    align_images: str | None = None
+    align_images: _Path | None = None
     """Image folder of ``align_data``."""
     bad_entries: Literal["fail", "skip"] = "fail"
     """"fail" at the first entry that cannot be read, or "skip" those that a check of all pictures and clips finds
@@ -135,9 +140,9 @@ class TrainConfig(BaseModel):
     """Autocast to bfloat16. "auto": where it is faster, on a GPU or a CPU that has instructions for it."""
     gradient_checkpointing: bool = False
     """Compute layers again in the backward pass in place of keeping what they computed."""
-    deepspeed: str | None = None
+    deepspeed: _Path | None = None
     """"zero2", "zero3", "zero3-offload" or a DeepSpeed JSON file."""
-    fsdp: str | None = None
+    fsdp: _Path | None = None
     """"fsdp2" or a file of Trainer's fsdp_config. Neither: DistributedDataParallel."""
 
     save_steps: _Count = 0

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import yaml
@@ -29,10 +30,11 @@ def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> P
     if num_processes == 1 and not (config.deepspeed or config.fsdp or torchrun):
         return train(config)
     options = shlex.split(torchrun) or ["--standalone"]
-    output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    file = output.with_name(f"{output.name}.launch.yaml")
-    file.write_text(yaml.safe_dump(config.model_dump()))
+    # A file of this start alone: another one, on another machine too, has its own.
+    handle, name = tempfile.mkstemp(suffix=".yaml", prefix="llavolta-")
+    file = Path(name)
+    with os.fdopen(handle, "w") as stream:
+        yaml.safe_dump(config.model_dump(), stream)
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_processes}", *options]
     environment = {
         **os.environ,
@@ -62,7 +64,7 @@ def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> P
         raise Stopped(stopped[1].strip())
     if failed:
         raise ConfigError(f"training in {num_processes} processes failed: {_cause(lines)}")
-    return output
+    return Path(config.output)
 
 
 def _machines(options: list[str]) -> int:

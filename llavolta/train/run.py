@@ -91,8 +91,10 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
     with state.main_process_first():
         setup = prepare(config)
         if state.is_main_process:
-            _claim(output, config, setup)
+            _check_folder(output, config, setup)  # before the lock, which leaves a file
     with checkpoints.lock(output) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            _claim(output, config, setup)
         return _train(config, setup, progress)
 
 
@@ -184,18 +186,37 @@ def _bring(config: TrainConfig, phase: Phase, progress: bool) -> None:
 
 
 def _claim(output: Path, config: TrainConfig, setup: Setup) -> None:
-    """Write config.yaml, or check that the folder's is the same run; refuse the folder of another one.
+    """Write config.yaml into the folder, which must be locked. Raises ConfigError for another run's."""
+    _check_folder(output, config, setup)  # again: another training may have been here meanwhile
+    if not _has_trained(output):  # what a configuration that was refused has left out
+        (output / "skipped.json").unlink(missing_ok=True)
+    (output / "config.yaml").write_text(yaml.safe_dump(_written(config, setup), sort_keys=False))
+
+
+def _written(config: TrainConfig, setup: Setup) -> dict:
+    return {**config.model_dump(), "resolved_stages": setup.scheme.written}
+
+
+def _has_trained(output: Path) -> bool:
+    """Whether a run folder holds more than the configuration of a run that never saved a step."""
+    folders = (output, output / ALIGN)
+    return any((run / checkpoints.RECORD).exists() or any(run.glob("*checkpoint-*")) for run in folders)
+
+
+def _check_folder(output: Path, config: TrainConfig, setup: Setup) -> None:
+    """Refuse the folder of another run, unless that one has saved nothing. Raises ConfigError.
 
     max_steps and epochs are two ways to say how many steps a run has, which is what must be the same.
     """
-    values = {**config.model_dump(), "resolved_stages": setup.scheme.written}
-    file = output / "config.yaml"
+    values, file = _written(config, setup), output / "config.yaml"
     if file.exists():
         fields = TrainConfig.model_fields
         defaults = {name: fields[name].get_default() for name in fields}  # of parameters younger than the run
         written = parse_yaml(file.read_text(encoding="utf-8", errors="replace"), str(file))
         if not isinstance(written, dict) or not written:
             raise ConfigError(f"{file} holds no run's parameters; it is damaged: restore it, or name another output")
+        if "resolved_stages" in written and not _has_trained(output):
+            return
         held = defaults | written
         differ = [name for name in values if name not in _FREE and name != "plan" and held.get(name) != values[name]]
         if differ and {*differ} <= {"max_steps", "epochs"}:
@@ -206,8 +227,6 @@ def _claim(output: Path, config: TrainConfig, setup: Setup) -> None:
             raise ConfigError(f"{output} holds another run ({changes}); name another output, or remove it")
     elif output.exists() and any(path.name != checkpoints.LOCK for path in output.iterdir()):
         raise ConfigError(f"{output} is not empty and holds no config.yaml of a run; name another output")
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: bool) -> None:

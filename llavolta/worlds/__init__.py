@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from llavolta.errors import ConfigError, DataError
-from llavolta.paths import DATA, NANO_TUNED, RUNS, TINY_LLAVA
+from llavolta.paths import DATA, NANO_TUNED, RUNS, TINY_LLAVA, expand
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def world(name: str) -> World:
 
 def model_path(name: str) -> str:
     """The folder or hub name that ``name`` stands for. Raises ConfigError if it can be neither."""
-    path = str(MODELS[name]()) if name in MODELS else name
+    path = str(MODELS[name]()) if name in MODELS else expand(name)
     if not Path(path).exists() and (path.startswith((".", "/")) or path.count("/") != 1):
         raise ConfigError(
             f"no model folder {path}; give a Hugging Face folder, a hub name or one of {', '.join(MODELS)}"

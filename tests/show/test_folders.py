@@ -23,8 +23,11 @@ NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
 def claim(config: TrainConfig) -> None:
-    """As ``train`` does before it trains."""
-    run._claim(Path(config.output), config, build.prepare(config))
+    """As ``train`` does before it trains, and as if it had saved a step."""
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    run._claim(output, config, build.prepare(config))
+    (output / "scheme.json").touch()
 
 
 class Enough(Exception):

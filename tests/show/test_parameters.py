@@ -109,3 +109,9 @@ def test_a_misspelt_name_and_a_cell_that_has_not_run_are_one_line():
     assert converted(live, {"stage": 3, "plan": "none", "x": 1}) == {"stage": 3, "plan": None}
     with pytest.raises(ParameterError, match="true or false"):
         convert("bf16", "yes", "bool")
+
+
+def test_a_text_that_is_a_path_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert convert("output", "~/runs/x", "str|None", None) == "/home/me/runs/x"
+    assert convert("model", "a/b~c", "str") == "a/b~c"

@@ -179,12 +179,15 @@ def test_two_trainings_cannot_share_a_folder(settings, tmp_path, monkeypatch):
     output, step = tmp_path / "run", StageTrainer.training_step
 
     def second(self, *args):
-        with pytest.raises(UserError, match=f"another training is at work in {output}"):
-            run(settings, output)
+        written = (output / "config.yaml").read_text()
+        for change in ({}, {"log_steps": 7}, {"learning_rate": 1e-5}):  # free to change, or another run
+            with pytest.raises(UserError, match=f"another training is at work in {output}"):
+                run(settings, output, **change)
+        assert (output / "config.yaml").read_text() == written
         return step(self, *args)
 
     monkeypatch.setattr(StageTrainer, "training_step", second)
-    run(settings, output, stage=1)
+    run(settings, output, stage=1, save_steps=0)
     monkeypatch.undo()
     run(settings, output, stage=2)
 

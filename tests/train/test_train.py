@@ -205,6 +205,28 @@ class TestRefusals:
         (tmp_path / "thesis.tex").write_text("do not overwrite")
         with pytest.raises(ConfigError, match="not empty"):
             train(TrainConfig(output=str(tmp_path), **settings), progress=False)
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+        (tmp_path / "config.yaml").write_text("of: something else\n")
+        with pytest.raises(ConfigError, match="another run"):
+            train(TrainConfig(output=str(tmp_path), **settings), progress=False)
+        assert (tmp_path / "config.yaml").read_text() == "of: something else\n"
+
+    def test_a_refused_configuration_does_not_claim_the_folder(self, settings, scenes, tmp_path):
+        broken = json.loads((scenes / "train.json").read_text())
+        broken[0]["image"] = "images/none.png"
+        (tmp_path / "broken.json").write_text(json.dumps(broken))
+        short = {**settings, "align_steps": 0, "max_steps": 3}
+        refused = [
+            dict(data=str(tmp_path / "broken.json"), images=str(scenes), max_length=50),
+            dict(data=str(tmp_path / "broken.json"), images=str(scenes), max_length=50, bad_entries="skip"),
+            dict(stage=0),
+        ]
+        for change in refused:
+            with pytest.raises(ValueError):
+                train(TrainConfig(output=str(tmp_path / "run"), **{**short, **change}), progress=False)
+        train(TrainConfig(output=str(tmp_path / "run"), **short), progress=False)
+        with pytest.raises(ConfigError, match="another run"):
+            train(TrainConfig(output=str(tmp_path / "run"), **{**short, "seed": 1}), progress=False)
 
     @pytest.mark.parametrize(
         ("change", "match"),
@@ -404,6 +426,32 @@ def test_the_command_line_shows_a_traceback_only_of_programming_errors(tmp_path,
         assert main([*command, "--set", change]) == 1, change
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_a_path_may_begin_with_the_home_folder(settings, scenes, small_model, tmp_path, monkeypatch):
+    """It is trained where it is asked to be, once, and no folder is called ~."""
+    for name, target in (("data", scenes), ("model", small_model)):
+        (tmp_path / name).symlink_to(target)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    short = {**settings, "align_steps": 0, "max_steps": 3}
+    home = dict(model="~/model", data="~/data/train.json", images="~/data", align_data=None)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({**short, **home, "output": "~/runs/x"}))
+    assert main(["~/run.yaml"]) == 0
+    assert (tmp_path / "runs/x/scheme.json").exists() and not (tmp_path / "~").exists()
+    monkeypatch.setattr(StageTrainer, "train", lambda *_, **__: pytest.fail("trained again"))
+    assert main([str(file), "--set", "output=~/runs/x"]) == 0
+
+
+def test_every_path_of_a_configuration_may(tmp_path, monkeypatch):
+    (tmp_path / "engine.json").write_text("{}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = ["output", "model", "vision_tower", "language_model", "data", "images"]
+    paths += ["align_data", "align_images"]
+    for given in ([*paths, "deepspeed"], [*paths, "fsdp"]):
+        config = TrainConfig(**dict.fromkeys(given, "~/engine.json"))
+        assert {getattr(config, name) for name in given} == {str(tmp_path / "engine.json")}
 
 
 def test_a_stage_is_a_whole_number():
