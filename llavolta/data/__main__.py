@@ -7,10 +7,11 @@ import argparse
 import json
 import sys
 
-from llavolta.data.check import check_words, find_bad
+from llavolta.data.check import check_words, find_bad, find_too_long
+from llavolta.data.collate import Collator
 from llavolta.data.index import read_index
 from llavolta.data.llava import LlavaData
-from llavolta.errors import DataError, UserError
+from llavolta.errors import ConfigError, DataError, UserError
 from llavolta.paths import given_path
 from llavolta.worlds import model_path
 
@@ -21,12 +22,17 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("file", type=given_path, help="LLaVA JSON")
     check.add_argument("folder", nargs="?", type=given_path, help="of the pictures; default: that of FILE")
     check.add_argument("--workers", type=int, help="threads that decode pictures; default: one a core")
-    check.add_argument("--model", help="folder or hub name of the model, whose tokenizer must know the words")
+    check.add_argument(
+        "--model",
+        help="folder or hub name of the model, whose tokenizer must know the words and processor read the images",
+    )
     check.add_argument("--json", action="store_true", help='print one object, {"entries": n, "bad": {index: reason}}')
     options = parser.parse_args(arguments)
     try:
         bad = find_bad(options.file, options.folder, options.workers, fresh=True)
         entries = len(read_index(options.file).start)
+        if options.model and len(bad) < entries:
+            bad = dict(sorted((bad | _refused(options, bad)).items()))
         strange = _strange_words(options, bad) if options.model and len(bad) < entries else None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -38,6 +44,21 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.model:
             print("words were not checked against a tokenizer; --model NAME does", file=sys.stderr)
     return int(bool(bad or strange))
+
+
+def _refused(options: argparse.Namespace, bad: dict[int, str]) -> dict[int, str]:
+    """The entries that a model's processor refuses, for the sizes of their images."""
+    from llavolta.train.models import load_processor, read_config, whole_path
+
+    data = LlavaData(options.file, options.folder, skip=bad)
+    if not data.has_image.any():
+        return {}
+    try:
+        processor = load_processor(read_config(options.model), whole_path(options.model))
+    except (ConfigError, OSError, ValueError) as error:
+        print(f"note: the sizes of images were not checked, as there is no processor ({error})", file=sys.stderr)
+        return {}
+    return find_too_long(data, Collator(processor, max_length=sys.maxsize))
 
 
 def _strange_words(options: argparse.Namespace, bad: dict[int, str]) -> str | None:

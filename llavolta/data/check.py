@@ -142,7 +142,8 @@ def _look_at(data: LlavaData, part: np.ndarray) -> tuple[dict[int, str], list[tu
 
 
 def find_too_long(data: LlavaData, collate: Collator, progress: bool = True) -> dict[int, str]:
-    """The entries of ``data``'s file of which ``collate`` would refuse what ``max_length`` leaves, and why.
+    """The entries of ``data``'s file of which ``collate`` would refuse what ``max_length`` leaves, or whose images its
+    processor refuses for their sizes, and why.
 
     Without decoding a picture: how many tokens one becomes depends on its size. A text has at most a token a byte, so
     of most entries not even the text is tokenized.
@@ -168,7 +169,7 @@ def find_too_long(data: LlavaData, collate: Collator, progress: bool = True) -> 
                 counts = [fixed] * int(pictures[index])
                 if fixed is None:
                     sizes = [data.picture_size(index, path, name) for path in media_paths_of(entry)]
-                    counts = [collate.picture_tokens(size, len(sizes) == 1) for size in sizes]
+                    counts = [collate.picture_tokens(size, len(sizes) == 1, name) for size in sizes]
                 collate.check_room(chat_messages(entry), name, counts)
         except DataError as error:
             found[int(data.rows[index])] = str(error)

@@ -15,6 +15,7 @@ from llavolta.data.llava import Example
 from llavolta.errors import DataError
 
 IGNORED = -100
+REFUSALS = (ValueError, ArithmeticError, LookupError, RuntimeError)  # what processors raise of sizes
 
 
 @dataclass
@@ -42,7 +43,17 @@ class Collator:
             raise DataError(f"{type(self.processor).__name__} reads no video; train a model that does, or drop them")
         by_text = [example.images for example in examples] if images else None  # some check their number text by text
         visual = {"images": by_text} | ({"videos": videos} if videos else {})
-        encoded = self.processor(text=list(texts), **visual, padding=True, padding_side="right", return_tensors="pt")
+        try:
+            encoded = self.processor(
+                text=list(texts), **visual, padding=True, padding_side="right", return_tensors="pt"
+            )
+        except REFUSALS as error:
+            for example in examples:  # which of them it is
+                for image in example.images:
+                    self.picture_tokens(image.size, len(example.images) == 1, example.name)
+            if videos and len(examples) == 1:
+                raise DataError(f"{examples[0].name}: {self._refusal('its video', error)}") from None
+            raise
         plain = tokenizer(list(texts), return_offsets_mapping=True)
         ids = encoded["input_ids"]
         placeholder = torch.isin(ids, self._placeholders)
@@ -151,15 +162,23 @@ class Collator:
         counts = {self.picture_tokens(size) for size in ((64, 64), (640, 480), (300, 900))}
         return counts.pop() if len(counts) == 1 else None
 
-    def picture_tokens(self, size: tuple[int, int], alone: bool = True) -> int:
+    def picture_tokens(self, size: tuple[int, int], alone: bool = True, name: str = "an entry") -> int:
         """Visual tokens of a picture of ``size`` (width, height); LLaVA-OneVision cuts it into tiles only if it is the
-        only one of its conversation."""
+        only one of its conversation. Raises DataError, naming the entry ``name``, for a size that the processor
+        refuses, as Qwen-VL's does one that is 200 times as long as wide."""
         if (size, alone) not in self._counts:
             number = 1 if alone else 2
             pictures = [[Image.new("RGB", size)] * number]
-            row = self.processor(text=[self.processor.image_token * number], images=pictures, return_tensors="pt")
+            try:
+                row = self.processor(text=[self.processor.image_token * number], images=pictures, return_tensors="pt")
+            except REFUSALS as error:
+                what = f"an image of {size[0]} x {size[1]} pixels"
+                raise DataError(f"{name}: {self._refusal(what, error)}") from None
             self._counts[size, alone] = int(torch.isin(row["input_ids"], self._placeholders).sum()) // number
         return self._counts[size, alone]
+
+    def _refusal(self, what: str, error: Exception) -> str:
+        return f"{type(self.processor).__name__} refuses {what} ({error}); crop or enlarge it, or drop the entry"
 
     @cached_property
     def _counts(self) -> dict[tuple[tuple[int, int], bool], int]:

@@ -106,7 +106,7 @@ def open_data(
     too_long = find_too_long(opened, collate, progress) if collate else {}
     if too_long and config.bad_entries == "fail":
         raise DataError(
-            f"{next(iter(too_long.values()))}. Entries that are too long: {len(too_long)} of {len(opened)}; "
+            f"{next(iter(too_long.values()))}. Entries that are too long or refused: {len(too_long)} of {len(opened)}; "
             "'bad_entries: skip' trains without them"
         )
     return opened.without(too_long) if too_long else opened
