@@ -1,5 +1,5 @@
 """A search for faster training, and what becomes of its promises: ``python papers/search.py`` writes search.csv and
-verdict.csv to papers/faster.
+verdict.csv to papers/faster; beside each the accuracies of every seed and type (search-runs.csv, verdict-runs.csv).
 
 Candidates (papers/faster/candidates.yaml) are whole recipes, alignment and tuning. Those that are fast enough against
 training on all tokens, measured side by side (``--faster``), enter successive halving, by quarters: trained with
@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +26,7 @@ import yaml
 
 from llavolta.errors import UserError
 from llavolta.paths import PAPERS, RUNS, given_path
-from llavolta.studies import compare
+from llavolta.studies import compare, records
 from llavolta.studies.compare import BASELINE
 from llavolta.train import build
 from llavolta.train.config import TrainConfig, parse_changes
@@ -63,13 +65,16 @@ def search(
     questions: int = QUESTIONS,
     workers: int = 2,
     rounds: int = 5,
-) -> pd.DataFrame:
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Successive halving, of KEPT: a row for each candidate and round that it was in, the winner first in the last one.
 
     speedup: of the recipe, measured; difference: mean accuracy less that of BASELINE, over the seeds so far; kept:
     whether it went on (in the last round: won).
+
+    Returns:
+        This log, and ``compare.accuracies`` of every run.
     """
-    base, rows = Scheme.equal(BASELINE, "none"), []
+    base, rows, finished = Scheme.equal(BASELINE, "none"), [], []
     compare.compare({BASELINE: base}, {BASELINE: seeds[:1]}, config, None, questions, workers)
     speedup = speedups({BASELINE: base, **schemes}, config, seeds[0], rounds)
     left = [name for name in schemes if speedup[name] >= faster]
@@ -81,13 +86,14 @@ def search(
         entered = {BASELINE: base} | {name: schemes[name] for name in left}
         tried = dict.fromkeys(entered, seeds[:number])
         runs = compare.accuracies(compare.compare(entered, tried, config, None, questions, workers))
+        finished.append(runs)
         wide = runs.query("type == 'overall'").pivot(index="seed", columns="scheme", values="accuracy")
         lost = wide.sub(wide[BASELINE], axis=0).mean()[left].sort_values(ascending=False, kind="stable")
         left = list(lost.index[: 1 if number == len(seeds) else math.ceil(len(lost) / KEPT)])
         for name, difference in lost.items():
             row = dict(round=number, scheme=name, speedup=speedup[name], difference=difference, kept=name in left)
             rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows), pd.concat(finished).drop_duplicates(["scheme", "seed", "type"])
 
 
 def costs(schemes: Mapping[str, Scheme], config: TrainConfig, seed: int, rounds: int = 5) -> pd.DataFrame:
@@ -134,18 +140,23 @@ def verdict(
     answers = compare.compare(
         entered, dict.fromkeys(entered, list(seeds)), config, fresh, questions, workers, changes=controls
     )
-    speedup, runs, rows = speedups(timed, config, seeds[0], rounds), compare.accuracies(answers), []
+    speedup, runs = speedups(timed, config, seeds[0], rounds), compare.accuracies(answers)
     if controls:
         align_share = costs(timed, config, seeds[0], rounds).get("align_share", pd.Series([0.0])).iloc[0]
         speedup = pd.concat([speedup, fewer_speedups(controls, config, align_share)])
+    return tabulate(runs, speedup), runs
+
+
+def tabulate(runs: pd.DataFrame, speedup: Mapping[str, float]) -> pd.DataFrame:
+    """The table of ``verdict``, from ``runs``, the accuracies by scheme, seed and type."""
+    rows, names = [], [name for name in dict.fromkeys(runs.scheme) if name != BASELINE]
     for kind, of in runs.groupby("type", sort=False):
-        mean = of.groupby("scheme").accuracy.mean()
-        for name in [*schemes, *controls]:
+        mean, seeds = of.groupby("scheme").accuracy.mean(), of.groupby("scheme").seed.nunique()
+        for name in names:
             difference, low, high = compare.paired(of, name, BASELINE)
             row = dict(scheme=name, type=kind, speedup=speedup[name], baseline=mean[BASELINE], accuracy=mean[name])
-            rows.append(row | dict(difference=difference, low=low, high=high, seeds=len(seeds)))
-    table = pd.DataFrame(rows)
-    return table.sort_values("scheme", key=lambda names: names.map(list(entered).index), kind="stable"), runs
+            rows.append(row | dict(difference=difference, low=low, high=high, seeds=seeds[name]))
+    return pd.DataFrame(rows).sort_values("scheme", key=lambda column: column.map(names.index), kind="stable")
 
 
 def fewer_steps(fewer: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -198,14 +209,19 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         changes = dict(output=str(options.output or RUNS / "search"), log_steps=5)
         config = TrainConfig.from_preset(options.preset, **changes | parse_changes(options.set))
-        depth = build.prepare(compare.neutral(config)).num_layers
+        setup = build.prepare(compare.neutral(config))
+        depth, threads = setup.num_layers, max(1, (os.cpu_count() or 1) // options.workers)
+        record = partial(records.write, threads=threads, index=False)
         schemes, beside = candidates(options.candidates, depth), compare.contestants(options.beside, {}, depth)
         chosen = {name: schemes.get(name) for name in options.winner or []}
         if missing := [name for name, scheme in chosen.items() if scheme is None]:
             raise UserError(f"no candidate {missing[0]!r} in {options.candidates}; it has {', '.join(schemes)}")
         if options.winner is None:
-            log = search(schemes, config, faster=options.faster, questions=options.questions, workers=options.workers)
-            log.to_csv(options.record / "search.csv", index=False, float_format="%.4f")
+            settings = dict(faster=options.faster, questions=options.questions, workers=options.workers)
+            log, runs = search(schemes, config, **settings)
+            data = [setup.data, build.heldout_file(config)]
+            record(log, options.record / "search.csv", data=data)
+            record(runs, options.record / "search-runs.csv", data=data, float_format="%.6f")
             print(log.to_string(index=False))
             winner = log.scheme[log["round"].eq(len(SEEDS)) & log.kept].item()
             chosen = {winner: schemes[winner]}
@@ -214,9 +230,8 @@ def main(arguments: list[str] | None = None) -> int:
         seeds, names = FRESH[: options.fresh], presets(chosen, depth)
         table, runs = verdict(chosen, config, fresh, seeds, options.questions, options.workers, fewer=options.fewer)
         table["scheme"], runs["scheme"] = table.scheme.replace(names), runs.scheme.replace(names)
-        options.record.mkdir(parents=True, exist_ok=True)
-        table.to_csv(options.record / "verdict.csv", index=False, float_format="%.4f")
-        runs.to_csv(options.record / "verdict-runs.csv", index=False, float_format="%.6f")
+        record(table, options.record / "verdict.csv", data=[setup.data, fresh])
+        record(runs, options.record / "verdict-runs.csv", data=[setup.data, fresh], float_format="%.6f")
         print(table.to_string(index=False))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -43,7 +43,9 @@ def schemes(*names) -> dict[str, Scheme]:
 
 def test_halving_keeps_the_better_ones_over_all_seeds_so_far(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "KEPT", 2)
-    log = search.search(schemes("slow", "good", "bad", "lucky"), TrainConfig(output=str(tmp_path)))
+    log, runs = search.search(schemes("slow", "good", "bad", "lucky"), TrainConfig(output=str(tmp_path)))
+    seeds = runs.query("type == 'read'").groupby("scheme").seed.apply(list).to_dict()
+    assert seeds == {search.BASELINE: [0, 1, 2], "good": [0, 1, 2], "lucky": [0, 1], "bad": [0]}
     assert log[log["round"] == 0].scheme.tolist() == ["slow"] and not log.query("scheme == 'slow'").kept.any()
     assert log[log["round"] == 1].scheme.tolist() == ["lucky", "good", "bad"]  # the best first
     assert log[(log["round"] == 1) & log.kept].scheme.tolist() == ["lucky", "good"]
