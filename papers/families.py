@@ -15,6 +15,7 @@ from llavolta.cost.flops import cost_model
 from llavolta.cost.planner import Speed, memory_table, scheme_table, subject
 from llavolta.cost.references import REFERENCES
 from llavolta.paths import PAPERS
+from llavolta.studies.records import write
 from llavolta.train.config import PRESETS, TrainConfig
 from llavolta.train.schemes import SCHEMES
 
@@ -44,7 +45,7 @@ def row(name: str) -> dict:
 
 def main() -> None:
     table = pd.DataFrame([row(name) for name in tqdm(REFERENCES, desc="families")]).set_index("preset")
-    table.to_csv(PAPERS / "families.csv", float_format="%.4g")
+    write(table, PAPERS / "families.csv", float_format="%.4g", dtype="none")
     print(table.to_string(float_format="{:.3g}".format))
 
 

@@ -3,25 +3,23 @@ and frontier.png to papers/faster.
 
 The accuracies are what 04_compare_schemes recorded in papers/llavolta and papers/faster, and the verdicts of
 papers/search.py, which stand in place of the former where a scheme has both. The speed-ups are of the whole recipe,
-alignment and tuning, all measured side by side: ``python papers/frontier.py --measure``, which writes speedups.csv;
-a few minutes, and it needs a trained model of the search. Trains nothing.
+alignment and tuning, all measured side by side: the medians of papers/benchmarks/step-times.csv, which
+``python papers/times.py`` appends to. Trains nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import pandas as pd
 import search
+import times
 
 from llavolta.errors import UserError
-from llavolta.paths import PAPERS, RUNS, given_path
+from llavolta.paths import PAPERS
 from llavolta.show import plots
-from llavolta.studies import compare
-from llavolta.train import build
-from llavolta.train.config import TrainConfig
+from llavolta.studies import compare, records
 from llavolta.train.schemes import NAMED, NEIGHBOURS, SCHEMES, Scheme
 
 FOLDER = PAPERS / "faster"
@@ -31,7 +29,7 @@ COLUMNS = ["group", "speedup", "difference", "difference_low", "difference_high"
 
 def group(name: str) -> str:
     """Whose scheme it is."""
-    if name in compare.CONTROLS:
+    if name in compare.CONTROLS or name.startswith("all-tokens"):
         return "control"
     return "LLaVolta" if name in SCHEMES else "DualSpeed" if name in NEIGHBOURS else "ours"
 
@@ -40,13 +38,6 @@ def schemes(num_layers: int) -> dict[str, Scheme]:
     """All that are recorded, and those of the package, for a model of ``num_layers`` layers."""
     named = compare.contestants([*NAMED, *compare.CONTROLS], {}, num_layers)
     return named | search.candidates(FOLDER / "retired.yaml", num_layers) | search.candidates(BEYOND, num_layers)
-
-
-def measure(config: TrainConfig, model: Path, rounds: int = 5) -> pd.DataFrame:
-    """What every scheme takes of the time of training on all tokens: of tuning, of alignment, of both (recipe)."""
-    depth = build.prepare(compare.neutral(config)).num_layers
-    cost, _ = compare.costs(schemes(depth), config, model, rounds)
-    return cost.rename(columns=dict(time="tuning"))[["tuning", "align", "recipe"]]
 
 
 def recorded() -> pd.DataFrame:
@@ -63,25 +54,20 @@ def recorded() -> pd.DataFrame:
         parts.append(table.assign(group=[group(name) for name in table.index]))
     found = pd.concat(parts)
     found = found[~found.index.duplicated()]
-    found["speedup"] = 1 / pd.read_csv(FOLDER / "speedups.csv", index_col="scheme").recipe[found.index]
+    measured = 1 / times.summary("recipe", times.recorded())["median"]
+    own = found.speedup if "speedup" in found else pd.Series(float("nan"), found.index)
+    found["speedup"] = measured.reindex(found.index).fillna(own)  # controls of fewer steps are counted, not timed
     return found[COLUMNS].sort_values(["group", "speedup"])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python papers/frontier.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--measure", action="store_true", help="the speed-ups anew")
-    trained = RUNS / "search" / "0" / compare.BASELINE
-    parser.add_argument("--model", type=given_path, default=trained, help="a trained one")
-    options = parser.parse_args(arguments)
+    argparse.ArgumentParser(prog="python papers/frontier.py", description=__doc__.split("\n")[0]).parse_args(arguments)
     try:
-        if options.measure:
-            config = TrainConfig.from_preset("embedded", output=str(options.model))
-            measure(config, options.model).to_csv(FOLDER / "speedups.csv", float_format="%.4f")
         table = recorded()
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    table.to_csv(FOLDER / "frontier.csv", float_format="%.4f")
+    records.write(table, FOLDER / "frontier.csv", dtype="none")
     plots.frontier(table).savefig(FOLDER / "frontier.png", dpi=120)
     print(table.to_string(float_format="{:.3f}".format))
     return 0

@@ -14,7 +14,9 @@ from llavolta.paths import PAPERS, RUNS
 from llavolta.studies import compare
 from llavolta.studies.evaluation import evaluate
 from llavolta.studies.opening import open_model
+from llavolta.studies.records import write
 from llavolta.studies.statistics import interval, paired_difference
+from llavolta.train import build
 from llavolta.train.build import heldout_file
 from llavolta.train.config import TrainConfig
 
@@ -39,7 +41,8 @@ def main() -> None:
             row |= {name: right.mean(), f"{name}_low": low, f"{name}_high": high}
         rows.append(row | paired_difference(correct["drawn"], correct[compare.BASELINE]))
     table = pd.DataFrame(rows)
-    table.to_csv(PAPERS / "compressors" / "matryoshka.csv", index=False, float_format="%.4f")
+    files = [build.prepare(compare.neutral(config)).data, heldout_file(config)]
+    write(table, PAPERS / "compressors" / "matryoshka.csv", index=False, data=files)
     print(table.to_string(index=False, float_format="{:.3f}".format))
 
 

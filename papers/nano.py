@@ -1,5 +1,5 @@
 r"""nano-tuned on questions that it was not trained on: ``python papers/nano.py`` writes papers/nano/accuracy.csv and
-its page.
+one-token.csv, and its page.
 
 New scenes of the vendors that it was trained on, and of one whose drawings it never saw, each on all visual tokens and
 with one token in place of all behind layer 2; by question type, with intervals and the best constant answer. Some ten
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -30,9 +31,10 @@ from safetensors.torch import load_file, save_file
 from llavolta.data import LlavaData
 from llavolta.errors import UserError
 from llavolta.paths import NANO_TUNED, PAPERS, given_path
+from llavolta.studies import records
 from llavolta.studies.evaluation import evaluate
 from llavolta.studies.opening import open_model
-from llavolta.studies.statistics import OVERALL, accuracy_table, interval, paired_difference
+from llavolta.studies.statistics import OVERALL, accuracy_table, interval, paired_difference, percent
 from llavolta.train.models import has_bfloat16
 from llavolta.worlds import WORLDS
 
@@ -95,10 +97,10 @@ def page(table: pd.DataFrame, cost: pd.DataFrame, course: pd.DataFrame | None = 
         for plan in PLANS:
             for vendor in VENDORS:
                 row = wide.loc[kind, vendor, plan]
-                cells.append(f"{row.accuracy:.1%} ({row.low:.1%} to {row.high:.1%})")
-        lines.append(f"| {kind} | {wide.loc[kind, 'seen', 'none'].constant:.1%} | {' | '.join(cells)} |")
+                cells.append(f"{percent(row.accuracy)} ({percent(row.low)} to {percent(row.high)})")
+        lines.append(f"| {kind} | {percent(wide.loc[kind, 'seen', 'none'].constant)} | {' | '.join(cells)} |")
     lost = [
-        f"{row.vendor} {row.difference:.1%} ({row.difference_low:.1%} to {row.difference_high:.1%})"
+        f"{row.vendor} {percent(row.difference)} ({percent(row.difference_low)} to {percent(row.difference_high)})"
         for row in cost.itertuples()
     ]
     return "\n".join(
@@ -117,6 +119,11 @@ def page(table: pd.DataFrame, cost: pd.DataFrame, course: pd.DataFrame | None = 
     )
 
 
+def committed_page(folder: Path) -> str:
+    """The page, from the CSV files in ``folder``."""
+    return page(*(pd.read_csv(folder / name) for name in ("accuracy.csv", "one-token.csv", "curve.csv")))
+
+
 def _course(course: pd.DataFrame) -> list[str]:
     lines = [
         "## Accuracy against training",
@@ -125,7 +132,7 @@ def _course(course: pd.DataFrame) -> list[str]:
         "|---|---|---|---|",
     ]
     for step, of in course.groupby("step"):
-        cells = [f"{row.accuracy:.1%} ({row.low:.1%} to {row.high:.1%})" for row in of.itertuples()]
+        cells = [f"{percent(row.accuracy)} ({percent(row.low)} to {percent(row.high)})" for row in of.itertuples()]
         lines.append(f"| {step} | {SCENES * step:,} | {' | '.join(cells)} |")
     return [*lines, "", "The first questions of each vendor; `python papers/nano.py --curve FOLDER`, see there.", ""]
 
@@ -141,13 +148,17 @@ def main(arguments: list[str] | None = None) -> int:
         if options.ship:
             print(ship(options.ship))
             return 0
+        files = [WORLDS[WORLD].folder() / name for name in VENDORS.values()]
+        dtype = str(DTYPE).removeprefix("torch.")
+        write = partial(records.write, data=files, dtype=dtype, index=False, float_format="%.6f")
         if options.curve:
             table = curve(options.curve, options.limit or 200)
-            table.to_csv(FOLDER / "curve.csv", index=False, float_format="%.4f")
+            write(table, FOLDER / "curve.csv")
             return 0
         table, cost = accuracies(options.limit)
-        table.to_csv(FOLDER / "accuracy.csv", index=False, float_format="%.4f")
-        text = page(table, cost, pd.read_csv(FOLDER / "curve.csv"))
+        write(table, FOLDER / "accuracy.csv")
+        write(cost, FOLDER / "one-token.csv")
+        text = committed_page(FOLDER)
         (FOLDER / "README.md").write_text(text)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,14 +8,18 @@ seed. Some eight minutes on 2 cores; resumes.
 
 from __future__ import annotations
 
+import os
+
 import pandas as pd
 
 from llavolta.paths import PAPERS, RUNS
 from llavolta.studies import compare
+from llavolta.studies.records import write
+from llavolta.train import build
 from llavolta.train.config import TrainConfig
 from llavolta.train.schemes import Scheme
 
-SEEDS = [0, 1, 2]
+SEEDS, WORKERS = [0, 1, 2], 2
 FULL, AUTOCAST = compare.BASELINE, "autocast"  # the first is what differences are to
 
 
@@ -23,7 +27,8 @@ def main() -> None:
     config = TrainConfig.from_preset("embedded", output=str(RUNS / "precision"), bf16=False)
     schemes = {name: Scheme.equal(name, "none") for name in (FULL, AUTOCAST)}
     seeds = dict.fromkeys(schemes, SEEDS)
-    answers = compare.compare(schemes, seeds, config, workers=2, changes={AUTOCAST: {"bf16": True}})
+    answers = compare.compare(schemes, seeds, config, workers=WORKERS, changes={AUTOCAST: {"bf16": True}})
+    data = [build.prepare(config).data, build.heldout_file(config)]
     runs = compare.accuracies(answers)
     rows = []
     for kind in ["overall", *dict.fromkeys(answers.type)]:
@@ -31,7 +36,8 @@ def main() -> None:
         rows.append(table.loc[AUTOCAST].to_dict() | dict(type=kind, float32=table.accuracy[FULL], seeds=len(SEEDS)))
     columns = ["type", "float32", "accuracy", "low", "high", "difference", "difference_low", "difference_high", "seeds"]
     table = pd.DataFrame(rows)[columns].rename(columns=dict(accuracy="autocast"))
-    table.to_csv(PAPERS / "benchmarks" / "precision-accuracy.csv", index=False, float_format="%.4f")
+    threads = max(1, (os.cpu_count() or 1) // WORKERS)
+    write(table, PAPERS / "benchmarks" / "precision-accuracy.csv", index=False, threads=threads, data=data)
     print(table.to_string(index=False, float_format="{:.3f}".format))
 
 

@@ -2,7 +2,8 @@
 in papers/REPRODUCE.md.
 
 Operations come from the cost model, the speed of a GPU from the paper's own hours, the batches from the sampler that
-training uses, on texts as long as those of mix665k. Bandwidths and the speed of loading are assumptions (``Cluster``).
+training uses. How long the texts are (``throughput.MIX``), the bandwidths and the speed of loading (``Cluster``), and
+that the hours are of 8 A100-80GB, are assumptions.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ import pandas as pd
 
 from llavolta.cost.bench import CAPTIONS, INSTRUCTIONS
 from llavolta.cost.flops import cost_model
-from llavolta.cost.planner import CAPTION_TOKENS, published_hours
+from llavolta.cost.planner import CAPTION_TOKENS, memory_table, published_hours
 from llavolta.cost.planner import GPUS as GPU_DATA
 from llavolta.cost.references import reference_config
 from llavolta.cost.throughput import MIX
 from llavolta.data import GroupedSampler
-from llavolta.paths import PAPERS
-from llavolta.train.schemes import OURS, SCHEMES
+from llavolta.paths import PAPERS, PUBLISHED
+from llavolta.train.schemes import NEIGHBOURS, OURS, SCHEMES, Scheme, Stage
 
+GPU_PAGE = PAPERS / "benchmarks" / "gpu-nvidia-h100-80gb-hbm3.csv"
 PAGE, RECIPE = PAPERS / "scaling.md", PAPERS / "REPRODUCE.md"
 TRAINED_ON = 8  # GPUs, of the run whose hours the paper reports
 PLANS = [stage.plan for stage in SCHEMES["three-stage"].stages]
@@ -74,7 +76,7 @@ def flops(plan: str, tokens: np.ndarray, has_image: np.ndarray) -> np.ndarray:
 
 
 def gpu_speed() -> float:
-    """FLOP/s of a GPU in the run of 15.3 hours that the paper reports, on texts like ours."""
+    """FLOP/s of a GPU in the run of 15.3 hours that the paper reports, if its texts are like ours."""
     tokens, has_image = text_tokens(20_000)
     seconds = TRAINED_ON * published_hours()["single-stage"] * 3600
     return flops("none", tokens, has_image).mean() * INSTRUCTIONS / seconds
@@ -144,8 +146,8 @@ TEMPLATE = """# Staged compression on many machines
 
 Written by `python papers/scaling.py`; do not edit. LLaVA-1.5-7B under `three-stage`, gradient checkpointing,
 bfloat16. Nothing here was run on GPUs: operations are the cost model's, the speed ({speed:.0f} TFLOP/s) is what makes
-{machines} of them take the paper's {hours} hours, batches are drawn by the sampler that training uses from texts as
-long as mix665k's. Assumed: {inside:.0f} GB/s a GPU within a node of {node}, {across:.0f} GB/s between nodes,
+{machines} of them take the paper's {hours} hours, batches are drawn by the sampler that training uses. Assumed:
+texts of {words:.0f} tokens, {inside:.0f} GB/s a GPU within a node of {node}, {across:.0f} GB/s between nodes,
 {overlap:.0%} of the communication hidden as long as there is computation to hide it, {pictures:.0f} pictures a second
 from a CPU core. Put your own in `papers/scaling.py` (`Cluster`); `python -m llavolta.bench train` measures the speeds.
 
@@ -190,6 +192,7 @@ def render(cluster: Cluster, batch: int = 16) -> str:
         speed=gpu_speed() / 1e12,
         machines=TRAINED_ON,
         hours=published_hours()["single-stage"],
+        words=text_tokens(20_000)[0].mean(),
         inside=cluster.inside / 1e9,
         across=cluster.across / 1e9,
         node=cluster.node,
@@ -216,35 +219,165 @@ def render(cluster: Cluster, batch: int = 16) -> str:
     )
 
 
-def hours(gpus: int = 8) -> pd.DataFrame:
-    """Hours of LLaVA-1.5-7B by scheme on ``gpus`` GPUs: A100 at the paper's speed, H100 at that share of its peak;
-    of the last column, alignment and tuning together."""
+def work(scheme: Scheme) -> tuple[float, float]:
+    """FLOPs of LLaVA-1.5-7B's alignment and tuning under ``scheme``."""
     tokens, has_image = text_tokens(20_000)
-    model, a100 = cost_model(reference_config()), gpu_speed()
-    speeds = {"A100-80GB": a100, "H100": a100 * GPU_DATA["H100-SXM"].peak / GPU_DATA["A100-80GB"].peak}
+    model, mean, align = cost_model(reference_config()), tokens.mean(), scheme.align or Stage("none", 1)
 
-    def alignment(plan: str) -> float:
-        return CAPTIONS * model.step(plan, CAPTION_TOKENS, 1, phase="align", checkpointing=True).total
+    def cost(stage: Stage, text: float, **options) -> float:
+        parts = model.stage(stage, text, 1, checkpointing=True, **options)
+        return stage.share * sum(often * part.total for often, part in parts)
 
-    work, whole = {"projector alignment": alignment("none")}, {}
+    whole = flops("none", tokens, has_image).mean()
+    if any(stage.slow_every for stage in scheme.stages):  # of the mean text, relative to no compression on it
+        whole *= sum(cost(stage, mean) for stage in scheme.stages) / cost(Stage("none", 1), mean)
+    else:
+        whole = sum(stage.share * flops(stage.plan, tokens, has_image).mean() for stage in scheme.stages)
+    return CAPTIONS * cost(align, CAPTION_TOKENS, phase="align"), INSTRUCTIONS * whole
+
+
+def speedup(scheme: Scheme, own: tuple[float, float] | None = None) -> float:
+    """How many times faster the recipe of ``scheme`` is by its FLOPs; own: hours of alignment and tuning without
+    compression, where they are not to be the model's."""
+    (align, tuning), (first, second) = work(scheme), work(SCHEMES["single-stage"])
+    left, right = own or (first, second)
+    return (left + right) / (left * align / first + right * tuning / second)
+
+
+def discounts() -> pd.DataFrame:
+    """What the model promises of known trainings, what was measured, and the share of the promise that was kept."""
+    told = published_hours()
+    dualspeed = pd.read_csv(PAPERS / "faster" / "published.csv").set_index("quantity").value
+    faster = dualspeed["training of LLaVA-1.5 faster by"]
+    gpu = pd.read_csv(GPU_PAGE).query("part == 'training' and logits == 'labelled rows'").set_index("plan")
+    first, scheme = PLANS[0], NEIGHBOURS["dualspeed"]
+    tuning = work(SCHEMES["single-stage"])[1] / np.array([work(SCHEMES["four-stage-wider"])[1], work(scheme)[1]])
+    rows = {
+        "LLaVolta, four stages, tuning": (tuning[0], told["single-stage"] / told["four-stage-wider"]),
+        f"stage I (`{first}`), steps on one H100": (gpu.implied[first], gpu.speedup[first]),
+        "DualSpeed, if its figure is of tuning": (tuning[1], faster),
+        "DualSpeed, if its figure is of the recipe": (speedup(scheme), faster),
+    }
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["promised, times", "measured, times"])
+    return table.assign(kept=table["measured, times"] / table["promised, times"]).rename_axis("training")
+
+
+def gap() -> pd.DataFrame:
+    """What of the model could explain LLaVolta's own saving: the time of four stages over that without compression."""
+    scheme, told = SCHEMES["four-stage-wider"], published_hours()
+    tokens, has_image = text_tokens(20_000)
+    gpu = pd.read_csv(GPU_PAGE).query("part == 'training' and logits == 'labelled rows'").set_index("plan").seconds
+
+    def mean(of) -> float:
+        return sum(stage.share * of(stage.plan) for stage in scheme.stages) / of("none")
+
+    def on(cluster: Cluster) -> float:
+        return mean(lambda plan: simulate(plan, TRAINED_ON, 16, "zero3", cluster)["seconds"])
+
+    rows = {f"FLOPs, texts of {tokens.mean():.0f} tokens": mean(lambda plan: flops(plan, tokens, has_image).mean())}
+    for longer in (350, 500):
+        rows[f"FLOPs, texts of {longer} tokens"] = mean(lambda plan: flops(plan, np.array([longer]), True)[0])  # noqa: B023
+    rows["steps measured on one H100: tower, launches and optimizer are in it"] = mean(lambda plan: gpu[plan])
+    rows["FLOPs, padding, waiting, and communication as assumed"] = on(Cluster())
+    rows["the same, communication 20 times as slow and none of it hidden"] = on(Cluster(inside=10e9, overlap=0))
+    rows["published"] = told["four-stage-wider"] / told["single-stage"]
+    return pd.DataFrame({"of single-stage": rows}).rename_axis("what is counted")
+
+
+def hours(gpus: int = 8) -> pd.DataFrame:
+    """Hours of LLaVA-1.5-7B by scheme on ``gpus`` GPUs: A100 at the paper's speed, the same with the discount of
+    ``discounts`` for tuning, H100 at that share of its peak; of single-stage, tuning alone, and with alignment; GB of
+    a GPU in the stage that needs most."""
+    a100 = gpu_speed()
+    h100 = a100 * GPU_DATA["H100-SXM"].peak / GPU_DATA["A100-80GB"].peak
+    known, model = discounts().kept, cost_model(reference_config())
+    best, worst = known.iloc[:3].max(), known.iloc[:3].min()  # of tuning
+    base, rows = work(SCHEMES["single-stage"]), {}
+
+    def row(name: str, flops: float, plans: list[str], both: float | None = None) -> None:
+        taken = flops / (gpus * a100 * 3600)
+        text = int(text_tokens(20_000)[0].mean())
+        memory = memory_table(model, plans, 16, gpus, True, text_tokens=text).total.max() if plans else math.nan
+        rows[name] = {
+            f"{gpus} x A100 (assumed), hours": taken,
+            "with the discount": f"{taken / best:.1f} to {taken / worst:.1f}" if plans[:-1] else "",
+            f"{gpus} x H100, hours": flops / (gpus * h100 * 3600),
+            "of single-stage": flops / base[1],
+            "with alignment": math.nan if both is None else both / sum(base),
+            "GB a GPU": memory,
+        }
+
+    row("projector alignment", base[0], [])
     for name, scheme in (SCHEMES | OURS).items():
-        example = sum(stage.share * flops(stage.plan, tokens, has_image).mean() for stage in scheme.stages)
-        first = work["projector alignment"]
+        align, tuning = work(scheme)
         if scheme.align:
-            first = work[f"projector alignment, {name}"] = scheme.align.share * alignment(scheme.align.plan)
-        work[name] = INSTRUCTIONS * example
-        whole[name] = first + work[name]
-    run = pd.Series(work, name="FLOPs").rename_axis("run")
-    table = pd.DataFrame({f"{gpus} x {name}, hours": run / (gpus * speed * 3600) for name, speed in speeds.items()})
-    both = pd.Series(whole)  # which the rows of alignment alone are not in
-    return table.assign(**{"of single-stage": run / run["single-stage"], "with alignment": both / both["single-stage"]})
+            row(f"projector alignment, {name}", align, [])
+        row(name, tuning, [stage.plan for stage in scheme.stages], align + tuning)
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("run")
+
+
+RECIPE_TEXT = """{hours}
+
+GB a GPU: weights, gradients and optimizer under ZeRO-3, and activations of 16 examples with checkpointing, in the stage
+that needs most. A scheme that ends without compression needs as much as `single-stage`.
+
+**What such promises are worth.** The model counts operations. Where it can be held against trainings, less was saved:
+
+{discounts}
+
+So the hours with the discount are those of the model at {worst:.2f} to {best:.2f} of its speed-up. `fast` is promised
+{promised:.1f} times over alignment and tuning, {own:.1f} with the {alignment:g} and {tuning:g} hours of LLaVA's page.
+At what DualSpeed kept of such a promise, it is about {low:.1f} to {high:.1f} times.
+Alignment is off the other way: the model says {model_alignment:.1f} hours, LLaVA's page {alignment:g}
+for 7B on 8 A100-80GB.
+
+What could explain the four stages:
+
+{gap}
+
+Nothing in the model does by itself. Were the rest a time that compression does not touch (reading and decoding
+pictures, saving, waiting for other machines), it would be {fixed:.1f} of the {published:g} hours.
+Then the GPUs would be {faster:.2f} times as fast as assumed here, and alignment would take {align_then:.1f} hours,
+nearer to LLaVA's {alignment:g}. Both errors point to such a time. It is not measured."""
+
+
+def recipe_block() -> str:
+    """What stands between the marks in REPRODUCE.md."""
+    known, told, fast = discounts(), published_hours(), OURS["fast"]
+    kept, taken = known.kept, gap()["of single-stage"]
+    own = pd.read_csv(PUBLISHED).query("claim == 'LLaVA-1.5'").set_index("quantity").value.astype(float)
+    alignment, tuning = own["alignment, 7B on 8 A100-80GB"], own["tuning, 7B on 8 A100-40GB"]
+    promised, of_own = speedup(fast), speedup(fast, (alignment, tuning))
+    dualspeed = speedup(NEIGHBOURS["dualspeed"], (alignment, tuning))
+    low = min(promised * kept.min(), of_own * known["measured, times"].iloc[-1] / dualspeed)
+    whole, promise = told["single-stage"], taken.iloc[0]
+    fixed = (told["four-stage-wider"] - promise * whole) / (1 - promise)
+    model_alignment = work(SCHEMES["single-stage"])[0] / (TRAINED_ON * gpu_speed() * 3600)
+    return RECIPE_TEXT.format(
+        hours=_markdown(hours()),
+        discounts=_markdown(known),
+        gap=_markdown(taken.to_frame()),
+        worst=kept.iloc[:3].min(),
+        best=kept.max(),
+        promised=promised,
+        own=of_own,
+        alignment=alignment,
+        tuning=tuning,
+        low=low,
+        high=promised * kept.max(),
+        model_alignment=model_alignment,
+        fixed=fixed,
+        published=whole,
+        faster=whole / (whole - fixed),
+        align_then=model_alignment * (whole - fixed) / whole,
+    )
 
 
 def recipe(text: str) -> str:
-    """REPRODUCE.md's ``text`` with its table of hours brought up to date."""
+    """REPRODUCE.md's ``text`` with its table of hours, and what they are worth, brought up to date."""
     start, end = "<!-- hours: python papers/scaling.py -->\n", "\n<!-- end of hours -->"
     before, rest = text.split(start)
-    return before + start + _markdown(hours()) + end + rest.split(end)[1]
+    return before + start + recipe_block() + end + rest.split(end)[1]
 
 
 def _markdown(table: pd.DataFrame) -> str:

@@ -15,7 +15,6 @@ import os
 import sys
 from pathlib import Path
 
-import frontier
 import pandas as pd
 import torch
 
@@ -55,7 +54,34 @@ def append(table: pd.DataFrame, file: Path = FILE) -> pd.DataFrame:
     return both
 
 
+def recorded(file: Path = FILE) -> pd.DataFrame:
+    """The measurements that pages state: those of this command, or, before there are any, what was recorded before."""
+    table = pd.read_csv(file)
+    ours = table[table.source == SOURCE]
+    return table if ours.empty else ours
+
+
+def summary(column: str, table: pd.DataFrame) -> pd.DataFrame:
+    """By scheme, of ``column`` ("tuning", "align" or "recipe"): median, least, most and number of measurements."""
+    of = table.dropna(subset=column).groupby("scheme", sort=False)[column]
+    return of.agg(median="median", least="min", most="max", count="count")
+
+
+def faults(table: pd.DataFrame) -> list[str]:
+    """What is wrong with measurements of this command: times below their FLOPs, and measurements that disagree."""
+    found, ours = [], table[table.source == SOURCE]
+    for scheme, of in ours.groupby("scheme", sort=False):
+        for row in of[of.tuning < of.flops - BELOW].itertuples():
+            below = f"takes {row.tuning:.3f} of the time but {row.flops:.3f} of the FLOPs"
+            found.append(f"measurement {row.measurement}: {scheme} {below}")
+        if (apart := of.tuning.max() - of.tuning.min()) > APART:
+            found.append(f"measurements of {scheme} differ by {100 * apart:.1f} points")
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
+    import frontier  # which reads what this writes
+
     parser = argparse.ArgumentParser(prog="python papers/times.py", description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(

@@ -51,3 +51,7 @@ def test_what_is_shipped_names_no_folder_of_the_machine_that_made_it():
     weights = load_file(NANO_TUNED / "adapter_model.safetensors")
     assert any("multi_modal_projector" in name for name in weights)
     assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_the_committed_page_is_what_its_figures_give():
+    assert (nano.FOLDER / "README.md").read_text() == nano.committed_page(nano.FOLDER)

@@ -101,7 +101,7 @@ def training(model: Path) -> dict[str, float]:
 
 
 def published() -> pd.DataFrame:
-    """What LLaVolta publishes of such a row: averages over its 13 image benchmarks, and hours on 8 A100."""
+    """What LLaVolta publishes of such a row: averages over its 13 image benchmarks, and hours of training."""
     held = pd.read_csv(PUBLISHED).set_index(["claim", "quantity"]).value
     time = held["training time"]
     return pd.DataFrame(

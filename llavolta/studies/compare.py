@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -27,9 +28,10 @@ from llavolta.compression.plan import check_layers
 from llavolta.cost import bench
 from llavolta.data import Collator, GroupedSampler, LlavaData
 from llavolta.errors import UserError
+from llavolta.studies import records
 from llavolta.studies.evaluation import asked_digest, evaluate
 from llavolta.studies.opening import open_model, open_study
-from llavolta.studies.statistics import interval, mean_interval, paired_difference, with_overall
+from llavolta.studies.statistics import interval, mean_interval, paired_difference, points, with_overall
 from llavolta.train import build
 from llavolta.train.config import TrainConfig
 from llavolta.train.projectors import OWN
@@ -353,31 +355,38 @@ def record(
     steps: pd.DataFrame,
     curves: pd.DataFrame,
     answers: pd.DataFrame | None = None,
+    **stamp,
 ) -> None:
     """Write a comparison's figures to ``folder`` as CSV: what ``papers/claims.py`` is made from.
 
-    answers: from ``compare``; of a single seed, whose intervals are over questions, each question's result is kept.
+    answers: from ``compare``; of a single seed, whose intervals are over questions, each question's result is saved.
+    stamp: of ``records.write``: data, threads, command.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    runs.to_csv(folder / "compare-runs.csv", index=False, float_format="%.6f")
-    cost.to_csv(folder / "compare-costs.csv", float_format="%.4f")
-    steps.to_csv(folder / "compare-steps.csv", index=False, float_format="%.4f")
+    write = partial(records.write, **stamp)
+    write(runs, folder / "compare-runs.csv", index=False, float_format="%.6f")
+    write(cost, folder / "compare-costs.csv")
+    write(steps, folder / "compare-steps.csv", index=False)
     if answers is not None and runs.seed.nunique() == 1:
         numbered = answers.assign(question=answers.groupby("scheme").cumcount(), correct=answers.correct.astype(int))
         wide = numbered.pivot(index=["question", "type"], columns="scheme", values="correct")
-        wide[list(dict.fromkeys(answers.scheme))].to_csv(folder / "compare-correct.csv")
+        write(wide[list(dict.fromkeys(answers.scheme))], folder / "compare-correct.csv")
     columns = ["scheme", "seed", "step", "stage", "plan", "loss", "grad_norm"]
-    curves[columns].to_csv(folder / "compare-curves.csv", index=False, float_format="%.4f")
+    write(curves[columns], folder / "compare-curves.csv", index=False)
 
 
 def headline(table: pd.DataFrame, seeds: Mapping[str, Sequence[int]]) -> str:
-    """The comparison in words: what each scheme saves and what it changes."""
+    """The comparison in words: what each scheme saves and what it changes.
+
+    A loss or gain is one where the whole interval says so, and of one seed none is settled.
+    """
     lines = ["Against training without compression:"]
     for name, row in table.drop(index=BASELINE).iterrows():
-        verdict = "no loss shown" if row.difference_high >= 0 else "a loss"
-        count = f"{len(seeds[name])} seed{'s' if len(seeds[name]) > 1 else ''}"
+        low, high, count = row.difference_low, row.difference_high, len(seeds[name])
+        open_text = f"not settled, at most {100 * max(-low, 0):.1f} points lost"
+        verdict = "a loss" if high < 0 else "a gain" if low > 0 else open_text
+        verdict = f"not settled by one seed ({verdict} over its questions)" if count == 1 else verdict
         lines.append(
-            f"- `{name}` ({count}): {1 - row.time:.0%} less training time, accuracy {100 * row.difference:+.1f} points "
-            f"({100 * row.difference_low:+.1f} to {100 * row.difference_high:+.1f}): {verdict}"
+            f"- `{name}` ({count} seed{'s' if count > 1 else ''}): {1 - row.time:.0%} less tuning time, "
+            f"accuracy {points(row.difference)} points ({points(low)} to {points(high)}): {verdict}"
         )
     return "\n".join(lines)

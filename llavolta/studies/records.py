@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -52,6 +52,14 @@ def write(
         stamps = read_stamps(file.parent) | {file.name: {name: stamp[name] for name in FIELDS}}
         text = yaml.safe_dump(dict(sorted(stamps.items())), sort_keys=False, width=100)
         (file.parent / STAMPS).write_text(text)
+
+
+def write_answers(answers: pd.DataFrame, file: Path, by: Sequence[str], **options) -> None:
+    """Write which questions were answered right, a row per ``by`` and question, to the gzipped CSV ``file``."""
+    numbered = answers.assign(correct=answers.correct.astype(int))
+    numbered["question"] = numbered.groupby([*by], sort=False).cumcount()
+    packed = dict(compression={"method": "gzip", "mtime": 0}, index=False)  # the same bytes for the same answers
+    write(numbered[[*by, "question", "type", "correct"]], file, **packed, **options)
 
 
 def read_stamps(folder: Path) -> dict[str, dict]:

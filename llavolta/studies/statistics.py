@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from decimal import ROUND_HALF_UP, Decimal
 
 import numpy as np
 import pandas as pd
@@ -80,3 +81,23 @@ def paired_difference(first: pd.Series, second: pd.Series, interval_of=interval)
     difference = (first.astype(float) - second.astype(float)).dropna()  # one may have fewer seeds
     low, high = interval_of(difference)
     return {"difference": float(difference.mean()), "difference_low": low, "difference_high": high}
+
+
+def points(share: float) -> str:
+    """``share`` in percentage points, with its sign: 0.0125 is "+1.3". See ``percent``."""
+    text = _hundredfold(share)
+    return text if text.startswith("-") else f"+{text}"
+
+
+def percent(share: float) -> str:
+    """``share`` as "92.9%".
+
+    It is rounded once and halves go away from 0, so that a CSV of six digits and the figures that it was written from
+    give the same text.
+    """
+    return f"{_hundredfold(share)}%"
+
+
+def _hundredfold(share: float) -> str:
+    exact = Decimal(repr(round(100 * float(share), 4)))
+    return str(exact.quantize(Decimal("0.1"), ROUND_HALF_UP) + 0)  # adding 0 turns -0.0 into 0.0
