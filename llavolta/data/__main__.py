@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 
+from llavolta.data.boxes import box_notes
 from llavolta.data.check import check_words, find_bad, find_too_long
 from llavolta.data.collate import Collator
 from llavolta.data.index import read_index
@@ -34,9 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.model and len(bad) < entries:
             bad = dict(sorted((bad | _refused(options, bad)).items()))
         strange = _strange_words(options, bad) if options.model and len(bad) < entries else None
+        notes = box_notes(LlavaData(options.file, options.folder, skip=bad), None) if len(bad) < entries else []
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     if options.json:
         print(json.dumps({"entries": entries, "bad": bad} | ({"words": strange} if options.model else {}), indent=1))
     else:

@@ -10,6 +10,7 @@ from llavolta.errors import DataError
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 SPEAKERS = {role: speaker for speaker, role in ROLES.items()}
 MEDIA = {"image": "<image>", "video": "<video>"}  # an entry's key, and what stands for it in the text
+MARKS = ("<bbox>", "<ref-object>")  # ms-swift's, which it fills from an entry's 'objects'
 PLACEHOLDER = re.compile("<(image|video)>")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -78,6 +79,12 @@ def check_entry(entry: object, name: str) -> str:
             raise DataError(
                 f"{name} has {placeholders} {placeholder} placeholders for {len(paths)} {medium}s; they must be equal"
             )
+    mark = next((mark for mark in MARKS if mark in text), None)
+    if mark and any(entry.get(medium) for medium in MEDIA):
+        raise DataError(
+            f"{name} has the mark {mark}, which is not filled from 'objects' here and would be learned as a word; "
+            "write the box or name itself into the text, in the form of the model's family"
+        )
     types = entry.get("types")
     if types and not (isinstance(types, list) and len(types) == asked and all(map(_is_text, types))):
         raise DataError(f"{name}: 'types' must name a type for each of the {asked} questions, not {short(types)}")

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from transformers import AutoConfig
 
 from llavolta.data import Collator, DataError, LlavaData, find_bad, find_too_long, padding_colour
+from llavolta.data.boxes import box_notes
 from llavolta.data.table import is_table
 from llavolta.train.config import ConfigError, TrainConfig
 from llavolta.train.models import read_config
@@ -103,6 +104,8 @@ def open_data(
     else:
         with PartialState().local_main_process_first():  # a machine looks for them once
             opened = LlavaData(data, images, pad, skip=find_bad(data, images))
+    for note in box_notes(opened, config.pad_to_square) if collate else ():
+        say(f"note: {note}", progress)
     too_long = find_too_long(opened, collate, progress) if collate else {}
     if too_long and config.bad_entries == "fail":
         raise DataError(
