@@ -36,7 +36,7 @@ def idefics3():
     places = (f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
     tokenizer = _tokenizer("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *places)
     images = tf.Idefics3ImageProcessorPil(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
-    processor = tf.Idefics3Processor(images, tokenizer, image_seq_len=16, chat_template=tokenizer.chat_template)
+    processor = tf.Idefics3Processor(images, tokenizer, image_seq_len=16, chat_template="<s>" + tokenizer.chat_template)
     config = tf.Idefics3Config(
         vision_config=tf.Idefics3VisionConfig(**_VISION, image_size=SIDE, patch_size=4),
         text_config=tf.LlamaConfig(**_text(tokenizer)),
@@ -191,7 +191,7 @@ def gemma3():
     names = dict(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")
     tokenizer = _tokenizer(**names)
     images = tf.Gemma3ImageProcessorPil(size={"height": SIDE, "width": SIDE})
-    template = _template(tokenizer, "<start_of_image>")
+    template = "{{ bos_token }}" + _template(tokenizer, "<start_of_image>")
     processor = tf.Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=16)
     text = dict(head_dim=8, sliding_window=64, query_pre_attn_scalar=8)
     text["layer_types"] = ["sliding_attention", "full_attention"] * 2
@@ -215,7 +215,8 @@ def aya_vision():
     )
     names = dict(start_of_img_token="<|START_OF_IMG|>", end_of_img_token="<|END_OF_IMG|>", tile_token="TILE")
     names |= dict(tile_global_token="TILE_GLOBAL", img_patch_token="<|IMG_PATCH|>", image_token="<image>")
-    options = dict(patch_size=4, img_size=SIDE, downsample_factor=2, chat_template=tokenizer.chat_template)
+    template = "{{ bos_token }}" + tokenizer.chat_template
+    options = dict(patch_size=4, img_size=SIDE, downsample_factor=2, chat_template=template)
     processor = tf.AyaVisionProcessor(images, tokenizer, **options, **names)
     config = tf.AyaVisionConfig(
         vision_config=tf.SiglipVisionConfig(**_VISION, image_size=SIDE, patch_size=4),

@@ -337,7 +337,8 @@ def _marks(base: nn.Module, visual: dict[str, Tensor], encoded: dict):
     newline = getattr(base, "image_newline", None)
     for kind, where in visual.items():
         flat = where.reshape(-1).nonzero().squeeze(1)
-        features = list(encoded[kind].pooler_output)
+        # Idefics3 makes one of each row of the batch, empty for a row of text alone.
+        features = [feature for feature in encoded[kind].pooler_output if len(feature)]
         lengths = [len(feature) for feature in features]
         if sum(lengths) != len(flat):
             raise UnsupportedModel(f"the batch holds {len(flat)} {kind} tokens, but its {kind}s fill {sum(lengths)}")

@@ -250,7 +250,7 @@ def _packing(base, image_sizes: Tensor, tiles: int) -> Callable[[Tensor], Tensor
 def _length(features: list, pictures: int) -> int:
     """How many tokens each of the tower's ``pictures`` became, 0 if that is unknown. features: by modality, for each
     image its (n, C); more of them than pictures where they are repeated, as for beams; fewer where images are tiled."""
-    rows = [len(feature) for of_kind in features for feature in of_kind]
+    rows = [len(feature) for of_kind in features for feature in of_kind if len(feature)]
     shares = max(len(rows), pictures)
     return sum(rows) // shares if sum(rows) % shares == 0 and shares % pictures == 0 else 0
 

@@ -24,6 +24,7 @@ from llavolta.data.llava import LlavaData
 from llavolta.errors import DataError
 
 RARE = "\ua66e \U00013000"  # letters that no vocabulary of words holds
+QUESTION = len('{"from":"human","value":""},{"from":"gpt","value":""},')  # bytes of a file beside its text, at least
 MAY_BE_UNKNOWN = 0.01  # of a file's words
 
 
@@ -146,11 +147,12 @@ def find_too_long(data: LlavaData, collate: Collator, progress: bool = True) -> 
     processor refuses for their sizes, and why.
 
     Without decoding a picture: how many tokens one becomes depends on its size. A text has at most a token a byte, so
-    of most entries not even the text is tokenized.
+    of most entries not even the text is tokenized, unless the chat template refuses system turns: then all are.
     """
     fixed, bytes_ = collate.fixed_picture_tokens, (data.index.stop - data.index.start)[data.rows]
-    pictures, some = data.index.media[data.rows], collate.template_tokens
-    at_most = bytes_ + some + pictures * (fixed or 0)
+    pictures = data.index.media[data.rows]
+    first, each = collate.template_tokens or (np.inf, 0)
+    at_most = bytes_ * max(1, each / QUESTION) + first + pictures * (fixed or 0)
     unsure = (pictures > 0) & (fixed is None) | (data.medium == 2)
     found = {}
     for index in tqdm(

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from llavolta.data import chat
 from llavolta.data.entries import MEDIA
 from llavolta.data.llava import Example
 from llavolta.errors import DataError
@@ -35,18 +36,11 @@ class Collator:
     always_picture: bool = False
 
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        tokenizer = self.processor.tokenizer
-        texts, spans = zip(*(self._render(example.messages) for example in examples), strict=True)
-        images = [image for example in examples for image in example.images]
+        texts, spans = zip(*(self._write(example.messages, example.name) for example in examples), strict=True)
+        images = [example.images for example in examples]  # some processors check their number text by text
         videos = [frames for example in examples for frames in example.videos]
-        if videos and not hasattr(self.processor, "video_processor"):
-            raise DataError(f"{type(self.processor).__name__} reads no video; train a model that does, or drop them")
-        by_text = [example.images for example in examples] if images else None  # some check their number text by text
-        visual = {"images": by_text} | ({"videos": videos} if videos else {})
         try:
-            encoded = self.processor(
-                text=list(texts), **visual, padding=True, padding_side="right", return_tensors="pt"
-            )
+            encoded = chat.encode(self.processor, texts, images, videos, padding_side="right")
         except REFUSALS as error:
             for example in examples:  # which of them it is
                 for image in example.images:
@@ -54,22 +48,12 @@ class Collator:
             if videos and len(examples) == 1:
                 raise DataError(f"{examples[0].name}: {self._refusal('its video', error)}") from None
             raise
-        plain = tokenizer(list(texts), return_offsets_mapping=True)
         ids = encoded["input_ids"]
         placeholder = torch.isin(ids, self._placeholders)
         labels = torch.full_like(ids, IGNORED)
         for row, example in enumerate(examples):
-            written = torch.tensor(plain["input_ids"][row])
-            starts, ends = torch.tensor(plain["offset_mapping"][row]).unbind(1)
-            answers = torch.zeros_like(written, dtype=torch.bool)
-            for first, last in spans[row]:
-                answers |= (starts >= first) & (ends <= last) & (ends > starts)
-            text = (~placeholder[row] & encoded["attention_mask"][row].bool()).nonzero().squeeze(1)
-            said = ~torch.isin(written, self._written_placeholders)
-            place = _placed(ids[row][text].tolist(), written.tolist(), said.tolist())
-            if place is None:
-                raise DataError(f"{example.name}: the processor rewrote the text; its answers cannot be found")
-            labels[row, text[place]] = torch.where(answers, written, IGNORED)[said]
+            offsets = self.offsets(ids[row], encoded["attention_mask"][row], texts[row], example.name)
+            labels[row] = torch.where(chat.within(texts[row], spans[row], offsets), ids[row], IGNORED)
             self._check_length(example.name, placeholder[row], labels[row] != IGNORED)
         keep = min(ids.shape[1], self.max_length)
         batch = {"input_ids": ids[:, :keep], "attention_mask": encoded["attention_mask"][:, :keep]}
@@ -79,7 +63,41 @@ class Collator:
             if key not in batch
         }
         batch |= {"labels": labels[:, :keep], **others}
-        return self.with_black(batch, "image") if self.always_picture and not images and not videos else batch
+        return self.with_black(batch, "image") if self.always_picture and not any(images) and not videos else batch
+
+    def offsets(self, ids: torch.Tensor, attention_mask: torch.Tensor, text: str, name: str) -> torch.Tensor:
+        """Returns from where to where in ``text`` each token goes: (T, 2), -1 where the processor wrote it.
+
+        Args:
+            ids: (T,) of one row of a batch.
+            attention_mask: (T,) of the row.
+            text: What the processor made the row of.
+            name: Of the row, for the error.
+
+        Raises:
+            DataError: The tokens of ``text`` are not those of the row.
+        """
+        written, places = self._tokenize(text)
+        is_text = ~torch.isin(written, self._written_placeholders)
+        columns = (~torch.isin(ids, self._placeholders) & attention_mask.bool()).nonzero().squeeze(1)
+        found = _placed(ids[columns].tolist(), written.tolist(), is_text.tolist())
+        if found is None:
+            raise DataError(f"{name}: the processor rewrote the text; its parts cannot be found")
+        offsets = torch.full((len(ids), 2), -1)
+        offsets[columns[found]] = places[is_text]
+        return offsets
+
+    def _tokenize(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens (T,) of a rendered text as the tokenizer alone reads it, and their offsets (T, 2) in it."""
+        plain = self.processor.tokenizer(text, return_offsets_mapping=True, **chat.special(self.processor, text))
+        return torch.tensor(plain["input_ids"]), torch.tensor(plain["offset_mapping"]).view(-1, 2)
+
+    def _write(self, messages: list[dict], name: str) -> tuple[str, list[tuple[int, int]]]:
+        """``chat.write``, whose error says which entry it is."""
+        try:
+            return chat.write(self.processor, messages)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
 
     def with_black(self, batch: dict[str, torch.Tensor], medium: str) -> dict[str, torch.Tensor]:
         """``batch`` and one more row, without a label, of a black "image" or a "video" of one black frame.
@@ -132,29 +150,29 @@ class Collator:
     def check_room(self, messages: list[dict], name: str, counts: Sequence[int]) -> None:
         """Raise DataError, naming the entry ``name``, if ``max_length`` cuts off one of its pictures, which become
         ``counts`` tokens each, or all of its answers."""
-        text, spans = self._render(messages)
-        written = self.processor.tokenizer(text, return_offsets_mapping=True)
-        placeholder = torch.isin(torch.tensor(written["input_ids"]), self._written_placeholders)
-        starts, ends = torch.tensor(written["offset_mapping"]).unbind(1)
-        answers = torch.zeros_like(placeholder)
-        for first, last in spans:
-            answers |= (starts >= first) & (ends <= last) & (ends > starts)
-        times = torch.ones_like(starts)
+        text, spans = self._write(messages, name)
+        written, places = self._tokenize(text)
+        placeholder, answers = torch.isin(written, self._written_placeholders), chat.within(text, spans, places)
+        times = torch.ones_like(written)
         times[placeholder] = torch.tensor(list(counts), dtype=times.dtype)
         self._check_length(name, placeholder.repeat_interleave(times), answers.repeat_interleave(times))
 
     def text_tokens(self, messages: list[dict]) -> int:
         """Tokens of a conversation without its pictures."""
-        text, _ = self._render(messages)
-        ids = torch.tensor(self.processor.tokenizer(text)["input_ids"])
-        return int((~torch.isin(ids, self._written_placeholders)).sum())
+        written, _ = self._tokenize(chat.write(self.processor, messages)[0])
+        return int((~torch.isin(written, self._written_placeholders)).sum())
 
     @cached_property
-    def template_tokens(self) -> int:
-        """Tokens that the chat template adds to a conversation of one turn."""
-        said = [{"type": "text", "text": ""}]
-        text, _ = self._render([{"role": "user", "content": said}, {"role": "assistant", "content": said}])
-        return len(self.processor.tokenizer(text)["input_ids"])
+    def template_tokens(self) -> tuple[int, int] | None:
+        """Tokens that the chat template adds to a system turn with one question, and to each further question; None if
+        it refuses system turns."""
+        roles = ("system", *("user", "assistant") * 2)
+        turns = [{"role": role, "content": [{"type": "text", "text": "."}]} for role in roles]
+        try:
+            counts = [self.text_tokens(part) for part in (turns, turns[:3], turns[1:3])]
+        except DataError:
+            return None
+        return max(counts[1:]), counts[0] - counts[1]
 
     @cached_property
     def fixed_picture_tokens(self) -> int | None:
@@ -183,34 +201,6 @@ class Collator:
     @cached_property
     def _counts(self) -> dict[tuple[tuple[int, int], bool], int]:
         return {}
-
-    def _render(self, conversation: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as text, and from where to where in it each answer that is learned goes.
-
-        A message with ``"learn": False`` is read and has no label.
-        """
-
-        def render(messages, **options):
-            return self.processor.apply_chat_template(messages, tokenize=False, **options)
-
-        tokenizer, text, spans = self.processor.tokenizer, render(conversation), []
-        eos, added = tokenizer.eos_token or "", 0
-        ends = (*tokenizer.get_added_vocab(), eos)
-        for turn, message in enumerate(conversation):
-            if message["role"] != "assistant":
-                continue
-            before = render(conversation[:turn], add_generation_prompt=True)
-            after = render(conversation[: turn + 1])
-            if not after.startswith(before):
-                raise DataError("the chat template rewrites earlier turns; give a template that only appends")
-            first, last = len(before) + added, len(after) + added
-            if eos and not after.rstrip().endswith(ends):  # a model tuned so would never learn to stop
-                place = len(after.rstrip()) + added
-                text = text[:place] + eos + text[place:]
-                last, added = place + len(eos), added + len(eos)
-            if message.get("learn", True):
-                spans.append((first, last))
-        return text, spans
 
 
 def _placed(ids: list[int], written: list[int], said: list[bool]) -> list[int] | None:

@@ -63,14 +63,15 @@ def read_index(file: Path) -> Index:
 
 
 def _scan_table(file: Path) -> Index:
-    """Of a table: what stands for the bytes of an entry are those of its text."""
+    """Of a table: what stands for the bytes of an entry are those of its conversation as JSON."""
     version = file_version(file)
     table, found, bad = open_table(file, tuple(version)), [], {}
     for row in range(len(table)):
         try:
             entry = as_llava(table.entry(row))
             text = check_entry(entry, f"{file.name} entry {row}")
-            found.append((len(text.encode()), int("image" in entry), len(media_paths_of(entry)), text.count(" ") + 1))
+            size = len(json.dumps(entry["conversations"]))
+            found.append((size, int("image" in entry), len(media_paths_of(entry)), text.count(" ") + 1))
         except DataError as error:
             bad[row] = str(error)
             found.append((0, 0, 0, 0))

@@ -33,7 +33,7 @@ class Example:
 
     @property
     def looks(self) -> list:
-        """Pictures, then clips, as ``studies.evaluation.prompts`` takes them."""
+        """Pictures, then clips, as ``studies.evaluation.prompts`` takes them with a question as text."""
         return [*self.images, *self.videos]
 
 
@@ -145,7 +145,8 @@ class LlavaData(Dataset):
         return [*images, *((path, None) for path in media_paths_of(entry, "video"))]
 
     def questions(self) -> Iterator[dict]:
-        """Every turn as a question of its own: index (of the entry), type, question, answer."""
+        """Every turn as a question of its own: index (of the entry), turn (among its questions), type, question,
+        answer."""
         return chain.from_iterable(map(self.questions_of, range(len(self))))
 
     def questions_of(self, index: int) -> list[dict]:
@@ -156,11 +157,12 @@ class LlavaData(Dataset):
         return [
             {
                 "index": index,
+                "turn": turn,
                 "type": kind,
                 "question": PLACEHOLDER.sub("", plain_text(entry, asked)).strip(),
                 "answer": answered,
             }
-            for asked, answered, kind in zip(texts[::2], texts[1::2], types, strict=True)
+            for turn, (asked, answered, kind) in enumerate(zip(texts[::2], texts[1::2], types, strict=True))
         ]
 
     def texts(self) -> Iterator[str]:

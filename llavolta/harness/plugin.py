@@ -22,7 +22,7 @@ from llavolta.compression.plan import format_plan, parse_plan
 from llavolta.data import Collator, Example, pad_to_square, to_rgb
 from llavolta.data.video import read_frames
 from llavolta.errors import UserError
-from llavolta.studies.evaluation import greedy, prompts
+from llavolta.studies.evaluation import chat_of, greedy, prompts
 from llavolta.studies.opening import trained_padding
 from llavolta.train.models import load_model
 
@@ -111,11 +111,8 @@ class Llavolta(lmms):
         looks = self._look(see, *doc)
         if any(isinstance(look, list) for look in looks):
             raise UserError("likelihoods of answers about clips are not supported; use a task that generates")
-        question = [{"type": "image"}] * len(looks) + [{"type": "text", "text": _plain(text)}]
-        messages = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-        ]
+        answered = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        messages = [*chat_of(_plain(text), looks), answered]
         batch = Collator(self.processor, max_length=1_000_000)([Example(messages, looks, str(doc))])
         labelled = int((batch["labels"] != -100).sum())
         batch = {name: _to(value, self.model) for name, value in batch.items()}

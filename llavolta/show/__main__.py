@@ -11,7 +11,7 @@ from llavolta.data import check_words, open_image
 from llavolta.errors import UserError
 from llavolta.paths import RUNS, given_path
 from llavolta.show import plots
-from llavolta.studies import inspect
+from llavolta.studies import evaluation, inspect
 from llavolta.studies.opening import StudyError, open_model, open_study
 
 
@@ -70,9 +70,10 @@ def _heldout(options) -> list[tuple]:
             chosen.append(fresh[0])
     rows = []
     for one in chosen:
-        images = study.data[one["index"]].images
-        view = inspect.view(study.model, study.processor, one["question"], images, options.plan)
-        rows.append((images[0], one["question"], view, one["answer"]))
+        messages, images = evaluation.alone(study.data[one["index"]], one["turn"])
+        if images:
+            view = inspect.view(study.model, study.processor, messages, images, options.plan)
+            rows.append((images[0], one["question"], view, one["answer"]))
     return rows
 
 

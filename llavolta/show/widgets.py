@@ -29,7 +29,7 @@ from llavolta.cost.planner import Speed, scheme_table
 from llavolta.data import LlavaData, check_words, open_image, to_rgb
 from llavolta.errors import UserError
 from llavolta.show import plots, token_maps
-from llavolta.studies import inspect, opening
+from llavolta.studies import evaluation, inspect, opening
 from llavolta.train.schemes import Scheme, SchemeError, Stage
 
 WIDE = ui.Layout(width="420px")
@@ -107,8 +107,7 @@ class Explorer:
         """What is asked about: pictures, or clips as lists of frames."""
         if own is not None:
             return [self._own[-1]]
-        example = self.data[entry]
-        return [*example.images, *example.videos]
+        return self.data[entry].looks
 
     def refresh(self, change=None) -> None:
         """Compute and draw what the controls say, or say in one line why that cannot be."""
@@ -134,7 +133,16 @@ class Explorer:
                 f"the question holds the placeholder {found[0]}; leave it out, the picture is put in"
             )
         check_words([question], self.processor.tokenizer, "the question")
-        return inspect.view(self.model, self.processor, question, self._looks(entry, own), plan)
+        asked, looks = question, self._looks(entry, own)
+        if own is None:
+            example = self.data[entry]
+            turn = next((one["turn"] for one in self.data.questions_of(entry) if one["question"] == question), None)
+            if turn is not None:
+                asked, looks = evaluation.alone(example, turn)
+            else:
+                system = [message for message in example.messages if message["role"] == "system"]
+                asked = [*system, *evaluation.chat_of(question, looks)]
+        return inspect.view(self.model, self.processor, asked, looks, plan)
 
     def _text(self, view: inspect.View) -> str:
         truth = (

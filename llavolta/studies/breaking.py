@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from llavolta.compression.patch import compress
 from llavolta.compression.plan import VISION, parse_plan
-from llavolta.data import LlavaData
+from llavolta.data import LlavaData, chat
 from llavolta.data.entries import media_paths_of
 from llavolta.studies.evaluation import answer_limit, check_questions, greedy, is_right
 from llavolta.studies.opening import StudyError, answering
@@ -76,28 +76,26 @@ def second_questions(
             heads, tails = zip(*(_parts(processor, example.messages) for example in examples), strict=True)
             texts = heads if one_cache else [head + tail for head, tail in zip(heads, tails, strict=True)]
             images = [example.images for example in examples]
-            settings = dict(padding=True, padding_side="left", return_tensors="pt")
-            batch = processor(text=list(texts), images=images if any(images) else None, **settings)
+            batch = chat.encode(processor, texts, images, [], padding_side="left")
             batch, given = batch.to(model.device, model.dtype), {}
             if one_cache:
                 given = dict(past_key_values=DynamicCache(config=model.config.get_text_config()))
                 greedy(model, processor, batch, 1, **given)  # by generate(), which counts positions without padding
-                asked = processor.tokenizer(list(tails), add_special_tokens=False, **settings).to(model.device)
+                settings = dict(padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False)
+                asked = processor.tokenizer(list(tails), **settings).to(model.device)
                 # generate() leaves out of the ids what the cache holds, unless its first layer holds fewer.
                 names = ("attention_mask",) if first_layer else ("input_ids", "attention_mask")
                 batch = {**asked, **{name: torch.cat([batch[name], asked[name]], 1) for name in names}}
             ids = greedy(model, processor, batch, length, **given)[:, batch["input_ids"].shape[1] :]
             predictions += processor.batch_decode(ids, skip_special_tokens=True)
-    frame = pd.DataFrame(questions).assign(prediction=predictions)
+    frame = pd.DataFrame(questions).drop(columns="turn").assign(prediction=predictions)
     return frame.assign(correct=list(map(is_right, frame.prediction, frame.answer)))
 
 
 def _parts(processor, messages: list[dict]) -> tuple[str, str]:
     """A conversation as text up to where its first answer begins, and from there to where its second one does."""
     asked = [number for number, message in enumerate(messages) if message["role"] == "user"]
-    first, both = (
-        processor.apply_chat_template(messages[: number + 1], add_generation_prompt=True) for number in asked[:2]
-    )
+    first, both = (chat.write(processor, messages[: number + 1], ask=True)[0] for number in asked[:2])
     if not both.startswith(first):
         raise StudyError("this model's chat template rewrites earlier turns, so a second question needs a cache anew")
     return first, both[len(first) :]

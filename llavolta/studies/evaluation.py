@@ -13,7 +13,8 @@ import torch
 from tqdm.auto import tqdm
 
 from llavolta.compression.patch import compress
-from llavolta.data import LlavaData, check_words
+from llavolta.data import Example, LlavaData, chat, check_words
+from llavolta.data.entries import chat_messages
 from llavolta.data.images import find_file
 from llavolta.studies.opening import answering
 
@@ -24,29 +25,33 @@ def _normal(text: str) -> str:
     return " ".join(text.strip().rstrip(".").lower().split())
 
 
-def render(processor, question: str, images: int, videos: int = 0) -> str:
-    """The prompt that asks ``question`` about so many pictures and clips, by the processor's chat template."""
-    content = [{"type": "image"}] * images + [{"type": "video"}] * videos + [{"type": "text", "text": question}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+def chat_of(question: str | list[dict], looks: list) -> list[dict]:
+    """The messages that ask ``question`` about opened pictures, which go first, and clips (lists of frames) behind
+    them; a question that already is a list of messages says itself where they stand."""
+    if not isinstance(question, str):
+        return question
+    media = sorted(
+        ({"type": "video" if isinstance(look, list) else "image"} for look in looks), key=lambda m: m["type"]
+    )
+    return [{"role": "user", "content": [*media, {"type": "text", "text": question}]}]
 
 
-def prompts(model, processor, asked: list[tuple[str, list]], padding_side: str = "left"):
-    """A batch for ``model`` from pairs of a question and its opened pictures; a list of frames is a clip."""
-    clips = [[look for look in looks if isinstance(look, list)] for _, looks in asked]
+def prompts(model, processor, asked: list[tuple[str | list[dict], list]], padding_side: str = "left"):
+    """A batch for ``model`` from pairs of a question and its opened pictures; a list of frames is a clip.
+
+    A question is a text, or messages as of ``pictured``: written as for training, up to where the answer begins.
+    """
     images = [[look for look in looks if not isinstance(look, list)] for _, looks in asked]
-    texts = [
-        render(processor, question, len(pictures), len(videos))
-        for (question, _), pictures, videos in zip(asked, images, clips, strict=True)
-    ]
-    visual = {"images": images if any(images) else None} | ({"videos": sum(clips, [])} if any(clips) else {})
-    batch = processor(text=texts, **visual, padding=True, padding_side=padding_side, return_tensors="pt")
-    return batch.to(model.device, model.dtype)
+    videos = [look for _, looks in asked for look in looks if isinstance(look, list)]
+    texts = [chat.write(processor, chat_of(*one), ask=True)[0] for one in asked]
+    return chat.encode(processor, texts, images, videos, padding_side).to(model.device, model.dtype)
 
 
 def asked_digest(data: LlavaData, questions: list[dict]) -> bytes:
     """Of what is asked: the questions of ``data``, their answers, and their pictures and clips, byte by byte."""
     digest = hashlib.blake2b(json.dumps([questions, data.pad, data.frames]).encode(), digest_size=12)
     for index in dict.fromkeys(question["index"] for question in questions):
+        digest.update(json.dumps(chat_messages(data.entry(index))).encode())
         for path, content in data.sources(index):
             if content is None:
                 content = find_file(data.folder, path, data.file.name).read_bytes()
@@ -113,9 +118,26 @@ def answer(model, processor, batch, max_new_tokens: int) -> tuple[list[str], lis
     return processor.batch_decode(ids, skip_special_tokens=True), (~ended).tolist()
 
 
-def pictured(data: LlavaData, questions: list[dict]) -> list[tuple[str, list]]:
-    """Each of ``questions`` (see LlavaData.questions) with its opened pictures and clips."""
-    return [(question["question"], data[question["index"]].looks) for question in questions]
+def pictured(data: LlavaData, questions: list[dict]) -> list[tuple[list[dict], list]]:
+    """Each of ``questions`` (see LlavaData.questions) by ``alone``."""
+    return [alone(data[question["index"]], question["turn"]) for question in questions]
+
+
+def alone(example: Example, turn: int) -> tuple[list[dict], list]:
+    """Question ``turn`` of a conversation as it is trained, but without the questions and answers before it.
+
+    Returns:
+        The messages: system turns, and the question with its pictures and clips in their places; those of earlier
+        questions go first. And the pictures and clips, opened.
+    """
+    number = [place for place, message in enumerate(example.messages) if message["role"] == "user"][turn]
+    before, question = example.messages[:number], example.messages[number]
+    shown = [part for message in before for part in message["content"] if part["type"] != "text"]
+    content = [*shown, *question["content"]]
+    count = {medium: sum(part["type"] == medium for part in content) for medium in ("image", "video")}
+    system = [message for message in before if message["role"] == "system"]
+    looks = [*example.images[: count["image"]], *example.videos[: count["video"]]]
+    return [*system, {**question, "content": content}], looks
 
 
 def is_right(prediction: str, truth: str) -> bool:
@@ -151,5 +173,5 @@ def evaluate(
             truncated += cut
     if max_new_tokens is not None and any(truncated):
         print(f"{sum(truncated)} of {len(truncated)} answers did not end in {length} tokens", file=sys.stderr)
-    frame = pd.DataFrame(questions).assign(prediction=predictions, truncated=truncated)
+    frame = pd.DataFrame(questions).drop(columns="turn").assign(prediction=predictions, truncated=truncated)
     return frame.assign(correct=list(map(is_right, frame.prediction, frame.answer)))

@@ -117,24 +117,32 @@ class View:
 
 
 def choose(data: LlavaData, number: int) -> tuple[dict, list]:
-    """Question ``number`` of ``data`` (see LlavaData.questions) and its opened pictures; of a clip the first
-    frame alone. Raises StudyError."""
+    """Question ``number`` of ``data`` (see LlavaData.questions), with its ``messages``, and its opened pictures; of a
+    clip the first frame alone. Raises StudyError."""
     question = next((one for count, one in enumerate(data.questions()) if count == number), None)  # opens none behind
     if question is None:
         raise opening.StudyError(
             f"{data.file.name} has questions 0..{sum(1 for _ in data.questions()) - 1}, not {number!r}"
         )
-    example = data[question["index"]]
-    images = example.images or [frames[0] for frames in example.videos]
-    if not images:
+    messages, looks = evaluation.alone(data[question["index"]], question["turn"])
+    if not looks:
         raise opening.StudyError(f"question {number} of {data.file.name} has no picture; choose another")
-    return question, images
+    content = [part | {"type": "image"} if part["type"] == "video" else part for part in messages[-1]["content"]]
+    messages = [*messages[:-1], {**messages[-1], "content": content}]
+    images = [look[0] if isinstance(look, list) else look for look in looks]
+    return {**question, "messages": messages}, images
 
 
 def view(
-    model, processor, question: str, images: list, plan: str, text_tokens: float = 64, max_new_tokens: int = SHOWN
+    model,
+    processor,
+    question: str | list[dict],
+    images: list,
+    plan: str,
+    text_tokens: float = 64,
+    max_new_tokens: int = SHOWN,
 ) -> View:
-    """Ask ``question`` about opened ``images``, or clips (lists of frames), under ``plan``.
+    """Ask ``question``, a text or messages, about opened ``images``, or clips (lists of frames), under ``plan``.
 
     text_tokens: of the training example that FLOPs are of. max_new_tokens: of the answer, which ends in an ellipsis
     where it is cut off. Raises PlanError, UnsupportedModel, or a compressor's own
@@ -171,7 +179,9 @@ def view(
     )
 
 
-def views(model, processor, question: str, images: list, plans: Sequence[str], text_tokens: float = 64) -> list[View]:
+def views(
+    model, processor, question: str | list[dict], images: list, plans: Sequence[str], text_tokens: float = 64
+) -> list[View]:
     """``view`` under each of ``plans``; one that this model cannot do is left out, and a printed line says why."""
     seen = []
     for plan in plans:

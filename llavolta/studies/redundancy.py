@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from llavolta.compression import families, masks, patch, probe
 from llavolta.compression.plan import check_layers, parse_plan
-from llavolta.data import LlavaData
+from llavolta.data import Collator, LlavaData, chat
 from llavolta.paths import PUBLISHED
 from llavolta.studies import evaluation, opening, statistics
 
@@ -323,16 +323,15 @@ def answer_attention(
     questions = list(islice(data.questions(), limit))
     evaluation.check_questions(processor, questions, data)
     ids = set(families.find_parts(model).visual_ids.values())
-    frames, starts = [], range(0, len(questions), batch_size)
+    frames, starts, collate = [], range(0, len(questions), batch_size), Collator(processor)
     with opening.answering(model):
         for start in tqdm(starts, desc="attention", disable=not progress, leave=False):
             asked = evaluation.pictured(data, questions[start : start + batch_size])
             batch = evaluation.prompts(model, processor, asked, padding_side="right")
             last = batch["attention_mask"].sum(1) - 1
-            rows = zip(asked, batch["input_ids"].cpu(), (last + 1).tolist(), strict=True)
-            kinds = torch.stack([_kinds(processor, *pair, ids, row, length) for pair, row, length in rows]).to(
-                last.device
-            )
+            messages = [question for question, _ in asked]
+            rows = zip(messages, batch["input_ids"].cpu(), batch["attention_mask"].cpu(), strict=True)
+            kinds = torch.stack([_kinds(collate, *row, ids) for row in rows]).to(last.device)
             shares = attention_shares(model, batch, last, kinds).cpu()
             counts = (torch.nn.functional.one_hot(kinds, 3) * batch["attention_mask"][..., None]).sum(1).cpu()
             layer, row, kind = (axis.ravel() for axis in np.indices(shares.shape))
@@ -350,21 +349,14 @@ def answer_attention(
     return pd.concat(frames, ignore_index=True)
 
 
-def _kinds(processor, question: str, images: list, visual: set[int], ids: Tensor, length: int) -> Tensor:
-    """(T,) the index in KINDS of each token of one prompt of ``length`` tokens, padded on the right."""
-    text = evaluation.render(processor, question, len(images))
-    first = text.rindex(question) if question in text else -1
-    if first < 0:
-        raise opening.StudyError(f"the chat template rewrites the question {question!r}; its tokens cannot be found")
-    plain = processor.tokenizer(text, return_offsets_mapping=True)
-    # Counted from the end: the processor changes the text only where pictures stand, before the question.
-    tail = [n for n, (_, end) in enumerate(reversed(plain["offset_mapping"]), start=1) if end > first]
-    tail = [n for n in tail if plain["offset_mapping"][-n][0] < first + len(question)]
-    if ids[length - max(tail) : length].tolist() != plain["input_ids"][-max(tail) :]:
-        raise opening.StudyError(f"the processor rewrites the question {question!r}; its tokens cannot be found")
+def _kinds(collate: Collator, messages: list[dict], ids: Tensor, mask: Tensor, visual: set[int]) -> Tensor:
+    """(T,) the index in KINDS of each token of one prompt that asks ``messages``, padded on the right."""
+    pieces = chat.split_at(collate.processor, messages, "user", add_generation_prompt=True)
+    first = len("".join(pieces[:-2]))
+    offsets = collate.offsets(ids, mask, "".join(pieces), "a question")
     kinds = torch.full_like(ids, KINDS.index("system and prompt"))
+    kinds[chat.within("".join(pieces), [(first, first + len(pieces[-2]))], offsets)] = KINDS.index("question")
     kinds[torch.isin(ids, torch.tensor(sorted(visual)))] = KINDS.index("visual")
-    kinds[length - torch.tensor(tail)] = KINDS.index("question")
     return kinds
 
 

@@ -435,7 +435,7 @@ def test_what_is_asked_of_one_entry_opens_no_other(scenes, small_model, monkeypa
     monkeypatch.setattr(LlavaData, "entry", lambda self, index: opened.append(int(index)) or real(self, index))
     assert list(data.questions_of(7)) == of_one[7] and set(opened) == {7}
     opened.clear()
-    assert inspect.choose(data, 0)[0] == of_one[0][0] and set(opened) == {0}
+    assert of_one[0][0].items() <= inspect.choose(data, 0)[0].items() and set(opened) == {0}
     opened.clear()
     explorer = widgets.redundancy_explorer(model, processor, data, layer=1, stride=8)
     assert explorer.question.value == of_one[0][0]["question"]
