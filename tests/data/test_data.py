@@ -441,7 +441,7 @@ def test_what_is_asked_of_one_entry_opens_no_other(scenes, small_model, monkeypa
     assert explorer.question.value == of_one[0][0]["question"]
     explorer.entry.value = 7
     assert explorer.question.options == tuple(q["question"] for q in of_one[7])
-    assert Counter(opened).most_common(1)[0][1] <= 10 and len(opened) < 60  # the list of pictures, once; then these
+    assert Counter(opened).most_common(1)[0][1] <= 10 and len(opened) < 64  # the list of pictures, once; then these
     with pytest.raises(StudyError, match=r"questions 0\.\.\d+, not -1"):
         inspect.choose(data, -1)
     with pytest.raises(StudyError, match=r"not 100000"):
