@@ -14,11 +14,13 @@ ONLY = r"^llava (sdpa|eager) (none|1:avgpool:3;3:avgpool:2|2:fastv:0.5) (train|g
 ONLY += r"|^qwen2_5_vl of families sdpa 1:avgpool:3 train$|^gemma3 .* eager vision:.* forward$"
 
 
+@pytest.mark.slow
 def test_a_checkout_equals_itself(capfd):
     assert main([str(HERE), str(HERE), "--only", ONLY]) == 0
     assert "21 cases (2 of them errors), 0 differ" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
@@ -41,6 +43,7 @@ def test_a_copy_that_computes_something_else_is_told_of(tmp_path, capfd, old, ne
     assert told in printed and "4 cases" in printed
 
 
+@pytest.mark.slow
 def test_no_case_at_all_is_no_success():
     assert main([str(HERE), str(HERE), "--only", "^nothing"]) == 2
 

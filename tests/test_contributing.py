@@ -50,6 +50,7 @@ def pytest_with(tmp_path, recipe: str, tests: str, chosen: str) -> None:
     assert run.returncode == 0 and passed and int(passed[1]) > 8, run.stdout[-3000:] + run.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_the_compressor_keeps_the_contract_of_all(tmp_path):
     pytest_with(tmp_path, "compressor", "tests/compression/test_compressors.py", "oddest")
 
@@ -68,6 +69,7 @@ def test_the_compressor_keeps_the_oddest_of_each_window():
         COMPRESSORS.pop(oddest.name)
 
 
+@pytest.mark.slow
 def test_the_family_passes_the_tests_of_families(tmp_path):
     pytest_with(tmp_path, "family", "tests/compression/test_families.py", "vipllava")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # builds a wheel, and trains with it
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
 import sys

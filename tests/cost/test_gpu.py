@@ -17,6 +17,7 @@ def load(monkeypatch):
     return tiny_load()
 
 
+@pytest.mark.slow
 def test_every_part_is_saved_when_done(load, tmp_path):
     parts = ["peaks", "training", "inference", "host_reads", "long"]
     assert bench.main(["gpu", "--tiny", "--folder", str(tmp_path), "--parts", *parts]) == 0
@@ -32,6 +33,7 @@ def test_every_part_is_saved_when_done(load, tmp_path):
     assert all(f"## {part}\n" in page for part in parts)
 
 
+@pytest.mark.slow
 def test_the_core_is_checked_against_the_cpu(load, monkeypatch):
     monkeypatch.setattr(gpu, "BY_PLACE", gpu.BY_PLACE[:1])
     monkeypatch.setattr(gpu, "BY_RANK", gpu.BY_RANK[:1])

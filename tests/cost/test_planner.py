@@ -70,7 +70,9 @@ TOKENS = {
 }
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "smolvlm-500m" else pytest.mark.slow) for name in TOKENS]
+)
 def test_other_families_are_planned_by_what_their_processors_make(name):
     planned = subject(name, size=PICTURE)
     model = cost_model(planned.config)

@@ -1,33 +1,13 @@
 """Plots leave the user's matplotlib settings alone and draw what the defaults never are: many stages, ragged counts."""
 
-import os
-import subprocess
-import sys
-
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import pytest
 
 from llavolta.show import plots, token_maps, widgets
 from llavolta.train.schemes import Scheme
-
-
-def test_importing_and_drawing_leave_matplotlib_s_settings_alone():
-    code = """
-import matplotlib, matplotlib.pyplot as plt
-plt.rcParams.update({"axes.grid": False, "font.size": 7.5, "axes.facecolor": "black", "figure.dpi": 61})
-before = dict(plt.rcParams)
-import numpy as np
-from llavolta.show import plots, token_maps, widgets
-from llavolta.train.schemes import Scheme
-assert {name: value for name, value in plt.rcParams.items() if before[name] != value} == {}
-token_maps.scene_grid(np.zeros((2, 4, 4, 3)))
-token_maps.token_map(np.zeros((4, 4, 3)), np.zeros((2, 2), int))
-assert {name: value for name, value in plt.rcParams.items() if before[name] != value} == {}
-"""
-    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"MPLBACKEND": "agg"}, capture_output=True)
-    assert run.returncode == 0, run.stderr.decode()
 
 
 def test_what_the_backend_sets_with_the_first_figure_stays():
@@ -62,6 +42,7 @@ def test_every_public_function_draws_under_the_theme():
     plt.close("all")
 
 
+@pytest.mark.slow
 def test_plots_of_twenty_five_stages():
     plans = [f"{layer}:avgpool:{stride}" for stride in (16, 8, 4, 3, 2) for layer in range(5)]
     figure = plots.scheme_diagram(Scheme.equal("long", *plans), 8, 144, 100, current=25)

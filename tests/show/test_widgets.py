@@ -51,7 +51,13 @@ def test_sliders_and_choosers(loaded, explorer):
     shown(explorer, data[5].images)
 
 
-@pytest.mark.parametrize("name", sorted(COMPRESSORS))
+# One of each place and kind of option; the others are slow.
+FEW = {"avgpool", "cls", "fastv", "prumerge+", "restore"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in sorted(COMPRESSORS)]
+)
 def test_every_compressor_of_the_registry_has_its_controls(loaded, name):
     explorer = widgets.design_explorer(*loaded, layer=2)
     explorer.compressor.value = name
@@ -132,18 +138,18 @@ def test_explorers_on_clips(video_model, clip_data):
         assert explorer.view is not None and explorer.image.value == widgets.png(explorer.draw(first, view))
 
 
-@pytest.mark.parametrize("words", ["<image>", "what is in <image>?", "<video>"])
-def test_a_placeholder_in_the_question_is_one_line(loaded, explorer, words):
-    explorer.question.value = words
-    assert explorer.view is None and explorer.image.value == b"" and "placeholder" in explorer.message.value
+def test_a_placeholder_in_the_question_is_one_line(loaded, explorer):
+    for words in ("<image>", "what is in <image>?", "<video>"):
+        explorer.question.value = words
+        assert explorer.view is None and explorer.image.value == b"" and "placeholder" in explorer.message.value
     explorer.question.value = "Is there a 3?"
     shown(explorer, loaded[2][0].images)
 
 
-@pytest.mark.parametrize("path", ["~nouser/x.png", "a\0b.png"])
-def test_a_path_that_cannot_be_is_one_line(explorer, path):
-    explorer.path.value = path
-    assert "image path" in explorer.message.value and "\n" not in explorer.message.value
+def test_a_path_that_cannot_be_is_one_line(explorer):
+    for path in ("~nouser/x.png", "a\0b.png"):
+        explorer.path.value = path
+        assert "image path" in explorer.message.value and "\n" not in explorer.message.value
 
 
 def test_words_that_the_model_does_not_know_are_one_line(explorer):

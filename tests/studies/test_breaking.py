@@ -24,8 +24,7 @@ def llava():
     return load_model("embedded")
 
 
-@pytest.mark.parametrize("plan", BLIND)
-@pytest.mark.parametrize("batch", [5, 12])
+@pytest.mark.parametrize(("plan", "batch"), [*((plan, 5) for plan in BLIND), ("2:avgpool:8", 12)])
 def test_what_does_not_look_at_the_text_answers_alike_on_one_cache(llava, scenes, plan, batch):
     data = LlavaData(scenes / "heldout.json")
     torch.manual_seed(0)

@@ -149,6 +149,7 @@ def test_a_failing_run_stops_the_comparison_with_its_error(scenes, small_model, 
         compare(contestants([], {"mine": ["none"]}, 4), ONE, config, "nowhere.json", workers=2, progress=False)
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_comparison_that_is_killed(tmp_path):
     """Also in the middle of a run, which they would otherwise go on writing.
 
@@ -251,6 +252,7 @@ def test_models_answer_and_are_timed_on_the_accelerator(scenes, small_model, tmp
     assert where == ["meta", "meta"]
 
 
+@pytest.mark.slow
 def test_schemes_with_an_alignment_of_their_own_share_it_and_are_timed_as_a_whole(scenes, small_model, tmp_path):
     data = dict(data=str(scenes / "train.json"), align_data=str(scenes / "align.json"))
     config = TrainConfig(
