@@ -66,7 +66,11 @@ MUTANTS = [
             "device=keep.device) < count[:, None] - 1\n",
         ),
         ("rows: tokens go one row too far", "(keep.cumsum(1) - 1 + start", "(keep.cumsum(1) - 0 + start"),
-        ("rows: text moves up too far", "gone = (self.valid & ~keep).cumsum(1)", "gone = (~keep).cumsum(1)"),
+        (
+            "rows: text moves up too far",
+            "gone = gone - before.cummax(1).values",
+            "gone = gone + before.cummax(1).values",
+        ),
         (
             "rows: later columns are those of this pass",
             "columns(new_length, keep) if first else",
@@ -390,13 +394,21 @@ MUTANTS = [
     *_of(
         "data/index.py",
         "data/test_data.py data/test_real_data.py data/test_table.py",
-        ("index: one key for all files", "for part in (file.resolve(), *more)", "for part in more"),
+        (
+            "index: one key for all files",
+            "for part in (file.resolve(), *more, _code())",
+            "for part in (*more, _code())",
+        ),
     ),
     *_of(
         "data/images.py",
         "data/test_data.py data/test_real_data.py",
         ("images: lie on their side", "image = ImageOps.exif_transpose(image)", "image = image.copy()"),
-        ("images: links lead out of the folder", "if not inside:", "if False:"),
+        (
+            "images: paths lead out of the folder",
+            "if not any(full == base or full.startswith(",
+            "if not any(True or full.startswith(",
+        ),
         ("images: padded at one side", "((side - image.width) // 2, (side - image.height) // 2)", "(0, 0)"),
     ),
     *_of(
@@ -432,8 +444,8 @@ MUTANTS = [
         ("evaluation: case counts", 'rstrip(".").lower()', 'rstrip(".")'),
         (
             "evaluation: pictures of another question are digested",
-            "digest.update(path.read_bytes())",
-            "digest.update(path.name.encode())",
+            'digest.update(f"{len(content)} ".encode() + content)',
+            "digest.update(path.encode())",
         ),
     ),
     *_of(
