@@ -458,21 +458,18 @@ def budget_rows(table: pd.DataFrame, kinds: Sequence[str] = ("overall", "difficu
 
 @themed
 def benchmark_table(table: pd.DataFrame) -> Figure:
-    """Percent per row and benchmark (see harness.table.paper_table); hatched where nothing was run."""
+    """Percent per row and benchmark (see harness.table.paper_table); hatched where nothing was run.
+
+    Published rows have no colour: they are of other models, which a common scale would invite to compare.
+    """
     figure, ax = plt.subplots(figsize=(1.5 + 0.62 * table.shape[1], 1.6 + 0.42 * len(table)), layout="constrained")
     ax.set_facecolor("0.92")
     ax.patch.set(hatch="//", edgecolor="0.75")
-    sns.heatmap(
-        table.astype(float),
-        annot=True,
-        fmt=".1f",
-        cmap="cividis",
-        vmin=0,
-        vmax=100,
-        ax=ax,
-        annot_kws={"size": 8},
-        cbar_kws={"label": "score (%)"},
-    )
+    values, others = table.astype(float), table.index.astype(str).str.startswith("published")
+    shared = dict(annot=True, fmt=".1f", vmin=0, vmax=100, ax=ax, annot_kws={"size": 8})
+    sns.heatmap(values, mask=values.isna() | others[:, None], cmap="cividis", cbar_kws={"label": "score (%)"}, **shared)
+    if others.any():
+        sns.heatmap(values, mask=values.isna() | ~others[:, None], cmap=["white"], cbar=False, **shared)
     ax.set(xlabel="benchmark (hatched: not run, or not given)", ylabel="model, plan")
     ax.tick_params(axis="x", rotation=60, labelsize=9)
     ax.tick_params(axis="y", rotation=0, labelsize=9)

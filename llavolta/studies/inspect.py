@@ -28,7 +28,9 @@ SHOWN = 64  # tokens of an answer that is shown
 def _destination(out: CompressedTokens, tokens: VisualTokens) -> Tensor:
     """(I, L) the output token that each input token ended in; -1 for dropped ones and padding."""
     if out.group is not None:
-        return out.group.expand(tokens.mask.shape).masked_fill(~tokens.mask, -1)
+        group = out.group.expand(tokens.mask.shape)
+        stays = torch.nn.functional.pad(out.mask, (0, 1)).expand(len(group), -1)  # a number behind the last is of none
+        return group.masked_fill(~tokens.mask | ~stays.gather(1, group.clamp(0, out.mask.shape[1])), -1)
     anchor = out.anchor.expand(out.mask.shape)
     number = torch.where(out.mask, torch.arange(anchor.shape[1], device=anchor.device), -1)
     where = torch.full_like(tokens.mask, -1, dtype=torch.long)

@@ -263,17 +263,14 @@ def headline(sweep: pd.DataFrame) -> str:
     lost, room = accuracy_lost(sweep, paper["removed"]), removable(sweep, paper["lost"])
     lines = [f"With {paper['removed']:.0%} of the visual tokens pooled away at test time, accuracy changes"]
     for layer, row in lost.iterrows():
+        change, low, high = (statistics.points(-share) for share in (row.lost, row.high, row.low))
         lines.append(
             f"- at layer {layer}: from {row.full:.1%} to {row.compressed:.1%}, "
-            f"**{_points(-row.lost)} points** (95% interval {_points(-row.high)} to {_points(-row.low)}); "
+            f"**{change} points** (95% interval {low} to {high}); "
             f"{room[layer]:.0%} can go before {100 * paper['lost']:.0f} points are lost"
         )
     published = f"Published, LLaVA-1.5-7B on GQA: {paper['removed']:.0%} pooled away, {-100 * paper['lost']:+.0f}%."
     return "\n".join(lines) + f"\n\n{published}"
-
-
-def _points(share: float) -> str:
-    return f"{round(100 * share, 1) + 0.0:+.1f}"  # adding 0 turns -0.0 into 0.0
 
 
 # --- study 2: where the answer's attention goes ---
@@ -381,6 +378,7 @@ def attention_headline(attention: pd.DataFrame) -> str:
         f"Visual tokens are {visual.tokens_share[first]:.0%} of the prompt. They get {visual.share[first]:.0%} of the "
         f"answer position's attention in layer {first} and {visual.share[last]:.0%} in layer {last}; most "
         f"({visual.share[high]:.0%}) in layer {high}, least ({visual.share[low]:.0%}) in layer {low}. "
+        f"Rank correlation with depth: {visual.share.corr(pd.Series(visual.index, visual.index), 'spearman'):+.2f}. "
         "Published, LLaVA-1.5-7B: the share falls with depth."
     )
 

@@ -130,7 +130,17 @@ def test_seed_lists():
 def test_one_seed_pairs_the_questions(answers):
     row = table_of_one_seed(answers[answers.seed == 2]).loc["heavy"]
     assert row.difference == -0.25 and row.difference_low >= -1 and row.difference_high == 0
-    assert "no loss shown" in headline(table_of_one_seed(answers[answers.seed == 2]).assign(time=0.5), {"heavy": [2]})
+    one = table_of_one_seed(answers[answers.seed == 2]).assign(time=0.5)
+    assert "not settled by one seed (not settled, at most" in headline(one, {"heavy": [2]})
+    row = dict(time=0.5, difference=-0.02, difference_low=-0.05, difference_high=0.01)
+    for low, high, word in (
+        (-0.142, 0.025, "at most 14.2 points lost"),
+        (-0.05, -0.01, "a loss"),
+        (0.01, 0.05, "a gain"),
+    ):
+        bounds = dict(difference_low=low, difference_high=high)
+        made = pd.DataFrame([row, row | bounds], index=["single-stage", "heavy"])
+        assert headline(made, {"heavy": [0, 1]}).endswith(word)
 
 
 def test_roughness_leaves_the_jump_between_stages_out():

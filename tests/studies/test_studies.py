@@ -246,6 +246,17 @@ def test_token_maps_say_what_layer_2_really_gets(plan):
         torch.testing.assert_close(short[3 + number], whole)
 
 
+@pytest.mark.parametrize("plan", ["2:sparsevlm:0.5", "2:pact:0.4", "vision:kmeans:0.25", "vision:tome:0.5"])
+def test_as_many_tokens_are_drawn_as_are_left(plan):
+    """What a method drops is drawn dark, not as one more merged token."""
+    model, batch = tiny_llava(), ragged_batch([[3, 4], [2, 0, 5]])
+    del batch["labels"]
+    with inspect.recording(model, plan) as record, torch.no_grad():
+        model(**batch)
+    ((place, where),), ((_, (left, _)),) = record.maps.items(), record.counts.items()
+    assert sum(len(set(row[row >= 0])) for row in where) == left, place
+
+
 def test_a_view_is_what_the_model_answers_under_the_plan(loaded):
     model, processor, data = loaded
     question, images = inspect.choose(data, 3)
