@@ -26,13 +26,16 @@ class WatchedGeneration:
                 vars(self.top)[name] = own
 
     def _generate(self, stock, *args, **kwargs):
-        """``generate``, noting where the prompt ends: by speculation, its first pass holds guesses behind it."""
+        """``generate``, noting where the prompt ends, as by speculation its first pass holds
+        guesses behind it; its number of rows, which beams repeat; and its images' sizes, which the model is
+        not told again."""
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-        self.now.prompt = None if ids is None else ids.shape[1]
+        self.now.rows, self.now.prompt = (None, None) if ids is None else ids.shape
+        self.now.image_sizes = kwargs.get("image_sizes")
         try:
             return stock(*args, **kwargs)
         finally:
-            self.now.prompt = None
+            self.now.rows = self.now.prompt = self.now.image_sizes = None
 
 
 def _whole_prefill(stock, input_ids, generation_config, *args, **kwargs):

@@ -236,8 +236,12 @@ class Compression:
 
     def _after_base(self, module, args, output):
         self._now.state = None
+        if self._vision is not None:
+            self._vision.image_sizes = None
 
     def _before_projector(self, module, args):
+        if self._now.image_sizes is not None:  # generate encodes images ahead of the base model
+            self._vision.image_sizes = self._now.image_sizes
         return (self._vision.shorten(args[0], module.training), *args[1:])
 
     def _after_projector(self, module, args, output):
@@ -332,6 +336,9 @@ class Compression:
             kinds = [state.by_kind[kind] for kind in PIXELS if kind in state.by_kind]
             features = [output.pooler_output for output in state.encoded.values()]
             at_rows = dict(spread=rows.pictures.mask, rows=rows.pictures.rows, image_sizes=state.image_sizes)
+            if self._now.rows is not None:
+                at_rows["image_sizes"] = self._now.image_sizes
+                at_rows["times"] = len(state.real) // self._now.rows
             probe.tower = self._tower.probe(features, kinds=kinds, **at_rows)
         if "start" in compressor.needs:
             first, start = state.start or (at, rows)  # this is layer 0

@@ -112,6 +112,8 @@ class Now(threading.local):
     labelled: tuple[Tensor, Tensor] | None = None  # rows and columns that predict a label
     due: tuple[str, ...] = ()  # which of "base" and "decoder" this pass has yet to reach; see enter
     prompt: int | None = None  # tokens of the prompt, behind which generate may try out guesses
+    rows: int | None = None  # rows of the prompt, which generate repeats for beams
+    image_sizes: Tensor | None = None  # (images, 2) that generate was given
 
     def forget(self) -> None:
         self.state = self.labels = self.labelled = None

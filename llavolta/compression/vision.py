@@ -107,11 +107,13 @@ class TowerWatch:
         kinds: list[Tensor] | None = None,
         rows: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        times: int = 1,
     ) -> TowerProbe:
         """Of ``images`` pictures of ``length`` tokens at the projector; or at layer 0 of all whose tokens are where
         ``spread`` (I, L) is True: rows (I, L) of the B * T of the batch, and where those of each modality, in the
         tower's order, ``kinds`` (B, T) are. features: what the model made of the pictures, by which they are known
-        again where ``generate`` hands them over anew. image_sizes: as the model takes them. Raises UnsupportedModel if
+        again where ``generate`` hands them over anew. image_sizes: as the model takes them. times:
+        how often each row of a prompt stands in the batch, as for beams. Raises UnsupportedModel if
         it is unknown which patches became which tokens."""
         if self._noted.features is None:
             self._noted.features = features
@@ -142,7 +144,7 @@ class TowerWatch:
             if tiled:
                 length = key.shape[1] - self.class_token
             elif spread is not None:
-                length = _length(features, len(key))
+                length = _length(features, len(key), times)
             probe = TowerProbe(layers, length, self.class_token, spread=spread)
             if tiled and image_sizes is not None and len(features) == 1:
                 probe.pack = _packing(self.base, image_sizes, len(key))
@@ -154,14 +156,15 @@ class TowerWatch:
             )
         given = next(iter(layers.values())).key.shape[:2]
         if kinds is not None:
-            source = _sources(kinds, max(probe.tokens, 1))
+            source = _sources(kinds, times)
             places = torch.cat([where.reshape(-1) for where in kinds]).view(len(kinds), -1).any(0).nonzero()[:, 0]
             at = torch.searchsorted(places, rows[spread].cpu())  # a newline behind a picture is no part of it
             probe.source = (source[at] if len(source) == len(places) else source).to(spread.device)
         if (images is not None and given[0] != images) or not probe.fits:
             reach, other = f"{images} x {length} reach the projector", "layer 0"
             if spread is not None:
-                reach, other = f"{int(spread.sum())} reach layer 0", repr(VISION)
+                beams = f", each row {times} times (num_beams, num_return_sequences)" * (times > 1)
+                reach, other = f"{int(spread.sum())} reach layer 0{beams}", repr(VISION)
             raise UnsupportedModel(
                 f"the vision tower made {given[0]} x {given[1]} tokens, but {reach}: it is unknown which became which, "
                 f"so {self.compressor} cannot rank them; use it at {other}, or a compressor that needs no attention of "
@@ -247,24 +250,21 @@ def _packing(base, image_sizes: Tensor, tiles: int) -> Callable[[Tensor], Tensor
     return pack
 
 
-def _length(features: list, pictures: int) -> int:
-    """How many tokens each of the tower's ``pictures`` became, 0 if that is unknown. features: by modality, for each
-    image its (n, C); more of them than pictures where they are repeated, as for beams; fewer where images are tiled."""
-    rows = [len(feature) for of_kind in features for feature in of_kind if len(feature)]
-    shares = max(len(rows), pictures)
-    return sum(rows) // shares if sum(rows) % shares == 0 and shares % pictures == 0 else 0
+def _length(features: list, pictures: int, times: int) -> int:
+    """How many tokens each of the tower's ``pictures`` became, 0 if that is unknown. features: by
+    modality, for each image its (n, C), ``times`` over; fewer than pictures where they are tiles."""
+    total = sum(len(feature) for of_kind in features for feature in of_kind)
+    shares = times * pictures
+    return total // shares if total % shares == 0 else 0
 
 
-def _sources(kinds: list[Tensor], made: int) -> Tensor:
-    """(n,) for each visual token of the batch, in the order of the text, which of the ``made`` of the tower it is.
-    kinds: see TowerWatch.probe. Rows may be repeated, as beams are: then each k rows are the same sample."""
-    if len(kinds) > 1 or int(kinds[0].sum()) <= made:
-        return torch.cat([where.reshape(-1).nonzero()[:, 0] for where in kinds]).argsort()
-    count = kinds[0].sum(1)
-    times = int(count.sum()) // made
-    count = count.tolist()
-    first = [sum(count[: row // times * times : times]) for row in range(len(count))]
-    return torch.cat([torch.arange(start, start + n) for start, n in zip(first, count, strict=True)])
+def _sources(kinds: list[Tensor], times: int) -> Tensor:
+    """(n,) for each visual token of the batch, in the order of the text, which of the tower's it
+    is. kinds, times: see TowerWatch.probe."""
+    kinds = [where[::times] for where in kinds]
+    source = torch.cat([where.reshape(-1).nonzero()[:, 0] for where in kinds]).argsort()
+    count = torch.stack(kinds).sum((0, 2)).tolist()
+    return torch.cat([of_row for of_row in source.split(count) for _ in range(times)])
 
 
 class _Now(threading.local):

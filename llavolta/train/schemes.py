@@ -260,15 +260,23 @@ def scale_layer(layer: int, num_layers: int, reference_layers: int = REFERENCE_L
 
 def scale_plan(plan: str | Plan, num_layers: int, reference_layers: int = REFERENCE_LAYERS) -> str:
     """``plan`` moved from a model of ``reference_layers`` layers to one of ``num_layers``; see Scheme.scaled."""
-    if isinstance(plan, str) and "|" in plan:  # in options, whatever the layers are
-        scaled = [scale_plan(drawn, num_layers, reference_layers) for drawn in drawn_from(plan)]
-        layers = [entry.split(":")[0] for entry in scaled[0].split(";")]
-        entries = sorted(plan.split(";"), key=lambda e: -1 if VISION in e.split(":")[0] else int(e.split(":")[0]))
-        rest = [entry.strip().split(":", 1)[1] for entry in entries]
-        return ";".join(f"{layer}:{options}" for layer, options in zip(layers, rest, strict=True))
+
+    def new_layer(layer: int | str) -> int | str:
+        return layer if layer == VISION else scale_layer(int(layer), num_layers, reference_layers)
+
+    if isinstance(plan, str) and "|" in plan:  # in layers and in options
+        for drawn in drawn_from(plan):
+            scale_plan(drawn, num_layers, reference_layers)  # raises what is wrong with any of them
+        entries = []
+        for entry in plan.split(";"):
+            layers, rest = entry.split(":", 1)
+            layers = [new_layer(layer.strip()) for layer in layers.split("|")]
+            entries.append((layers, rest.strip()))
+        entries.sort(key=lambda entry: -1 if VISION in entry[0] else min(entry[0]))
+        return ";".join(f"{'|'.join(map(str, layers))}:{rest}" for layers, rest in entries)
     scaled = {}
     for layer, compressor in parse_plan(plan).items():
-        new = layer if layer == VISION else scale_layer(layer, num_layers, reference_layers)
+        new = new_layer(layer)
         if new in scaled:
             raise PlanError(f"plan {plan!r} has two layers that both become layer {new} of {num_layers}")
         scaled[new] = compressor

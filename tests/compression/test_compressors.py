@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, fields, replace
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,31 @@ def test_plan_text_and_bad_options(name):
     for bad in ("-1", "0", "many") if name != "loudest" else ("1:1",):  # the README leaves checks out
         with pytest.raises(PlanError, match=re.escape(name)):
             parse_plan(f"{place}:{name}:{bad}")
+
+
+WILD = (nan, inf, -inf, 1e30, 1e-30, 10**30, -(10**30), 2**32 - 1, -1, 0, True, False, "x", None)
+
+
+@every_compressor
+def test_wild_options_are_refused_in_one_line_or_work(model, name):
+    """Each option of its kind; what a method takes is not found out by a traceback in a run."""
+    if name == "loudest":  # the README leaves checks out
+        return
+    kind, place, batch = COMPRESSORS[name], places(name)[0], ragged_batch([[3, 4], [2, 0, 5]])
+    refused = 0
+    for option in fields(kind):
+        for value in WILD:
+            try:
+                compressor = replace(example(name), **{option.name: value})
+            except ValueError as error:
+                refused += 1
+                assert option.name in str(error) and "\n" not in str(error)
+                assert str(error).endswith(f"not {value!r}")
+                continue
+            at = "vision" if "tiles" in compressor.needs else place
+            with torch.no_grad(), compress(model, {at: compressor}):
+                assert model(**batch).logits.isfinite().all(), compressor
+    assert refused >= 8 * len(fields(kind))
 
 
 @every_place

@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 import torch
 from families_tiny import FAMILIES, VIDEO
-from tiny import IMAGE, ragged_batch, tiny_llava
+from tiny import IMAGE, Watched, ragged_batch, tiny_llava
 from transformers import DynamicCache, StaticCache
 
 from llavolta import UnsupportedModel, cache_bytes, compress
@@ -77,6 +77,44 @@ def test_padding_between_turns_does_not_hide_the_turn_before(model):
             expected = model.generate(ids, pixel_values=pixels, **GREEDY)
             found = model.generate(padded, pixel_values=pixels, attention_mask=mask, **GREEDY)
         assert torch.equal(found[:, -6:], expected[:, -6:]), plan
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "qwen2_5_vl", "smolvlm"])
+def test_the_tower_ranks_beams_as_it_ranks_their_prompt(name):
+    """Tiles, images beside clips, and unlike numbers of images in a row."""
+    family = FAMILIES[name]("left")
+    asked = {key: value for key, value in family.batch.items() if key != "labels"}
+    if name == "llava_onevision":  # without its clip
+        asked = {key: value[:1] for key, value in asked.items() if "videos" not in key}
+    chosen = []
+    for how in (None, dict(num_beams=1), dict(num_beams=3)):
+        watched, by_row = Watched(), {}
+        with compress(family.model, "0:cls:0.5", observe=watched):
+            family.model(**asked) if how is None else family.model.generate(**asked, **GREEDY, **how)
+        tokens, out = watched.calls[0]
+        for image, row in enumerate(tokens.row.tolist()):
+            by_row.setdefault(row, []).append(out.anchor[image][out.mask[image]].tolist())
+        chosen.append([by_row[row] for row in sorted(by_row)])
+    assert chosen[1] == chosen[0] and chosen[2] == [row for row in chosen[0] for _ in range(3)]
+
+
+def test_generate_knows_the_tiles_of_its_own_images():
+    """Not those of the pass before, of other images."""
+    family, asked = FAMILIES["llava_next"]("left"), {}
+    for turn in (0, 1):
+        asked[turn] = {k: v for k, v in family.batch.items() if k != "labels"}
+        family.batch["image_sizes"] = family.batch["image_sizes"].flip(0)  # 4, 2 and 2 tiles
+        family.batch["pixel_values"] = family.batch["pixel_values"].flip(0)
+        rows = [[2, ("image", [16, 8 * 5], 0), 4]]
+        rows += [[2, ("image", [16, 4 * 9], 0), 1, ("image", [16, 8 * 9], 0), 6]]
+        family.inputs(rows, "left")
+    watched = Watched()
+    with compress(family.model, "vision:cls:0.25:overview=0.5", observe=watched):
+        for turn in (0, 1):
+            family.model(**asked[turn])
+        family.model.generate(**asked[0], **GREEDY)
+    tiles = [tokens.tiles.tolist() for tokens, _ in watched.calls]
+    assert len(tiles) == 3 and tiles[2] == tiles[0] != tiles[1]
 
 
 class Learnt(torch.nn.Module):

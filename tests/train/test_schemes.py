@@ -160,6 +160,14 @@ def test_a_stage_may_have_more_of_the_learning_rate():
             Stage("none", 1, lr_scale=wrong)
 
 
+def test_drawn_layers_and_options_are_scaled():
+    assert scale_plan("8|16:avgpool:8", 8) == "2|4:avgpool:8"
+    assert scale_plan("16|24:fastv:0.5|0.25;vision:avgpool:2", 8) == "vision:avgpool:2;4|6:fastv:0.5|0.25"
+    assert Scheme.equal("s", "2|16:avgpool:8", "none").scaled(4).stages[0].plan == "1|2:avgpool:8"
+    with pytest.raises(PlanError, match="both become layer 1 of 4"):
+        scale_plan("2|16:avgpool:2;4:avgpool:2", 4)
+
+
 def test_a_plan_may_be_drawn_for_each_step():
     stage = Stage("2:avgpool2d:1|2|4;16:avgpool:2", 1)
     assert stage.plan == "2:avgpool2d:1|2|4;16:avgpool:2" and len(stage.choices) == 3

@@ -8,7 +8,13 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from llavolta.compression.compressors.base import CompressedTokens, Compressor, VisualTokens, require_int
+from llavolta.compression.compressors.base import (
+    CompressedTokens,
+    Compressor,
+    VisualTokens,
+    require_int,
+    require_switch,
+)
 
 
 @dataclass(frozen=True)
@@ -27,8 +33,7 @@ class AveragePool(Compressor):
 
     def __post_init__(self):
         require_int("avgpool", "stride", self.stride, at_least=1)
-        if not isinstance(self.per_frame, bool):
-            raise ValueError(f"avgpool: per_frame must be true or false, not {self.per_frame!r}")
+        require_switch("avgpool", "per_frame", self.per_frame)
 
     @property
     def over_clips(self) -> bool:
@@ -42,8 +47,8 @@ class AveragePool(Compressor):
         return -(-num_tokens // self.stride)
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
-        stride = self.stride
         images, length, _ = tokens.hidden.shape
+        stride = min(self.stride, length)  # no padding to a window longer than any image
         windows = self.num_tokens(length)
         pad = windows * stride - length
 

@@ -309,8 +309,9 @@ class KeepBudget(Compressor):
     positions: Literal["auto"] | Positions = "auto"
 
     def __post_init__(self):
-        if not (isinstance(self.keep, int) and not isinstance(self.keep, bool) and self.keep > 1):
-            require_share(self.name, "keep", self.keep)
+        if not 0 < _number(self.keep) <= 1:
+            name = "keep, if not a share above 0 and at most 1,"
+            require_int(self.name, name, self.keep, at_least=2)
         if self.positions != "auto":
             require_choice(self.name, "positions", self.positions, Positions)
 
@@ -453,9 +454,27 @@ def sum_groups(values: Tensor, group: Tensor, groups: int) -> Tensor:
     return values.new_zeros(len(values), groups + 1, values.shape[-1]).scatter_add(1, index, values)[:, :-1]
 
 
+_MOST = 2**32 - 1  # beyond it, arithmetic on tensors overflows
+
+
+def _number(value) -> float:
+    """``value`` if it is a number, else NaN, which compares as False with any."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else torch.nan
+
+
 def require_share(owner: str, name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+    if not 0 < _number(value) <= 1:
         raise ValueError(f"{owner}: {name} must be above 0 and at most 1, not {value!r}")
+
+
+def require_number(owner: str, name: str, value: float, at_most: float = 1e6) -> None:
+    if not 0 <= _number(value) <= at_most:
+        raise ValueError(f"{owner}: {name} must be a number from 0 to {at_most:g}, not {value!r}")
+
+
+def require_switch(owner: str, name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{owner}: {name} must be true or false, not {value!r}")
 
 
 def require_choice(owner: str, name: str, value: str, known) -> None:
@@ -463,6 +482,7 @@ def require_choice(owner: str, name: str, value: str, known) -> None:
         raise ValueError(f"{owner}: {name} must be one of {', '.join(get_args(known))}, not {value!r}")
 
 
-def require_int(owner: str, name: str, value: int, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"{owner}: {name} must be a whole number of at least {at_least}, not {value!r}")
+def require_int(owner: str, name: str, value: int, at_least: int, at_most: int = _MOST) -> None:
+    if not isinstance(value, int) or not at_least <= _number(value) <= at_most:
+        limit = f"at most {at_most}" if _number(value) > at_most else f"at least {at_least}"
+        raise ValueError(f"{owner}: {name} must be a whole number of {limit}, not {value!r}")

@@ -17,6 +17,7 @@ from llavolta.compression.compressors.base import (
     keep_tokens,
     require_choice,
     require_int,
+    require_number,
 )
 
 Shape = Literal["square", "rows"]
@@ -44,12 +45,11 @@ class HoloV(KeepBudget):
 
     def __post_init__(self):
         super().__post_init__()
-        require_int(self.name, "crops", self.crops, at_least=1)
+        require_int(self.name, "crops", self.crops, at_least=1, at_most=10_000)
         require_choice(self.name, "shape", self.shape, Shape)
         if self.shape == "square" and round(self.crops**0.5) ** 2 != self.crops:
             raise ValueError(f"{self.name}: square crops are a square number, such as 16, not {self.crops}")
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or self.alpha < 0:
-            raise ValueError(f"{self.name}: alpha must be a number of at least 0, not {self.alpha!r}")
+        require_number(self.name, "alpha", self.alpha)
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
         return by_size(tokens, self._shared, tokens.salience())

@@ -37,7 +37,7 @@ class KMeans(Compressor):
 
     def __post_init__(self):
         require_share("kmeans", "keep", self.keep)
-        require_int("kmeans", "iterations", self.iterations, at_least=0)
+        require_int("kmeans", "iterations", self.iterations, at_least=0, at_most=10_000)
         require_int("kmeans", "seed", self.seed, at_least=0)
 
     @property

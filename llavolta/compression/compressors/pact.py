@@ -15,7 +15,9 @@ from llavolta.compression.compressors.base import (
     cosines,
     first_of,
     largest_of,
+    require_number,
     require_share,
+    require_switch,
     share_of,
     sum_groups,
 )
@@ -46,10 +48,9 @@ class PACT(Compressor):
 
     def __post_init__(self):
         require_share(self.name, "keep", self.keep)
-        for name, least in (("cutoff", 0), ("recover", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
-                raise ValueError(f"{self.name}: {name} must be a number of at least {least}, not {value!r}")
+        require_number(self.name, "cutoff", self.cutoff)
+        require_number(self.name, "recover", self.recover)
+        require_switch(self.name, "proportional", self.proportional)
 
     def num_tokens(self, num_tokens: int) -> int:
         return max(1, round(num_tokens * self.keep))

@@ -13,6 +13,7 @@ from llavolta.compression.compressors.base import (
     Compressor,
     VisualTokens,
     first_of,
+    require_number,
     sum_groups,
 )
 from llavolta.compression.compressors.divprune import DivPrune
@@ -41,8 +42,8 @@ class Restore(Compressor):
     def __post_init__(self):
         if not isinstance(self.inner, Compressor) or isinstance(self.inner, Restore):
             raise ValueError(f"restore: inner must be another compressor, such as divprune:0.25, not {self.inner!r}")
-        number = isinstance(self.calibration, int | float) and not isinstance(self.calibration, bool)
-        if not number or not (self.calibration == 0 or self.calibration > 1):
+        require_number(self.name, "calibration", self.calibration)
+        if 0 < self.calibration <= 1:
             raise ValueError(f"restore: calibration must be 0 or above 1, not {self.calibration!r}")
         if getattr(self.inner, "positions", None) == "contiguous":
             raise ValueError("restore: positions are original; leave positions=contiguous out")

@@ -16,6 +16,7 @@ from llavolta.compression.compressors.base import (
     first_of,
     keep_tokens,
     largest_of,
+    require_switch,
     sum_groups,
     take,
 )
@@ -44,6 +45,7 @@ class SparseVLM(KeepBudget):
 
     def __post_init__(self):
         super().__post_init__()
+        require_switch(self.name, "recycle", self.recycle)
         if self.positions == "contiguous":
             raise ValueError("sparsevlm: positions are original; leave positions=contiguous out")
 

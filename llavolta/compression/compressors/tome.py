@@ -14,6 +14,7 @@ from llavolta.compression.compressors.base import (
     KeepBudget,
     VisualTokens,
     first_of,
+    require_switch,
     sum_groups,
     take,
 )
@@ -33,6 +34,10 @@ class ToMe(KeepBudget):
 
     proportional: bool = False
     name: ClassVar[str] = "tome"
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_switch(self.name, "proportional", self.proportional)
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
         left, into = self._merged(tokens.hidden.detach().float(), tokens.mask, self.budget(tokens.mask))
