@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
@@ -16,10 +17,24 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from llavolta.compression.compressors import COMPRESSORS, Compressor
 from llavolta.worlds import backbones
 
 IMAGE, PAD = 4, 0
 VOCABULARY = 32
+
+
+def example(name: str) -> Compressor:
+    """The compressor with its defaults, and 2 for options without one."""
+    kind = COMPRESSORS[name]
+    return kind(**{f.name: 2 for f in fields(kind) if f.default is f.default_factory is MISSING})
+
+
+def places(name: str) -> list:
+    """Where the compressor can stand: at a decoder layer, before the projector, or at either."""
+    needs = COMPRESSORS[name].needs
+    decoder = [] if "class_token" in needs else [0] if "tower" in needs else [1]
+    return decoder + ["vision"] * (not needs & {"decoder", "previous_layer"})
 
 
 def tiny_llava(layers: int = 4, grid: int = 4, dtype=torch.float32, attention: str = "sdpa", seed: int = 0):

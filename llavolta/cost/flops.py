@@ -1,7 +1,8 @@
 """What training and inference cost, from a model's configuration alone: floating-point operations and memory by part.
 
 A multiply-add counts as two operations, and attention as if it looked at every pair of tokens, which is how
-``torch.utils.flop_counter`` counts. Norms, activations and the optimizer are left out: they are below 1%.
+``torch.utils.flop_counter`` counts. The matrix products of the compressors themselves are counted, too; see products.
+Norms, activations and the optimizer are left out: they are below 1%.
 
 The decoder is counted in closed form, as its length changes with the plan. Vision towers and projectors differ too much
 between families for that: they are run once, with torch's own counter on and every matrix product replaced by zeros of
@@ -13,8 +14,8 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 import torch
@@ -25,13 +26,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
-from llavolta.compression.families import encode_pictures, find_parts
-from llavolta.compression.plan import tokens_per_layer
+from llavolta.compression.families import encode_pictures, find_parts, tower_attentions
+from llavolta.compression.plan import VISION, Plan, entry_layer, parse_plan, tokens_per_layer
+from llavolta.cost.products import Seen, count_products
 from llavolta.errors import UnsupportedModel
 from llavolta.train.schemes import Stage
 
 PHASES = ("instruct", "align", "forward")
-PARTS = ("tower", "projector", "linear", "attention", "head")
+PARTS = ("tower", "projector", "linear", "attention", "compressor", "head")
 TOWER_INPUTS = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes")
 TOWER_INPUTS += ("pixel_values_videos", "video_grid_thw")
 
@@ -51,13 +53,15 @@ class Passes:
 
 @dataclass(frozen=True)
 class StepCost:
-    """FLOPs of one training step of one example. linear, attention: of the decoder's layers. head: of the logits."""
+    """FLOPs of one training step of one example. linear, attention: of the decoder's layers. head: of the logits.
+    compressor: the matrix products of the plan's compressors themselves."""
 
     tower: Passes
     projector: Passes
     linear: Passes
     attention: Passes
     head: Passes
+    compressor: Passes = Passes(0.0)
 
     @property
     def total(self) -> float:
@@ -113,7 +117,8 @@ class CostModel:
         self.layers = [_layer_sizes(layer, heads) for layer in parts.layers]
         head = self._model.get_output_embeddings().weight
         self._head = head.numel()
-        self._encoded: dict[tuple, tuple[Passes, Passes, int]] = {}
+        self._encoded: dict[tuple, tuple[Passes, Passes, int, Seen]] = {}
+        self._products: dict[tuple, tuple[int, int]] = {}
         joined = _projector(parts.base)
         projector = _count(joined) if joined is not None else 0
         decoder = _count(parts.decoder) + (0 if _is_inside(head, parts.decoder) else head.numel())
@@ -150,13 +155,19 @@ class CostModel:
         if phase not in PHASES:
             raise ValueError(f"phase must be one of {', '.join(PHASES)}, not {phase!r}")
         trained = phase != "forward", phase == "instruct" and train_tower
-        tower, projector, tokens = self._square(*trained) if pictures is None else self._encoder(pictures, *trained)
-        lengths = self.lengths(plan, text_tokens, images, visual or [tokens])
+        found = self._square(*trained) if pictures is None else self._encoder(pictures, *trained)
+        tower, projector, tokens, seen = found
+        plan, visual = parse_plan(plan), visual or [tokens]
+        lengths = self.lengths(plan, text_tokens, images, visual)
         linear, attention = self.decoder(lengths, phase, checkpointing, lora_rank)
         rows = text_tokens / 4 if labelled is None else labelled
+        reaching = images  # the projector works on what is left before it
+        if VISION in plan and seen.projector:
+            reaching *= plan[VISION].num_tokens(seen.projector[1]) / seen.projector[1]
         return StepCost(
+            compressor=self._own(plan, text_tokens, images, visual, seen, trained),
             tower=Passes(images * tower.forward, images * tower.backward),
-            projector=Passes(images * projector.forward, images * projector.backward),
+            projector=Passes(reaching * projector.forward, reaching * projector.backward),
             linear=linear,
             attention=attention,
             head=_passes(2 * self._head * rows, phase, trains=not lora_rank),  # LoRA leaves the head as it is
@@ -196,6 +207,36 @@ class CostModel:
         second = Passes(attention, 0.0 if phase == "forward" else 2 * attention)
         return tuple(Passes(part.forward, part.backward, part.forward if again else 0.0) for part in (first, second))
 
+    def _own(
+        self,
+        plan: Plan,
+        text_tokens: float,
+        images: float,
+        visual: list[int],
+        seen: Seen,
+        trained: tuple[bool, bool],
+    ) -> Passes:
+        """FLOPs of the compressors' own products; trained: the projector, the tower."""
+        number, total = max(1, round(images)), [0.0, 0.0]
+        counts = [tokens_per_layer(plan, len(self.layers), count) for count in visual]
+        for layer, compressor in plan.items() if images else ():
+            at = [each[layer - 1] for each in counts] if layer not in (VISION, 0) else visual
+            if layer == 0 and VISION in plan:
+                at = [plan[VISION].num_tokens(count) for count in visual]
+            if layer == VISION:
+                at = [seen.projector[1]] * seen.projector[0]
+            if compressor.is_identity or layer == entry_layer(plan) > 0:
+                continue
+            words, trains = max(1, round(text_tokens)), trained[layer == VISION]
+            at = [max(1, round(count)) for count in at]
+            key = type(compressor), str(compressor), layer, *at, number, words, seen, trains
+            if key not in self._products:
+                given = compressor, layer, self._parts, at, number, words, seen, trains
+                self._products[key] = count_products(*given, NoProducts)
+            for place, flops in enumerate(self._products[key]):
+                total[place] += flops * images / number
+        return Passes(*total)
+
     def tokens_of(self, pictures: dict | None) -> int:
         """Visual tokens of what a processor made of one image; None: of a square of the tower's size."""
         return self.visual if pictures is None else self._encoder(pictures, False, False)[2]
@@ -206,7 +247,7 @@ class CostModel:
         return self._square(False, False)[2]
 
     @lru_cache(8)  # noqa: B019  the models are cached themselves
-    def _square(self, train_projector: bool, train_tower: bool) -> tuple[Passes, Passes, int]:
+    def _square(self, train_projector: bool, train_tower: bool) -> tuple[Passes, Passes, int, Seen]:
         vision = self.config.vision_config
         size = getattr(vision, "image_size", None)
         size = size[0] if isinstance(size, list | tuple) else size
@@ -219,23 +260,29 @@ class CostModel:
         except (ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
             raise UnsupportedModel(f"{problem} ({type(error).__name__}: {error})") from None
 
-    def _encoder(self, pictures: dict, train_projector: bool, train_tower: bool) -> tuple[Passes, Passes, int]:
-        """(tower, projector, visual tokens) of ``pictures``: counted once for each shape, and grid, of them."""
+    def _encoder(self, pictures: dict, train_projector: bool, train_tower: bool) -> tuple[Passes, Passes, int, Seen]:
+        """(tower, projector, visual tokens, shapes) of ``pictures``: counted once for each shape, and grid, of them."""
         key = train_projector, train_tower, *((name, _shape(value)) for name, value in sorted(pictures.items()))
         if key not in self._encoded:
-            forward, inside, backward, tokens = self._run(pictures, train_projector, train_tower)
-            behind = self._run(pictures, train_projector, False)[2] if train_tower else backward
-            self._encoded[key] = Passes(forward - inside, backward - behind), Passes(inside, behind), tokens
+            forward, inside, backward, tokens, seen = self._run(pictures, train_projector, train_tower)
+            behind = backward
+            if train_tower:  # then the projector passes a gradient on
+                behind = self._run(pictures, train_projector, False, passes_on=True)[2]
+            self._encoded[key] = Passes(forward - inside, backward - behind), Passes(inside, behind), tokens, seen
         return self._encoded[key]
 
-    def _run(self, pictures: dict, train_projector: bool, train_tower: bool) -> tuple[int, int, int, int]:
-        """FLOPs of the encoder: forward, of that in the projector, backward; and the visual tokens that it makes."""
+    def _run(
+        self, pictures: dict, train_projector: bool, train_tower: bool, passes_on: bool = False
+    ) -> tuple[int, int, int, int, Seen]:
+        """FLOPs of the encoder: forward, of that in the projector, backward; the visual tokens that
+        it makes; and the shapes on the way. passes_on: the projector's input needs a gradient."""
+        how = pictures, train_projector, train_tower, passes_on
         try:  # without any numbers, if the tower's course does not depend on them
-            return self._run_on("meta", pictures, train_projector, train_tower)
+            return self._run_on("meta", *how)
         except (NotImplementedError, RuntimeError):
-            return self._run_on("cpu", pictures, train_projector, train_tower)
+            return self._run_on("cpu", *how)
 
-    def _run_on(self, device: str, pictures: dict, train_projector: bool, train_tower: bool):
+    def _run_on(self, device: str, pictures: dict, train_projector: bool, train_tower: bool, passes_on: bool):
         base = copy.deepcopy(self._encoder_alone)
         projector = _projector(base)
         for parameter in base.parameters():
@@ -251,11 +298,16 @@ class CostModel:
             base.to(device)
         inputs = {name: value.to(device) if value.is_floating_point() else value for name, value in pictures.items()}
         marks: list[int] = []
-        with _NoProducts(), FlopCounterMode(display=False) as counter:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, module, before in self._watched(base, projector):
+            module.register_forward_hook(partial(_note_shape, shapes, name, before))
+        with NoProducts(), FlopCounterMode(display=False) as counter:
             if projector is not None:
                 projector.register_forward_pre_hook(lambda *_: marks.append(-counter.get_total_flops()))
                 projector.register_forward_hook(lambda *_: marks.append(counter.get_total_flops()))
-            with torch.set_grad_enabled(train_projector or train_tower):
+                if passes_on:
+                    projector.register_forward_pre_hook(lambda _, args: (args[0].detach().requires_grad_(), *args[1:]))
+            with torch.set_grad_enabled(train_projector or train_tower or passes_on):
                 encoded = encode_pictures(base, (), inputs).get("mm_encoder_outputs", {})
             forward = counter.get_total_flops()
             features = [feature for output in encoded.values() for feature in output.pooler_output]
@@ -267,7 +319,18 @@ class CostModel:
             if reaching:
                 sum(feature.sum() for feature in reaching).backward()
         tokens = sum(len(feature) for feature in features)
-        return forward, sum(marks), counter.get_total_flops() - forward, tokens
+        seen = Seen(shapes.get("tower", ())[:2], shapes.get("projector", ()))
+        return forward, sum(marks), counter.get_total_flops() - forward, tokens, seen
+
+    def _watched(self, base: nn.Module, projector: nn.Module | None) -> list[tuple[str, nn.Module, bool]]:
+        """Modules of ``base`` whose input (True) or output shows the shapes of Seen."""
+        watched = [] if projector is None else [("projector", projector, True)]
+        try:
+            parts = replace(self._parts, base=base, projector=projector)
+            attention = tower_attentions(parts, ["last"])["last"][0]
+        except (UnsupportedModel, IndexError):
+            return watched
+        return [*watched, ("tower", getattr(attention, "qkv", None) or attention.k_proj, False)]
 
     @cached_property
     def _encoder_alone(self) -> nn.Module:
@@ -311,7 +374,12 @@ class CostModel:
         }
 
 
-class _NoProducts(TorchDispatchMode):
+def _note_shape(shapes: dict, name: str, before: bool, module: nn.Module, args: tuple, output) -> None:
+    shape = tuple((args[0] if before else output).shape)
+    shapes[name] = shape if len(shape) == 3 else (1, *shape)
+
+
+class NoProducts(TorchDispatchMode):
     """Matrix products, convolutions and softmax give zeros of the right shape at once."""
 
     NAMES = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_softmax")

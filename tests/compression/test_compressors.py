@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from contextlib import nullcontext
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from math import inf, nan
 from pathlib import Path
 
 import pytest
 import torch
 from families_tiny import FAMILIES
-from tiny import IMAGE, Watched, ragged_batch, tiny_llava
+from tiny import IMAGE, Watched, example, places, ragged_batch, tiny_llava
 
 from llavolta import (
     AveragePool,
@@ -51,19 +51,6 @@ GREEDY = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=No
 # The README's compressor in twenty lines, as it stands there.
 README = (Path(__file__).parents[2] / "README.md").read_text()
 exec(re.search(r"```python\n([^`]*class KeepLoudest(?:[^`]|`(?!``))*)```", README).group(1))
-
-
-def example(name: str) -> Compressor:
-    """The compressor with its defaults, and 2 for options without one."""
-    kind = COMPRESSORS[name]
-    return kind(**{f.name: 2 for f in fields(kind) if f.default is f.default_factory is MISSING})
-
-
-def places(name: str) -> list:
-    """Where the compressor can stand: at a decoder layer, before the projector, or at either."""
-    needs = COMPRESSORS[name].needs
-    decoder = [] if "class_token" in needs else [0] if "tower" in needs else [1]
-    return decoder + ["vision"] * (not needs & {"decoder", "previous_layer"})
 
 
 every_compressor = pytest.mark.parametrize("name", sorted(COMPRESSORS))

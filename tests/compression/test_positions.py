@@ -6,8 +6,7 @@ import pytest
 import torch
 from families_tiny import FAMILIES, IMAGE, VIDEO
 from test_compress import packed
-from test_compressors import example
-from tiny import ragged_batch, tiny_llava
+from tiny import example, ragged_batch, tiny_llava
 
 from llavolta import PlanError, UnsupportedModel, compress, parse_plan
 from llavolta.compression.compressors import COMPRESSORS

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from families_tiny import FAMILIES
-from tiny import IMAGE, ragged_batch, tiny_llava
+from tiny import IMAGE, example, places, ragged_batch, tiny_llava
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, BertConfig, CLIPVisionConfig, LlamaConfig, LlamaModel, LlavaConfig
 
 from llavolta import UnsupportedModel, cache_bytes, compress
+from llavolta.compression.compressors import COMPRESSORS
 from llavolta.compression.families import find_parts
 from llavolta.cost.flops import PARTS, cost_model, step_cost
 from llavolta.cost.references import reference_config
@@ -42,6 +43,51 @@ def test_agrees_with_the_flop_counter_within_one_percent(plan, phase):
         model.model.get_input_embeddings().weight.requires_grad_(False)
     cost = step_cost(model.config, plan, text_tokens=12, labelled=rows(batch), phase=phase)
     assert 2 * cost.total == pytest.approx(counted(model, batch, plan, backward=phase != "forward"), rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def counting():
+    """A model that trains all its parts, and a batch with questions of several words."""
+    model = tiny_llava(attention="eager", grid=6).train()
+    batch = ragged_batch([[3, 19]] * 2, grid=6)
+    set_trainable(model, "instruct", train_tower=True)
+    model.model.get_input_embeddings().weight.requires_grad_(False)
+    return model, batch
+
+
+EXACT = {"prumerge": ":0.25", "prumerge+": ":0.25", "pact": ":0.55:0"}  # not by the picture
+UNEVEN = {"sparsevlm": 0.03}  # whose raters the picture chooses
+
+
+@pytest.mark.parametrize("name", sorted(COMPRESSORS))
+def test_the_products_of_every_compressor_are_counted(counting, name):
+    model, batch = counting
+    text = f"{name}{EXACT[name]}" if name in EXACT else str(example(name))
+    for place in places(name):
+        for backward in (False, True):
+            how = dict(train_tower=True) if backward else dict(phase="forward")
+            cost = step_cost(model.config, f"{place}:{text}", 22, labelled=rows(batch), **how)
+            got = counted(model, batch, f"{place}:{text}", backward)
+            assert 2 * cost.total == pytest.approx(got, rel=UNEVEN.get(name, 1e-4)), place
+            assert (cost.compressor.total > 0) == (name not in WITHOUT_PRODUCTS)
+
+
+WITHOUT_PRODUCTS = ["avgpool", "avgpool2d", "avgpool3d", "enter", "loudest", "random", "withdraw"]
+
+
+@pytest.mark.parametrize("plan", ["0:cls:0.5", "0:divprune:3;2:fastv:0.5", "0:visionzip:3"])
+def test_products_of_a_model_with_a_tower_of_packed_patches(plan):
+    family = FAMILIES["qwen2_5_vl"](attention="eager")
+    batch = {k: v[:1] for k, v in family.batch.items() if "video" not in k}
+    real = batch["attention_mask"][0].bool()
+    batch = {k: v[:, real] if v.shape[-1] == len(real) else v for k, v in batch.items()}
+    batch["pixel_values"] = family.batch["pixel_values"][:32]  # of the first image, 8 x 4 patches
+    del batch["labels"]
+    with compress(family.model, plan), FlopCounterMode(display=False) as counter:
+        family.model(**batch)
+    pictures = {k: batch[k] for k in ("pixel_values", "image_grid_thw")}
+    cost = step_cost(family.model.config, plan, 7, labelled=15, phase="forward", pictures=pictures)
+    assert cost.total == pytest.approx(counter.get_total_flops(), rel=2e-3)
 
 
 @pytest.mark.parametrize("change", ["checkpointing", "train_tower", "lora_rank"])
@@ -163,4 +209,4 @@ def test_what_the_model_does_not_know():
         step_cost(reference_config(), phase="tune")
     with pytest.raises(UnsupportedModel, match="there are llava-1.5-7b, qwen2.5-vl-7b"):
         reference_config("llava-2")
-    assert set(PARTS) == {"tower", "projector", "linear", "attention", "head"}
+    assert set(PARTS) == {"tower", "projector", "linear", "attention", "compressor", "head"}
