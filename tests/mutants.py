@@ -372,18 +372,14 @@ MUTANTS = [
     *_of(
         "data/collate.py",
         "data train/test_other_families.py",
-        (
-            "collate: questions are labelled",
-            "(starts >= first) & (ends <= last) & (ends > starts)\n            text =",
-            "(ends <= last) & (ends > starts)\n            text =",
-        ),
         ("collate: padding in place of the labels", '"labels": IGNORED}\n        shape', '"labels": 0}\n        shape'),
-        (
-            "collate: rows are padded at the front",
-            'padding=True, padding_side="right"',
-            'padding=True, padding_side="left"',
-        ),
+        ("collate: rows are padded at the front", 'videos, padding_side="right")', 'videos, padding_side="left")'),
         ("collate: cut pictures pass", "if placeholder[self.max_length :].any():", "if False:"),
+    ),
+    *_of(
+        "data/chat.py",
+        "data train/test_other_families.py",
+        ("chat: questions are labelled", "(starts >= blanks) & (ends > first) & (starts < last)", "(starts < last)"),
     ),
     *_of(
         "data/sampler.py",
