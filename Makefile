@@ -33,6 +33,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --max
 lint: install
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m codespell_lib
+	$(BIN)/python -m basedpyright --level error
 
 # At most six minutes on two cores; test-rest is what this leaves out, and test-all is both.
 test: lint

@@ -84,9 +84,9 @@ def unwrap(model: nn.Module) -> nn.Module:
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
         elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
+            model = model.module  # pyright: ignore[reportAssignmentType]
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
+            model = model._orig_mod  # pyright: ignore[reportAssignmentType]
         else:
             return model
 
@@ -140,7 +140,8 @@ def _running(part: nn.Module) -> nn.Module:
     """The module that runs: where PEFT trains a part whole, its copy of it, not the original."""
     if not hasattr(part, "original_module"):
         return part
-    return part.original_module if part.disable_adapters else part.modules_to_save[part.active_adapters[0]]
+    running = part.original_module if part.disable_adapters else part.modules_to_save[part.active_adapters[0]]
+    return running  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)
@@ -382,4 +383,4 @@ def _frame_tokens(base: nn.Module) -> int | None:
     if stride is None:
         return None
     vision = base.config.vision_config
-    return (-(-(vision.image_size // vision.patch_size) // stride)) ** 2
+    return (-(-(vision.image_size // vision.patch_size) // stride)) ** 2  # pyright: ignore[reportReturnType]

@@ -324,7 +324,7 @@ class Compression:
     def _shrink(self, compressor: Compressor, number: int, at: LayerInput, state: Pass) -> Tensor:
         """hidden (B, T, C) -> (B, T', C) after ``compressor``; state.rows then describes the new rows."""
         if isinstance(compressor, Enter):
-            held, rows = state.waiting
+            held, rows = state.waiting  # pyright: ignore[reportGeneralTypeIssues]
             hidden, state.rows, state.waiting = rows.rejoined(held, at.hidden), rows, None
             return hidden
         rows = state.rows or state.first_rows(self.parts)

@@ -51,7 +51,7 @@ def parse_plan(plan: str | Mapping[Layer, Compressor] | None) -> Plan:
 
 
 def _depth(entry: tuple[Layer, Compressor]) -> int:
-    return -1 if entry[0] == VISION else entry[0]
+    return -1 if entry[0] == VISION else entry[0]  # pyright: ignore[reportReturnType]
 
 
 def _parse_entry(entry: str, plan: str) -> tuple[Layer, Compressor]:
@@ -152,7 +152,7 @@ def check_layers(plan: Plan, num_layers: int) -> Plan:
 
 def entry_layer(plan: Plan) -> int:
     """The first decoder layer that works on visual tokens: 0, or that of ``enter``."""
-    return next((layer for layer, compressor in plan.items() if isinstance(compressor, Enter)), 0)
+    return next((layer for layer, compressor in plan.items() if isinstance(compressor, Enter)), 0)  # pyright: ignore
 
 
 def tokens_per_layer(plan: str | Mapping[Layer, Compressor] | None, num_layers: int, num_tokens: int) -> list[float]:

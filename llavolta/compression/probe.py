@@ -60,7 +60,7 @@ class LayerProbe:
     def _at(self, previous: bool) -> LayerInput:
         if previous and self.before is None:
             raise ValueError('the attention of the previous layer needs "previous_layer" in needs, and a layer above 0')
-        return self.before if previous else self.here
+        return self.before if previous else self.here  # pyright: ignore[reportReturnType]
 
     def _attention_of(self, chosen: Tensor, previous: bool) -> Tensor:
         """(I, L) from the tokens of its row that ``chosen`` (I, T) marks for each picture, their mean."""
@@ -193,7 +193,7 @@ class TowerLayer:
                 asking = self.mask[:, rows, None]
                 weights = scores.masked_fill(~self.mask[:, None], -torch.inf).softmax(-1) * asking
                 given = given + weights.sum(1) / asking.sum(1)
-        return given / heads
+        return given / heads  # pyright: ignore[reportReturnType]
 
 
 @dataclass
@@ -362,4 +362,4 @@ def _attention_module(layer: nn.Module) -> nn.Module:
             f"{type(layer).__name__} has no self_attn with q_proj and k_proj behind an input_layernorm, from which "
             "attention scores could be computed; use a compressor that needs none, such as avgpool"
         )
-    return attention
+    return attention  # pyright: ignore[reportReturnType]

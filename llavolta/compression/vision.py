@@ -331,7 +331,7 @@ class VisionStep:
 
     def spread(self, output: Tensor) -> Tensor:
         """The projector's output (I, M, C) -> (I, L, C) with each token at its anchor, DROPPED elsewhere."""
-        (out, length), self._now.kept = self._now.kept, None
+        (out, length), self._now.kept = self._now.kept, None  # pyright: ignore[reportGeneralTypeIssues]
         if output.shape[:2] != out.mask.shape:
             raise UnsupportedModel("'vision' needs a projector that maps token by token; use layer 0, behind it")
         if (output.isnan() & out.mask[..., None]).any():  # else taken for DROPPED

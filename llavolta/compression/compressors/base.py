@@ -128,7 +128,7 @@ class VisualTokens:
         start = self._probe().start
         if start is None:
             raise ValueError('the tokens of layer 0 need "start" in needs')
-        return start
+        return start  # pyright: ignore[reportReturnType]
 
     def from_start(self, marks: Tensor) -> Tensor:
         """marks (I, T0) of the tokens of each picture's row at layer 0 -> (I, T) of those that are still there."""
@@ -324,7 +324,7 @@ class KeepBudget(Compressor):
         return self.positions != "original"
 
     def num_tokens(self, num_tokens: int) -> int:
-        return min(num_tokens, self.keep) if self.keep > 1 else max(1, round(num_tokens * self.keep))
+        return min(num_tokens, int(self.keep)) if self.keep > 1 else max(1, round(num_tokens * self.keep))
 
     def budget(self, mask: Tensor) -> Tensor:
         """(I,) how many of the tokens mask (I, L) of each picture are left."""
