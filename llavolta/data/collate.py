@@ -41,6 +41,8 @@ class Collator:
         videos = [frames for example in examples for frames in example.videos]
         try:
             encoded = chat.encode(self.processor, texts, images, videos, padding_side="right")
+        except DataError:
+            raise
         except REFUSALS as error:
             for example in examples:  # which of them it is
                 for image in example.images:

@@ -112,12 +112,12 @@ class Llavolta(lmms):
         if any(isinstance(look, list) for look in looks):
             raise UserError("likelihoods of answers about clips are not supported; use a task that generates")
         answered = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        messages = [*chat_of(_plain(text), looks), answered]
+        messages = [*chat_of(_plain(text, looks), looks), answered]
         batch = Collator(self.processor, max_length=1_000_000)([Example(messages, looks, str(doc))])
         labelled = int((batch["labels"] != -100).sum())
         batch = {name: _to(value, self.model) for name, value in batch.items()}
         loss = self.model(**batch).loss.item()
-        asked = prompts(self.model, self.processor, [(_plain(text), looks)])
+        asked = prompts(self.model, self.processor, [(_plain(text, looks), looks)])
         said = self._decode(greedy(self.model, self.processor, asked, labelled), asked)
         return loss, said[0].strip() == answer
 
@@ -137,7 +137,7 @@ class Llavolta(lmms):
         until = options.pop("until", None) or []
         length = options.pop("max_new_tokens", MAX_NEW_TOKENS)
         options = {name: value for name, value in options.items() if name not in IGNORED_OPTIONS}
-        batch = prompts(self.model, self.processor, [(_plain(text), looks) for text, looks in asked])
+        batch = prompts(self.model, self.processor, [(_plain(text, looks), looks) for text, looks in asked])
         answers = self._decode(greedy(self.model, self.processor, batch, length, **options), batch)
         for stop in [until] if isinstance(until, str) else until:
             answers = [answer.split(stop)[0] if stop else answer for answer in answers]
@@ -172,8 +172,10 @@ class Llavolta(lmms):
         log_metrics(seconds, tokens, tokens / seconds, {"num_requests": len(answers)})
 
 
-def _plain(text: str) -> str:
-    """The question alone: pictures go before the text, as in LLaVA."""
+def _plain(text: str, looks: list) -> str:
+    """The question alone, for pictures go before it, as in LLaVA; with its <image>s where each picture has one."""
+    if looks and text.count("<image>") == len(looks):
+        return text
     return text.replace("<image>", "").replace("<video>", "").strip()
 
 

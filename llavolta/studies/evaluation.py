@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from llavolta.compression.patch import compress
 from llavolta.data import Example, LlavaData, chat, check_words
-from llavolta.data.entries import chat_messages
+from llavolta.data.entries import MEDIA, chat_messages
 from llavolta.data.images import find_file
 from llavolta.studies.opening import answering
 
@@ -27,9 +27,12 @@ def _normal(text: str) -> str:
 
 def chat_of(question: str | list[dict], looks: list) -> list[dict]:
     """The messages that ask ``question`` about opened pictures, which go first, and clips (lists of frames) behind
-    them; a question that already is a list of messages says itself where they stand."""
+    them. A text with an <image> for each picture, or a list of messages, says itself where they stand."""
     if not isinstance(question, str):
         return question
+    if looks and question.count(MEDIA["image"]) == sum(not isinstance(look, list) for look in looks) == len(looks):
+        turn = {"from": "human", "value": question}
+        return chat_messages({"image": ["an image"] * len(looks), "conversations": [turn]})
     media = sorted(
         ({"type": "video" if isinstance(look, list) else "image"} for look in looks), key=lambda m: m["type"]
     )

@@ -222,3 +222,7 @@ def test_questions_are_asked_in_the_places_where_they_are_trained(tmp_path):
     assert second[0][0] == trained.messages[0]
     assert [part["type"] for part in second[0][1]["content"]] == ["image", "image", "text", "image", "text"]
     assert second[0][1]["content"][2:] == trained.messages[3]["content"]
+    red, blue = trained.images[:2]
+    asked = evaluation.chat_of("is <image> a 3 ? is <image> a 4 ?", [red, blue])
+    assert asked == trained.messages[1:2]  # as benchmarks write questions about several images
+    assert evaluation.chat_of("is it?", [red])[0]["content"][0] == {"type": "image"}
