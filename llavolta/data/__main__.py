@@ -8,7 +8,7 @@ import json
 import sys
 
 from llavolta.data.boxes import box_notes
-from llavolta.data.check import check_words, find_bad, find_too_long
+from llavolta.data.check import check_words, count_entries, find_bad, find_too_long
 from llavolta.data.collate import Collator
 from llavolta.data.index import read_index
 from llavolta.data.llava import LlavaData
@@ -20,41 +20,59 @@ from llavolta.worlds import model_path
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llavolta.data", description=__doc__)
     check = parser.add_subparsers(required=True).add_parser("check", help="name every bad entry of a data set")
-    check.add_argument("file", type=given_path, help="LLaVA JSON")
+    check.add_argument(
+        "file", type=given_path, help="JSON, JSON Lines, Parquet, or a folder of Parquet or of a saved data set"
+    )
     check.add_argument("folder", nargs="?", type=given_path, help="of the pictures; default: that of FILE")
     check.add_argument("--workers", type=int, help="threads that decode pictures; default: one a core")
     check.add_argument(
         "--model",
         help="folder or hub name of the model, whose tokenizer must know the words and processor read the images",
     )
-    check.add_argument("--json", action="store_true", help='print one object, {"entries": n, "bad": {index: reason}}')
+    check.add_argument("--ignore", action="append", default=[], metavar="KEY", help="take this key as not there")
+    check.add_argument(
+        "--json", action="store_true", help='print one object, {"entries": n, "bad": {index: reason}, ...}'
+    )
     options = parser.parse_args(arguments)
     try:
-        bad = find_bad(options.file, options.folder, options.workers, fresh=True)
-        entries = len(read_index(options.file).start)
+        bad = find_bad(options.file, options.folder, options.workers, fresh=True, ignore=options.ignore)
+        index = read_index(options.file, options.ignore)
+        entries = len(index.start)
         if options.model and len(bad) < entries:
             bad = dict(sorted((bad | _refused(options, bad)).items()))
         strange = _strange_words(options, bad) if options.model and len(bad) < entries else None
-        notes = box_notes(LlavaData(options.file, options.folder, skip=bad), None) if len(bad) < entries else []
+        notes = box_notes(_good(options, bad), None) if len(bad) < entries else []
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+    counts = count_entries(index, bad)
     if options.json:
-        print(json.dumps({"entries": entries, "bad": bad} | ({"words": strange} if options.model else {}), indent=1))
+        found = {"entries": entries, "bad": bad, **counts, "unread": index.unread}
+        print(json.dumps(found | ({"words": strange} if options.model else {}), indent=1))
     else:
         print("\n".join([*bad.values(), *([strange] if strange else []), f"{len(bad)} of {entries} entries are bad"]))
+        print(
+            "of the others, {images} have images, {videos} videos, {text} text alone; of their answers, {learned} are "
+            "learned, {unlearned} are not".format(**counts)
+        )
+        if index.unread:
+            print(f"keys that are not read: {', '.join(f'{key} ({n})' for key, n in index.unread.items())}")
         if not options.model:
             print("words were not checked against a tokenizer; --model NAME does", file=sys.stderr)
     return int(bool(bad or strange))
+
+
+def _good(options: argparse.Namespace, bad: dict[int, str]) -> LlavaData:
+    return LlavaData(options.file, options.folder, skip=bad, ignore=options.ignore)
 
 
 def _refused(options: argparse.Namespace, bad: dict[int, str]) -> dict[int, str]:
     """The entries that a model's processor refuses, for the sizes of their images."""
     from llavolta.train.models import load_processor, read_config, whole_path
 
-    data = LlavaData(options.file, options.folder, skip=bad)
+    data = _good(options, bad)
     if not data.has_image.any():
         return {}
     try:
@@ -74,7 +92,7 @@ def _strange_words(options: argparse.Namespace, bad: dict[int, str]) -> str | No
     except (OSError, ValueError) as error:
         raise DataError(f"no tokenizer of {options.model!r} ({str(error).splitlines()[0]})") from None
     try:
-        check_words(LlavaData(options.file, options.folder, skip=bad).texts(), tokenizer, options.file.name)
+        check_words(_good(options, bad).texts(), tokenizer, options.file.name)
     except DataError as error:
         return str(error)
     return None

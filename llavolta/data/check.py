@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from llavolta.data.collate import Collator
 from llavolta.data.entries import chat_messages, media_paths_of
 from llavolta.data.images import find_file
-from llavolta.data.index import keep, kept_path, read_index
+from llavolta.data.index import Index, keep, kept_path, read_index
 from llavolta.data.llava import LlavaData
 from llavolta.errors import DataError
 
@@ -59,6 +59,7 @@ def find_bad(
     workers: int | None = None,
     fresh: bool = False,
     progress: bool = True,
+    ignore: Collection[str] = (),
 ) -> dict[int, str]:
     """The bad entries of a data file, in order, and the reason of each: structure, pictures and clips (all decoded).
 
@@ -68,19 +69,20 @@ def find_bad(
     Args:
         workers: threads, for Pillow decodes outside Python's lock; None: one a core.
         fresh: look at all entries again.
+        ignore: keys that are taken as not there; see entries.read_entry.
 
     Raises:
         DataError: the file itself cannot be read.
     """
     file, folder = Path(file), Path(images) if images else Path(file).parent
-    index = read_index(file)
-    saved = kept_path(file, "json", folder.resolve())
+    index = read_index(file, ignore)
+    saved = kept_path(file, "json", folder.resolve(), *sorted(ignore))
     version = [*index.version, Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES]
     bad, media, todo = (None if fresh else _read_findings(saved, version, folder)) or (dict(index.bad), {}, None)
     if todo is not None and not todo:
         return bad
     if len(index.bad) < len(index.start):
-        data = LlavaData(file, folder, skip=())
+        data = LlavaData(file, folder, skip=(), ignore=ignore)
         entries = np.arange(len(data)) if todo is None else np.flatnonzero(np.isin(data.rows, list(todo)))
         parts, seen = np.array_split(entries, -(-len(entries) // 64)), {}
         with (
@@ -140,6 +142,15 @@ def _look_at(data: LlavaData, part: np.ndarray) -> tuple[dict[int, str], list[tu
         except DataError as error:
             bad[row] = str(error)
     return bad, seen
+
+
+def count_entries(index: Index, bad: Collection[int]) -> dict[str, int]:
+    """How many of a file's entries that are not ``bad`` have images, videos or text alone, and of their answers, how
+    many are learned and how many are not."""
+    good = np.setdiff1d(np.arange(len(index.start)), list(bad))
+    text, images, videos = np.bincount(index.medium[good], minlength=3).tolist()
+    learned, unlearned = (int(turns[good].sum()) for turns in (index.learned, index.unlearned))
+    return {"images": images, "videos": videos, "text": text, "learned": learned, "unlearned": unlearned}
 
 
 def find_too_long(data: LlavaData, collate: Collator, progress: bool = True) -> dict[int, str]:

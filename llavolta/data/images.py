@@ -124,9 +124,11 @@ def _unreadable(file: Path | io.BytesIO, path: str, name: str, error: Exception)
     return DataError(f"{name}: image {path!r} cannot be read ({error}); fetch it again or drop the entry")
 
 
-def open_video(folder: Path, path: str, name: str, frames: int) -> list[Image.Image]:
-    """``frames`` frames of the clip at ``path`` below ``folder``; see video.read_frames. Raises DataError."""
-    return read_frames(find_file(folder, path, name, "video"), frames, f"{name}: video {path!r}")
+def open_video(folder: Path, path: str, name: str, frames: int, content: bytes | None = None) -> list[Image.Image]:
+    """``frames`` frames of the clip at ``path`` below ``folder``, or of the file's ``content``; see video.read_frames.
+    Raises DataError."""
+    clip = find_file(folder, path, name, "video") if content is None else content
+    return read_frames(clip, frames, f"{name}: video {path!r}")
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int] | None) -> Image.Image:

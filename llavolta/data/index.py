@@ -8,6 +8,8 @@ import json
 import os
 import sys
 from array import array
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version as version_of
@@ -16,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import PIL
 
-from llavolta.data.entries import as_llava, check_entry, media_paths_of
+from llavolta.data.entries import media_paths_of, read_entry, text_of, unread_keys
 from llavolta.data.jsonlist import WrongFormat, scan
-from llavolta.data.table import is_table, open_table
+from llavolta.data.table import choose_split, is_table, open_table
 from llavolta.errors import DataError
 from llavolta.paths import DATA
 
@@ -35,87 +37,99 @@ class Index:
     medium: np.ndarray  # 0 text alone, 1 with images, 2 with a video
     media: np.ndarray  # how many of them
     lengths: np.ndarray  # words, about: blanks are counted
+    learned: np.ndarray  # answers with a label
+    unlearned: np.ndarray  # answers without one
     bad: dict[int, str]
+    unread: dict[str, int]  # keys of entries and turns that are taken for notes: how many entries have each
     version: list[int]  # of the file: bytes and time
 
 
-def read_index(file: Path) -> Index:
-    """The index of a data file: one pass over it, kept in data/cache for a large one. Raises DataError."""
-    if is_table(file):
-        return _scan_table(file)
-    if not file.is_file():
+def read_index(file: Path, ignore: Collection[str] = ()) -> Index:
+    """The index of a data file: one pass over it, kept in data/cache for a large one. Raises DataError.
+
+    ignore: keys that are taken as not there; see entries.read_entry.
+    """
+    table = is_table(file)
+    if not table and not file.is_file():
         raise DataError(f"no data file {file}; give the path of a JSON list of conversations, or of a Parquet file")
-    version, kept = file_version(file), kept_path(file, "npz")
-    if kept.exists():
+    version, kept = file_version(file), kept_path(file, "npz", *sorted(ignore))
+    if kept.exists() and not table:
         try:
             held = dict(np.load(kept))
-            index = Index(**{**held, "bad": read_reasons(held["bad"].item()), "version": held["version"].tolist()})
+            words = {"bad": read_reasons(held["bad"].item()), "unread": json.loads(held["unread"].item())}
+            index = Index(**{**held, **words, "version": held["version"].tolist()})
             if index.version == version:
                 return index
         except Exception:  # whatever numpy makes of a damaged file; it is made again
             kept.unlink(missing_ok=True)
-    index = _scan_index(file, version)
-    if version[0] >= KEPT_FROM:
+    index = _scan_index(file, _rows(file, version) if table else _elements(file), version, ignore)
+    if version[0] >= KEPT_FROM and not table:
         archive = io.BytesIO()
-        np.savez(archive, **{**vars(index), "bad": json.dumps(index.bad)})
+        np.savez(archive, **{**vars(index), "bad": json.dumps(index.bad), "unread": json.dumps(index.unread)})
         keep(kept, archive.getvalue())
     return index
 
 
-def _scan_table(file: Path) -> Index:
-    """Of a table: what stands for the bytes of an entry are those of its conversation as JSON."""
-    version = file_version(file)
-    table, found, bad = open_table(file, tuple(version)), [], {}
+def _rows(file: Path, version: list[int]) -> Iterator[tuple[int, int, object]]:
+    """Of a table, as ``scan`` gives those of JSON; start and end are 0."""
+    _note(choose_split(file)[1])
+    table = open_table(file, tuple(version))
     for row in range(len(table)):
-        try:
-            entry = as_llava(table.entry(row))
-            text = check_entry(entry, f"{file.name} entry {row}")
-            size = len(json.dumps(entry["conversations"]))
-            found.append((size, int("image" in entry), len(media_paths_of(entry)), text.count(" ") + 1))
-        except DataError as error:
-            bad[row] = str(error)
-            found.append((0, 0, 0, 0))
-    if not found:
-        raise DataError(f"{file} must hold at least one conversation")
-    size, medium, media, words = np.array(found).T
-    return Index(np.zeros_like(size), size, medium.astype(np.int8), media, words, bad, version)
+        yield 0, 0, table.entry(row)
 
 
-def _scan_index(file: Path, version: list[int]) -> Index:
-    starts, stops, words, medium, media, bad = array("q"), array("q"), array("q"), array("b"), array("q"), {}
+@cache
+def _note(text: str | None) -> None:
+    """Once a process."""
+    if text:
+        print(f"note: {text}", file=sys.stderr)
+
+
+def _elements(file: Path) -> Iterator[tuple[int, int, object]]:
     try:
-        for start, stop, entry in scan(file):
-            try:
-                entry = as_llava(entry)
-                text = check_entry(entry, f"{file.name} entry {len(starts)}")
-                words.append(text.count(" ") + text.count("\n") + 1)
-                images, videos = len(media_paths_of(entry)), len(media_paths_of(entry, "video"))
-                medium.append(2 if videos else 1 if images else 0)
-                media.append(images + videos)
-            except DataError as error:
-                bad[len(starts)] = str(error)
-                for values in (words, medium, media):
-                    values.append(0)
-            starts.append(start)
-            stops.append(stop)
+        yield from scan(file)
     except WrongFormat as error:
         raise DataError(f"{file} {error}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not JSON that holds a list ({error}); the download may be cut off") from None
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error})") from None
-    if not starts:
+
+
+def _scan_index(file: Path, entries: Iterable, version: list[int], ignore: Collection[str]) -> Index:
+    numbers, bad, unread = array("q"), {}, Counter()
+    for row, (start, stop, entry) in enumerate(entries):
+        about = [0] * 5
+        try:
+            entry = read_entry(entry, f"{file.name} entry {row}", ignore)
+            text, turns = text_of(entry), entry["conversations"]
+            stop = stop or len(text.encode()) + 32 * len(turns)  # a table's: as JSON has it, with a turn's keys
+            images, videos = len(media_paths_of(entry)), len(media_paths_of(entry, "video"))
+            unlearned = sum(not turn.get("learn", True) for turn in turns)
+            learned = sum(turn["from"] == "gpt" for turn in turns) - unlearned
+            words = text.count(" ") + text.count("\n") + 1
+            about = [2 if videos else 1 if images else 0, images + videos, words, learned, unlearned]
+            unread.update(unread_keys(entry))
+        except DataError as error:
+            bad[row] = str(error)
+        numbers.extend((start, stop, *about))
+    if not numbers:
         raise DataError(f"{file} must hold a JSON list with at least one conversation")
-    return Index(*map(np.array, (starts, stops, medium, media, words)), bad, version)
+    start, stop, medium, media, words, *turns = np.array(numbers).reshape(-1, 7).T
+    small = [media, words, *turns]
+    return Index(
+        *(start.copy(), stop.copy(), medium.astype(np.int8)),
+        *(column.astype(np.int32) for column in small),
+        *(bad, dict(unread), version),
+    )
 
 
 def file_version(file: str | Path | int) -> list[int]:
-    """What changes when a file, or one in a folder, does."""
-    if isinstance(file, Path) and file.is_dir():
-        stats = [part.stat() for part in sorted(file.iterdir()) if part.is_file()]
-        return [sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)]
-    stat = os.stat(file)
-    return [stat.st_size, stat.st_mtime_ns]
+    """What changes when a file, or one that a table is read from, does."""
+    parts = choose_split(file)[0] if isinstance(file, Path) and is_table(file) else [file]
+    parts = [own for part in parts for own in (part.iterdir() if isinstance(part, Path) and part.is_dir() else [part])]
+    stats = [os.stat(part) for part in sorted(parts)]
+    return [sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)]
 
 
 @cache

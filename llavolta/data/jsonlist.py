@@ -52,7 +52,8 @@ def scan(file: Path) -> Iterator[tuple[int, int, object]]:
                 raise ValueError(f"{error.msg} at byte {byte + _bytes(text, at, error.pos)}") from None
             start, byte = byte, byte + _bytes(text, at, stop)
             after = (_AFTER_LINE if lines else _AFTER).match(text, stop)
-            if lines and start == opening.end() and (not after or after.end() == len(text)):
+            alone = lines and start == opening.end() and (not after or after.end() == len(text))
+            if alone and (not after or file.suffix != ".jsonl"):
                 raise WrongFormat("holds one object; write a list of conversations, or one a line")
             yield start, byte, element
             if not after:

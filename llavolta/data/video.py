@@ -7,6 +7,7 @@ needs an FFmpeg on the system and a build that matches torch's; decord is no lon
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,9 @@ def frame_places(total: int, count: int) -> list[int]:
     return np.linspace(0, total - 1, count).round().astype(int).tolist()
 
 
-def read_frames(path: str | Path, count: int, name: str | None = None) -> list[Image.Image]:
-    """``count`` frames (RGB, upright) of the clip at ``path``, at ``frame_places``; only these are in memory at a time.
+def read_frames(path: str | Path | bytes, count: int, name: str | None = None) -> list[Image.Image]:
+    """``count`` frames (RGB, upright) of the clip at ``path``, or of a file of this content, at ``frame_places``; only
+    these are in memory at a time.
 
     Raises DataError, naming ``name`` (default: the path), for a file that is missing, damaged, no video or without
     frames, and for frames of more than PIL.Image.MAX_IMAGE_PIXELS. Damage that the decoder does not notice passes.
@@ -53,7 +55,7 @@ def read_frames(path: str | Path, count: int, name: str | None = None) -> list[I
         raise DataError(f"{name} {why} drop the entry") from None
 
 
-def _count(path: str | Path) -> int:
+def _count(path: str | Path | bytes) -> int:
     """Packets of the first video stream, which are its frames in most files. Raises ValueError if there are none."""
     with _open(path) as container:
         total = sum(1 for packet in container.demux(video=0) if packet.size)
@@ -62,7 +64,7 @@ def _count(path: str | Path) -> int:
     return total
 
 
-def _decode(path: str | Path, places: list[int]) -> tuple[dict[int, Image.Image], int]:
+def _decode(path: str | Path | bytes, places: list[int]) -> tuple[dict[int, Image.Image], int]:
     """The frames at ``places``, and how many there are."""
     kept, number = {}, -1
     with _open(path) as container:
@@ -77,10 +79,10 @@ def _decode(path: str | Path, places: list[int]) -> tuple[dict[int, Image.Image]
     return kept, number + 1
 
 
-def _open(path: str | Path):
+def _open(path: str | Path | bytes):
     import av  # for clips alone: models of pictures do without it
 
-    container = av.open(str(path), options=OPENING)
+    container = av.open(io.BytesIO(path) if isinstance(path, bytes) else str(path), options=OPENING)
     try:
         if not container.streams.video:
             raise ValueError("it has no video, only " + (", ".join({s.type for s in container.streams}) or "nothing"))

@@ -100,10 +100,11 @@ def open_data(
     """
     pad = padding_colour(collate.processor) if collate and config.pad_to_square else None
     if config.bad_entries == "fail":
-        opened = LlavaData(data, images, pad)
+        opened = LlavaData(data, images, pad, ignore=config.ignore_keys)
     else:
         with PartialState().local_main_process_first():  # a machine looks for them once
-            opened = LlavaData(data, images, pad, skip=find_bad(data, images))
+            bad = find_bad(data, images, ignore=config.ignore_keys)
+            opened = LlavaData(data, images, pad, skip=bad, ignore=config.ignore_keys)
     for note in box_notes(opened, config.pad_to_square) if collate else ():
         say(f"note: {note}", progress)
     too_long = find_too_long(opened, collate, progress) if collate else {}

@@ -73,6 +73,9 @@ class TrainConfig(BaseModel):
     bad_entries: Literal["fail", "skip"] = "fail"
     """"fail" at the first entry that cannot be read, or "skip" those that a check of all pictures and clips finds
     before training; for a large set run ``python -m llavolta.data check`` first, whose findings are used."""
+    ignore_keys: list[str] = []
+    """Keys of entries and turns that are taken as not there, such as "tools", which nothing here follows; without
+    this, an entry that has one is bad. ``python -m llavolta.data check --ignore KEY`` is the same."""
     scenes: _Positive = 4000
     """How many scenes of a generated world."""
 

@@ -28,7 +28,7 @@ from llavolta.data import (
 from llavolta.data import index as data_index
 from llavolta.data.__main__ import main
 from llavolta.data.collate import IGNORED, _placed
-from llavolta.data.entries import check_entry
+from llavolta.data.entries import read_entry
 from llavolta.show import widgets
 from llavolta.studies import evaluation, inspect, redundancy
 from llavolta.studies.opening import StudyError, trained_padding
@@ -108,7 +108,7 @@ def test_padding_to_squares_with_the_given_colour(tmp_path):
         ({"conversations": entry()["conversations"][::-1]}, "alternate"),
         ({"image": ["a.png", "a.png"]}, "1 <image> placeholders for 2 images"),
         ({"image": 7}, "'image' must be a path"),
-        ({"image": [7]}, "'image' must list paths"),
+        ({"image": [7]}, "'image' must be a path, a list of paths"),
     ],
 )
 def test_entries_that_are_not_llavas(tmp_path, change, match):
@@ -153,7 +153,7 @@ _JSON = st.recursive(
 @given(st.fixed_dictionaries({}, optional={"id": _JSON, "image": _JSON, "conversations": _JSON}) | _JSON)
 def test_arbitrary_entries_pass_or_raise_the_documented_error(value):
     try:
-        check_entry(value, "entry")
+        read_entry(value, "entry")
     except DataError as error:
         assert str(error).startswith("entry")
     else:
@@ -312,7 +312,7 @@ def test_words_that_look_like_media_are_text_where_there_are_none(tmp_path, proc
 
 def test_a_placeholder_outside_a_question_is_an_error():
     with pytest.raises(DataError, match="<image> in an answer or a system message"):
-        check_entry(entry(conversations=turns("Draw a 3", "here: <image>")), "x")
+        read_entry(entry(conversations=turns("Draw a 3", "here: <image>")), "x")
 
 
 def test_every_tensor_of_a_batch_is_cut_at_max_length(tmp_path):

@@ -157,9 +157,12 @@ def test_check_names_every_bad_entry_and_why(folder, capsys):
 
     assert main(["check", str(file), str(folder), "--workers", "2"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [*bad.values(), "8 of 11 entries are bad"]
+    assert lines[:-1] == [*bad.values(), "8 of 11 entries are bad"]
+    of_others = "2 have images, 0 videos, 1 text alone; of their answers, 3 are learned, 0 are not"
+    assert lines[-1] == f"of the others, {of_others}"
     assert main(["check", str(file), str(folder), "--json"]) == 1
-    assert json.loads(capsys.readouterr().out) == {"entries": 11, "bad": {str(i): bad[i] for i in bad}}
+    counts = {"images": 2, "videos": 0, "text": 1, "learned": 3, "unlearned": 0, "unread": {}}
+    assert json.loads(capsys.readouterr().out) == {"entries": 11, "bad": {str(i): bad[i] for i in bad}} | counts
     assert main(["check", str(write(folder, entry())), str(folder)]) == 0
     assert main(["check", str(folder / "none.json")]) == 2 and "error: no data file" in capsys.readouterr().err
     assert main(["check", str(file), str(folder / "none")]) == 2 and "no image folder" in capsys.readouterr().err

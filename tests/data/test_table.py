@@ -105,7 +105,7 @@ def test_what_is_wrong_with_a_row_is_told(pairs, tmp_path, capsys):
     bad = find_bad(file, progress=False)
     assert (
         set(bad) == {1, 2, 3}
-        and "no image in" in bad[1]
+        and "1 <image> placeholders for 0 images" in bad[1]
         and "bad.parquet entry 3" in bad[3]
         and "cannot be read" in bad[2]
     )
@@ -118,7 +118,7 @@ def test_tables_that_are_none(tmp_path):
     with pytest.raises(DataError, match="cannot be read as a table"):
         LlavaData(tmp_path / "cut.parquet")
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(str(tmp_path / "other.parquet"))
-    with pytest.raises(DataError, match="no column 'messages'; it has text"):
+    with pytest.raises(DataError, match="no column 'messages' nor 'conversations'; it has text"):
         LlavaData(tmp_path / "other.parquet")
 
 
