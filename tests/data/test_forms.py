@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 from pyarrow import parquet
 
 from llavolta.data import Collator, DataError, LlavaData, find_bad
@@ -18,6 +21,7 @@ from llavolta.studies.evaluation import asked_digest
 from llavolta.train.build import open_data
 from llavolta.train.config import TrainConfig
 from llavolta.worlds import backbones
+from llavolta.worlds.clips import write_clip
 
 COLOURS = {"red.png": (208, 32, 32), "blue.png": (32, 64, 208)}
 RED = {"type": "image"}
@@ -25,8 +29,6 @@ RED = {"type": "image"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    from PIL import Image
-
     made = tmp_path_factory.mktemp("images")
     for name, colour in COLOURS.items():
         Image.new("RGB", (8, 8), colour).save(made / name)
@@ -50,11 +52,7 @@ def parts(*found: dict, **more) -> list[dict]:
     return [user([*found, text]), assistant([{"type": "text", "text": "yes"}], **more)]
 
 
-def inline() -> str:  # a 1 x 1 image in the colour of red.png
-    import io
-
-    from PIL import Image
-
+def inline() -> str:
     file = io.BytesIO()
     Image.new("RGB", (8, 8), COLOURS["red.png"]).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
@@ -129,6 +127,12 @@ def test_images_in_a_table_in_all_types_of_column(folder, tmp_path):
             assert data[0].images[0].getpixel((4, 4)) == COLOURS["red.png"] and not data[1].images, kind
 
 
+def test_the_address_of_a_file_is_its_path(folder, tmp_path):
+    row = {"image": (folder / "red.png").as_uri(), "conversations": llava()}
+    [example] = LlavaData(write(tmp_path / "rows.jsonl", row), folder)
+    assert example.images[0].getpixel((4, 4)) == COLOURS["red.png"]
+
+
 def test_parts_take_the_image_of_their_index(folder, tmp_path):
     talk = [user([{"type": "text", "text": "First "}, {**RED, "index": 1}, {**RED, "index": 0}])]
     talk.append(assistant([{"type": "text", "text": "yes"}]))
@@ -162,6 +166,7 @@ REFUSED = {
     ),
     "a second key": ({**ONE, "image2": "blue.png"}, "nothing reads 'image2'"),
     "images of a turn": ({"messages": [user("Is it red?", images=["red.png"]), assistant()]}, "nothing reads 'images'"),
+    "a store": ({"image": "s3://a/red.png", "conversations": llava()}, "is on the web; fetch it"),
     "web": ({"image": "https://a.org/red.png", "conversations": llava()}, "is on the web; fetch it"),
     "not base64": ({"image": "data:image/png;base64,a", "conversations": llava()}, "is not base64"),
     "an index of none": ({"images": ["red.png"], "messages": parts({**RED, "index": 1})}, "indices"),
@@ -177,6 +182,10 @@ REFUSED = {
     "system twice": ({"system": "a", "messages": [{"role": "system", "content": "b"}, *PLAIN]}, "'system' must be"),
     "Alpaca": ({"instruction": "a", "input": "", "output": "b"}, "has 'instruction' and 'output'"),
     "query": ({"query": "a", "response": "b"}, "has 'query' and 'response'"),
+    "question": ({"question": "a", "answer": "b"}, "has 'question' and 'answer'"),
+    "another role": ({"messages": [*PLAIN, {"role": "tool", "content": "a"}]}, "each turn needs 'from'"),
+    "out of order": ({"messages": PLAIN[::-1]}, "must alternate"),
+    "audio": ({"audio": "a.wav", "messages": PLAIN}, "nothing reads 'audio'"),
     "preferences": ({"messages": PLAIN, "chosen": "a", "rejected": "b"}, "has 'chosen'"),
     "tools": ({"tools": '[{"a": 1}]', "messages": PLAIN}, "nothing reads 'tools'"),
     "tool calls": ({"messages": [PLAIN[0], assistant(tool_calls=[{"id": "a"}])]}, "nothing reads 'tool_calls'"),
@@ -196,7 +205,7 @@ def test_a_form_that_is_refused(form, kind, folder, tmp_path):
         LlavaData(write(tmp_path / f"rows.{kind}", row), folder)
 
 
-@pytest.mark.parametrize("key", ["loss", "weight", "train", "trainable"])
+@pytest.mark.parametrize("key", ["loss", "weight", "train", "trainable", "learn"])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_a_turn_that_is_not_to_be_learned(key, kind, tmp_path, capsys):
     talk = [user("is there a 3 ?"), assistant("no", **{key: 0}), user("is there a 4 ?"), assistant("yes", **{key: 1})]
@@ -211,6 +220,24 @@ def test_a_turn_that_is_not_to_be_learned(key, kind, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     counts = {"images": 0, "videos": 0, "text": 1, "learned": 1, "unlearned": 1, "unread": {"model": 1}}
     assert found == {"entries": 1, "bad": {}} | counts
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_clips_are_read_from_wherever_they_stand(kind, folder, tmp_path):
+    clip = folder / "clip.mp4"
+    if not clip.exists():
+        write_clip(clip, np.full((4, 32, 32, 3), 90, np.uint8))
+    wide = [
+        {"video": "clip.mp4", "conversations": llava("<video>\nIs it red?")},
+        {"videos": ["clip.mp4"], "messages": PLAIN},
+        {"messages": parts({"type": "video", "video": "clip.mp4"})},
+        {"messages": parts({"type": "video_url", "video_url": {"url": clip.as_uri()}})},
+    ]
+    wide.append({"video": {"base64": base64.b64encode(clip.read_bytes()).decode()}, "messages": PLAIN})
+    for row in wide + [{"videos": [{"bytes": clip.read_bytes()}], "messages": PLAIN}] * (kind == "parquet"):
+        data = LlavaData(write(tmp_path / f"rows.{kind}", row), folder)
+        [video] = data[0].videos
+        assert len(video) == 8 and data[0].messages[0]["content"][0] == {"type": "video"} and data.medium[0] == 2
 
 
 def test_keys_that_the_user_ignores(folder, tmp_path, capsys):
