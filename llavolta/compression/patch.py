@@ -138,7 +138,11 @@ class Compression:
         if self.parts.decoder in _active:
             raise RuntimeError("this model is being compressed already; remove() the first handle or leave its block")
         if self._steps or self.labelled_only:
-            self._install()
+            try:
+                self._install()
+            except BaseException:  # also Ctrl-C, with some hooks on the model
+                self.remove()
+                raise
 
     def _check_3d(self, prefix: nn.Module | None) -> None:
         """Raises UnsupportedModel for what 3-D positions (M-RoPE) leave no room for."""

@@ -44,9 +44,23 @@ class ModeIsolator(nn.Module):
 def add_isolator(model: nn.Module) -> ModeIsolator:
     """Give ``model`` a new mode isolator, which trains with it."""
     weight = find_parts(model).decoder.get_input_embeddings().weight
-    isolator = ModeIsolator(weight.shape[1]).to(weight.device)
+    width = getattr(weight, "ds_shape", weight.shape)[1]  # ZeRO-3's shards have a shape of their own
+    isolator = ModeIsolator(width).to(weight.device)
     setattr(unwrap(model), ISOLATOR, isolator)
     return isolator
+
+
+@contextmanager
+def isolator_for(model: nn.Module, stage: Stage) -> Iterator[None]:
+    """``model`` with an isolator if ``stage`` needs one, be it a new one for the while."""
+    lends = stage.isolates and not hasattr(unwrap(model), ISOLATOR)
+    if lends:
+        add_isolator(model)
+    try:
+        yield
+    finally:
+        if lends:
+            delattr(unwrap(model), ISOLATOR)
 
 
 def save_isolator(model: nn.Module, folder: Path, weight: Tensor | None = None) -> None:

@@ -51,12 +51,13 @@ from llavolta.train.build import (
     say,
     visual_tokens,
 )
+from llavolta.train.callback import check_processes
 from llavolta.train.card import write_card
 from llavolta.train.config import ENGINES, ConfigError, TrainConfig, parse_yaml
 from llavolta.train.dualspeed import add_isolator, holds_isolator, keep_isolator, load_isolator
 from llavolta.train.models import ADAPTERS, autocasts, load_model, load_to_adapt, set_trainable
 from llavolta.train.projectors import replace_projector
-from llavolta.train.schemes import Scheme
+from llavolta.train.schemes import Scheme, Stage
 from llavolta.train.trainer import MetricsCallback, StageCallback, StageTrainer
 from llavolta.train.words import fit_to_words
 from llavolta.worlds import model_path
@@ -120,6 +121,7 @@ class Phase:
     total_steps: int
     last: int
     then: tuple[Path, Path | None] | None = None  # data and images that are trained on later, to be checked now
+    later: tuple[Stage, ...] = ()  # stages that they are trained by, to be tried now
 
     @property
     def end(self) -> int:
@@ -137,7 +139,8 @@ def _train(config: TrainConfig, setup: Setup, progress: bool) -> Path:
         steps = max(1, round(stage.share * count_steps(config, "align", data, images)))
         scheme = Scheme(ALIGN, (replace(stage, share=1),))
         then = (setup.data, setup.images) if config.stage != 0 else None
-        _bring(config, Phase("align", align, model, data, images, scheme, steps, 1, then), progress)
+        later = setup.scheme.stages if then else ()
+        _bring(config, Phase("align", align, model, data, images, scheme, steps, 1, then, later), progress)
         if config.stage == 0:
             if state.is_main_process and checkpoints.finished(output, ALIGN, scheme.written, steps) < steps:
                 checkpoints.export(align, output)
@@ -277,6 +280,7 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
     )
+    check_processes(arguments)
     if config.fsdp and arguments.device.type == "cpu":
         # accelerate would leave FSDP out on a CPU, and say nothing; over gloo it works like on GPUs
         PartialState().distributed_type = DistributedType.MULTI_GPU
@@ -292,7 +296,7 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         named = fit_to_words(model, processor, dataset, config.align_words, config.seed, progress)
         say(f"projector fitted to words: {named:.0%} of unseen pictures' patches named right", progress)
     asked = threading.Event()
-    stages = StageCallback(scheme, phase.last, lambda: _on_any_process(trainer, asked))
+    stages = StageCallback(scheme, phase.last, lambda: _on_any_process(trainer, asked), later=phase.later)
     tuned = {"projector": config.projector_learning_rate, "tower": config.tower_learning_rate}
     trainer = StageTrainer(
         model=model,
@@ -316,11 +320,8 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         _check_checkpoint(checkpoint, trainer, config)
         if isolates:
             load_isolator(model, checkpoint)
-    try:
-        with on_sigterm(asked.set):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        stages.release()
+    with on_sigterm(asked.set):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step
     if step < phase.end:
         raise Stopped(f"SIGTERM stopped training after step {step}, saved as checkpoint-{step}; run again to go on")

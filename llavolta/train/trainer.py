@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,68 +15,14 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llavolta.compression.families import PIXELS, find_parts, unwrap
-from llavolta.compression.patch import Compression
 from llavolta.data import GroupedSampler
 from llavolta.train import checkpoints
-from llavolta.train.dualspeed import fast_mode, save_isolator, slow_mode
-from llavolta.train.models import parameter_groups, spare_frozen_towers
-from llavolta.train.schemes import ISOLATOR, Scheme, SchemeError
+from llavolta.train.callback import StageCallback
+from llavolta.train.dualspeed import save_isolator, slow_mode
+from llavolta.train.models import parameter_groups
+from llavolta.train.schemes import ISOLATOR, Scheme
 
-
-class StageCallback(TrainerCallback):
-    """Sets the plan of the stage that the optimizer step belongs to, in any Trainer of a model that compress takes.
-
-    scheme: for the model's depth (``Scheme.scaled``). stop_after: the stage, from 1, after which training stops.
-    stopping: asked after every step whether to save and stop. Evaluation within training is on all tokens. In a slow
-    step none is set: StageTrainer.compute_loss sets two in turn, so that such schemes need that Trainer.
-    labelled_only: see compress; False for trainers that take what they log from the logits, as TRL's do.
-    """
-
-    def __init__(
-        self,
-        scheme: Scheme,
-        stop_after: int | None = None,
-        stopping: Callable[[], bool] = lambda: False,
-        labelled_only: bool = True,
-    ):
-        self.scheme, self.stop_after, self.stopping, self.labelled_only = scheme, stop_after, stopping, labelled_only
-        self.handle: Compression | None = None
-        self.stage: tuple[int, str] | None = None  # and the plan that is in force
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if any(stage.isolates for stage in self.scheme.stages) and not hasattr(unwrap(model), ISOLATOR):
-            raise SchemeError(
-                f"scheme {self.scheme.name!r} trains a mode isolator; train it by python -m llavolta.train"
-            )
-        spare_frozen_towers(model)
-
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
-        stage = self.scheme.stage_at(state.global_step, state.max_steps)
-        slow = self.scheme.is_slow(state.global_step, state.max_steps)
-        drawn = self.scheme.stages[stage].drawn(state.global_step, args.seed)
-        if self.handle is None or slow or (stage, drawn.plan) != self.stage:
-            self.release()
-            self.stage = stage, drawn.plan
-            self.handle = None if slow else fast_mode(model, drawn, self.labelled_only)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        ends = self.scheme.boundaries(state.max_steps)
-        if state.global_step in ends:
-            control.should_save = control.should_log = True
-            if self.stop_after is not None and state.global_step >= ends[self.stop_after - 1]:
-                control.should_training_stop = True
-        if control.should_evaluate:
-            self.release()
-        if self.stopping():
-            control.should_save = control.should_log = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.release()
-
-    def release(self) -> None:
-        if self.handle is not None:
-            self.handle.remove()
-            self.handle = None
+__all__ = ["MetricsCallback", "StageCallback", "StageTrainer", "read_metrics"]
 
 
 class MetricsCallback(TrainerCallback):
@@ -207,15 +152,9 @@ class StageTrainer(Trainer):
         return loss
 
     def _save(self, output_dir: str | None = None, state_dict=None):
-        # Trainer would save LLaVA under its old key names, which its own resume then fails to load.
         model = unwrap(self.model)
         sharded = [state_dict.pop(name) for name in list(state_dict or ()) if ISOLATOR in name]  # by ZeRO-3
-        save = model.save_pretrained
-        try:
-            model.save_pretrained = lambda *args, **kwargs: save(*args, **{**kwargs, "save_original_format": False})
-            super()._save(output_dir, state_dict)
-        finally:
-            del model.save_pretrained
+        super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import datasets
 import pytest
 import torch
@@ -9,6 +11,8 @@ from PIL import Image
 
 from llavolta import SCHEMES, StageCallback
 from llavolta.compression.families import find_parts
+from llavolta.errors import ConfigError
+from llavolta.train.callback import check_trainer
 from llavolta.train.models import load_model
 
 trl = pytest.importorskip("trl", reason="no trl; pip install trl")
@@ -17,7 +21,9 @@ trl = pytest.importorskip("trl", reason="no trl; pip install trl")
 def trained(small_model, folder, callbacks, steps: int = 6):
     model, processor = load_model(str(small_model))
     rows = []
-    find_parts(model).layers[-1].register_forward_hook(lambda layer, args, hidden: rows.append(hidden.shape[1]))
+    find_parts(model).layers[-1].register_forward_hook(
+        lambda layer, args, hidden: rows.append(hidden.shape[1]) if torch.is_grad_enabled() else None
+    )
     said = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "read all digits ."}]},
         {"role": "assistant", "content": [{"type": "text", "text": "1 2 3"}]},
@@ -53,3 +59,22 @@ def test_stages_in_an_sft_trainer(small_model, tmp_path):
     assert losses[-1] < losses[0] and all(loss > 0 for loss in losses) and losses != stock
     with torch.no_grad():
         assert not find_parts(model).layers[-1]._forward_pre_hooks  # nothing is left in force
+
+
+@pytest.mark.parametrize("name", ["DPOTrainer", "GRPOTrainer", "KTOTrainer", "RLOOTrainer"])
+def test_trainers_that_compare_passes_are_refused_by_name(name):
+    kind = type("Own", (getattr(trl, name),), {})
+    running = kind.__new__(kind)
+    running.args, running.model = SimpleNamespace(n_gpu=1, torch_compile=False), None
+    with pytest.raises(ConfigError, match=f"^{name} compares passes .* all visual tokens; StageCallback serves"):
+        check_trainer(running)
+
+
+def test_dpo_is_refused_before_it_computes_reference_probabilities(small_model, tmp_path):
+    model, processor = load_model(str(small_model))
+    rows = [{"prompt": "read all digits .", "chosen": " 1 2 3", "rejected": " 3 2 1"}] * 2
+    settings = trl.DPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], precompute_ref_log_probs=True)
+    data = dict(train_dataset=datasets.Dataset.from_list(rows), processing_class=processor)
+    callback = StageCallback(SCHEMES["three-stage"].scaled(4), labelled_only=False)
+    with pytest.raises(ConfigError, match="^DPOTrainer compares passes"):
+        trl.DPOTrainer(model, args=settings, callbacks=[callback], **data)
