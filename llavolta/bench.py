@@ -25,7 +25,7 @@ from llavolta.cost.gpu_report import gpu_report
 from llavolta.cost.precision import precision_times
 from llavolta.errors import UserError
 from llavolta.paths import PAPERS, given_path
-from llavolta.train.schemes import NAMED
+from llavolta.train.schemes import CONTROL_SCHEMES, SCHEMES
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     recipes = commands.add_parser("recipes", help="alignment and tuning under schemes, at a size of your choice")
     for name, kind in typing.get_type_hints(Sizes).items():
         recipes.add_argument(f"--{name}", type=kind, default=getattr(Sizes, name))
-    recipes.add_argument("--schemes", nargs="+", default=list(NAMED), choices=list(NAMED), metavar="NAME")
+    compared = [name for name in SCHEMES if name not in CONTROL_SCHEMES]
+    recipes.add_argument("--schemes", nargs="+", default=compared, choices=list(SCHEMES), metavar="NAME")
     recipes.add_argument("--rounds", type=int, default=5)
     opening = commands.add_parser("data", help="opening a data set of mix665k's size; fails above 20 s or 1 GB")
     opening.add_argument("--entries", type=int, default=sum(many for many, *_ in throughput.MIX.values()))
@@ -106,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     sizes = Sizes(**options)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {sizes}")
     if command == "recipes":
-        schemes = {name: NAMED[name].scaled(sizes.layers) for name in names}
+        schemes = {name: SCHEMES[name].scaled(sizes.layers) for name in names}
         print(f"\n{recipe_times(sizes, schemes, rounds).to_string(index=False, float_format='{:.2f}'.format)}")
         return 0
     for name, table in step_report(sizes, rounds).items():

@@ -25,7 +25,13 @@ from llavolta.errors import UserError
 from llavolta.paths import PAPERS
 from llavolta.studies.compare import BASELINE, roughness, table, table_of_one_seed
 from llavolta.studies.statistics import OVERALL, interval, percent, points
-from llavolta.train.schemes import NEIGHBOURS, OURS, SCHEMES, compression_ratio, plan_compression_ratio
+from llavolta.train.schemes import (
+    BASELINE_SCHEMES,
+    EXTRA_SCHEMES,
+    PAPER_SCHEMES,
+    compression_ratio,
+    plan_compression_ratio,
+)
 
 README = PAPERS.parent / "README.md"
 REDUNDANCY = "01_redundancy.ipynb OUT.ipynb -p record ../papers/llavolta"
@@ -266,7 +272,7 @@ def _better(runs: Runs, names, command: str) -> Claim:
 def _best(runs: Runs, result: pd.DataFrame, command: str) -> Claim:
     """Supported where one scheme of four stages beats every other, contradicted where every one is beaten."""
     four = [name for name in STAGED if name != "three-stage"]
-    others = [name for name in SCHEMES if name not in four]
+    others = [name for name in PAPER_SCHEMES if name not in four]
     pairs = [(first, second) for first in four for second in others]
     changes = {pair: runs.difference(*pair) for pair in pairs}
     found = dict(zip(pairs, verdicts.signs(list(changes.values())), strict=True))
@@ -281,7 +287,7 @@ def _best(runs: Runs, result: pd.DataFrame, command: str) -> Claim:
     return Claim(
         "Four stages are the best of the schemes",
         "best average",
-        "; ".join(f"{name}: {_share(result.loc[name])}" for name in result.index if name in SCHEMES)
+        "; ".join(f"{name}: {_share(result.loc[name])}" for name in result.index if name in PAPER_SCHEMES)
         + (f"; of {len(pairs)} differences, clear before correction: {', '.join(shown)}" if shown else ""),
         verdicts.SUPPORTED if best else verdicts.CONTRADICTED if beaten else verdicts.OPEN,
         runs.seeds(*four),
@@ -471,8 +477,8 @@ def faster(folder: Path) -> list[Claim]:
         table = pd.read_csv(file)
         command = FASTER.format(options=options)
         for scheme in dict.fromkeys(table.scheme):
-            ours, rows = scheme in OURS, table[table.scheme == scheme].set_index("type")
-            if not ours and scheme not in NEIGHBOURS:  # what more speed costs is no claim
+            ours, rows = scheme in EXTRA_SCHEMES, table[table.scheme == scheme].set_index("type")
+            if not ours and scheme not in BASELINE_SCHEMES:  # what more speed costs is no claim
                 continue
             overall, seeds = rows.loc[OVERALL], int(rows.seeds.min())
             changes = {

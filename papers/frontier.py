@@ -20,7 +20,7 @@ from llavolta.errors import UserError
 from llavolta.paths import PAPERS
 from llavolta.show import plots
 from llavolta.studies import compare, records
-from llavolta.train.schemes import NAMED, NEIGHBOURS, SCHEMES, Scheme
+from llavolta.train.schemes import BASELINE_SCHEMES, PAPER_SCHEMES, SCHEMES, Scheme
 
 FOLDER = PAPERS / "faster"
 BEYOND = FOLDER / "beyond" / "candidates.yaml"  # at 3 times and more
@@ -31,12 +31,12 @@ def group(name: str) -> str:
     """Whose scheme it is."""
     if name in compare.CONTROLS or name.startswith("all-tokens"):
         return "control"
-    return "LLaVolta" if name in SCHEMES else "DualSpeed" if name in NEIGHBOURS else "ours"
+    return "LLaVolta" if name in PAPER_SCHEMES else "DualSpeed" if name in BASELINE_SCHEMES else "ours"
 
 
 def schemes(num_layers: int) -> dict[str, Scheme]:
     """All that are recorded, and those of the package, for a model of ``num_layers`` layers."""
-    named = compare.contestants([*NAMED, *compare.CONTROLS], {}, num_layers)
+    named = compare.contestants([*SCHEMES], {}, num_layers)
     return named | search.candidates(FOLDER / "retired.yaml", num_layers) | search.candidates(BEYOND, num_layers)
 
 

@@ -25,7 +25,7 @@ from llavolta.cost.references import reference_config
 from llavolta.cost.throughput import MIX
 from llavolta.data import GroupedSampler
 from llavolta.paths import PAPERS, PUBLISHED
-from llavolta.train.schemes import NEIGHBOURS, OURS, SCHEMES, Scheme, Stage
+from llavolta.train.schemes import EXTRA_SCHEMES, PAPER_SCHEMES, SCHEMES, Scheme, Stage
 
 GPU_PAGE = PAPERS / "benchmarks" / "gpu-nvidia-h100-80gb-hbm3.csv"
 PAGE, RECIPE = PAPERS / "scaling.md", PAPERS / "REPRODUCE.md"
@@ -250,8 +250,10 @@ def discounts() -> pd.DataFrame:
     dualspeed = pd.read_csv(PAPERS / "faster" / "published.csv").set_index("quantity").value
     faster = dualspeed["training of LLaVA-1.5 faster by"]
     gpu = pd.read_csv(GPU_PAGE).query("part == 'training' and logits == 'labelled rows'").set_index("plan")
-    first, scheme = PLANS[0], NEIGHBOURS["dualspeed"]
-    tuning = work(SCHEMES["single-stage"])[1] / np.array([work(SCHEMES["four-stage-wider"])[1], work(scheme)[1]])
+    first, scheme = PLANS[0], SCHEMES["dualspeed"]
+    tuning = work(SCHEMES["single-stage"])[1] / np.array(
+        [work(SCHEMES["four-stage-wider"])[1], work(scheme)[1]]
+    )
     rows = {
         "LLaVolta, four stages, tuning": (tuning[0], told["single-stage"] / told["four-stage-wider"]),
         f"stage I (`{first}`), steps on one H100": (gpu.implied[first], gpu.speedup[first]),
@@ -308,7 +310,7 @@ def hours(gpus: int = 8) -> pd.DataFrame:
         }
 
     row("projector alignment", base[0], [])
-    for name, scheme in (SCHEMES | OURS).items():
+    for name, scheme in (PAPER_SCHEMES | EXTRA_SCHEMES).items():
         align, tuning = work(scheme)
         if scheme.align:
             row(f"projector alignment, {name}", align, [])
@@ -343,12 +345,12 @@ nearer to LLaVA's {alignment:g}. Both errors point to such a time. It is not mea
 
 def recipe_block() -> str:
     """What stands between the marks in REPRODUCE.md."""
-    known, told, fast = discounts(), published_hours(), OURS["fast"]
+    known, told, fast = discounts(), published_hours(), SCHEMES["fast"]
     kept, taken = known.kept, gap()["of single-stage"]
     own = pd.read_csv(PUBLISHED).query("claim == 'LLaVA-1.5'").set_index("quantity").value.astype(float)
     alignment, tuning = own["alignment, 7B on 8 A100-80GB"], own["tuning, 7B on 8 A100-40GB"]
     promised, of_own = speedup(fast), speedup(fast, (alignment, tuning))
-    dualspeed = speedup(NEIGHBOURS["dualspeed"], (alignment, tuning))
+    dualspeed = speedup(SCHEMES["dualspeed"], (alignment, tuning))
     low = min(promised * kept.min(), of_own * known["measured, times"].iloc[-1] / dualspeed)
     whole, promise = told["single-stage"], taken.iloc[0]
     fixed = (told["four-stage-wider"] - promise * whole) / (1 - promise)

@@ -30,7 +30,7 @@ from llavolta.studies import compare, records
 from llavolta.studies.compare import BASELINE
 from llavolta.train import build
 from llavolta.train.config import TrainConfig, parse_changes
-from llavolta.train.schemes import OURS, Scheme
+from llavolta.train.schemes import EXTRA_SCHEMES, Scheme
 from llavolta.worlds import WORLDS
 
 FOLDER = PAPERS / "faster"
@@ -48,7 +48,7 @@ def candidates(file: Path, num_layers: int) -> dict[str, Scheme]:
 
 def presets(schemes: Mapping[str, Scheme], num_layers: int) -> dict[str, str]:
     """What the package calls those of ``schemes`` that it has under a name of its own."""
-    known = {preset.name: preset.scaled(num_layers) for preset in OURS.values()}
+    known = {preset.name: preset.scaled(num_layers) for preset in EXTRA_SCHEMES.values()}
     return {
         name: preset
         for name, scheme in schemes.items()

@@ -14,7 +14,7 @@ from search import candidates
 from verdicts import CONTRADICTED, OPEN, OTHER_SIZE, SUPPORTED
 
 from llavolta.studies.compare import BASELINE, CONTROLS, contestants
-from llavolta.train.schemes import SCHEMES
+from llavolta.train.schemes import PAPER_SCHEMES
 
 
 @pytest.mark.parametrize("paper", claims.PAGES)
@@ -40,7 +40,7 @@ def papers(tmp_path, monkeypatch):
     """Made-up figures: every scheme 90% but for what a test changes, seeds alike."""
     shutil.copytree(claims.PAPERS, tmp_path / "papers")
     shutil.copy(claims.README, tmp_path)
-    names = [*SCHEMES, *CONTROLS]
+    names = [*PAPER_SCHEMES, *CONTROLS]
     kinds = ("overall", "count")
     rows = [dict(scheme=n, seed=s, type=k, accuracy=0.9 + s / 1000) for n in names for s in range(5) for k in kinds]
     pd.DataFrame(rows).to_csv(tmp_path / "papers" / "llavolta" / "compare-runs.csv", index=False)

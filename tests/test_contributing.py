@@ -19,7 +19,7 @@ from llavolta import COMPRESSORS, compress
 from llavolta.train.config import TrainConfig
 from llavolta.train.models import load_model
 from llavolta.train.run import train
-from llavolta.train.schemes import NAMED
+from llavolta.train.schemes import SCHEMES
 
 ROOT = Path(__file__).parent.parent
 RECIPES = dict(re.findall(r"```python (\w+)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S))
@@ -87,7 +87,7 @@ def test_the_scheme_trains(settings, tmp_path):
         stages = yaml.safe_load((run / "config.yaml").read_text())["resolved_stages"]
         assert [stage["plan"] for stage in stages] == ["1:avgpool:8", "2:avgpool:4", "none"]
     finally:
-        NAMED.pop("late", None)
+        SCHEMES.pop("late", None)
 
 
 def test_the_projector_trains_and_loads(settings, small_model, tmp_path):

@@ -10,7 +10,7 @@ import times
 from llavolta.show import plots
 from llavolta.studies import compare
 from llavolta.train.config import TrainConfig
-from llavolta.train.schemes import NAMED
+from llavolta.train.schemes import SCHEMES
 
 
 def test_what_is_committed_is_what_the_records_say():
@@ -57,6 +57,6 @@ def test_all_that_is_recorded_is_measured_in_one_run(monkeypatch):
     monkeypatch.setattr(compare, "costs", costs)
     table = times.measure(frontier.schemes(8), TrainConfig(output="-"), 5)
     assert {*times.COLUMNS} - {"measurement"} <= {*table} and table.scheme.is_unique
-    assert {*NAMED, *compare.CONTROLS, *frontier.recorded().index} <= {*timed}
+    assert {*SCHEMES, *frontier.recorded().index} <= {*timed}
     for name, scheme in frontier.schemes(30).items():  # in the other world, too
         assert scheme.boundaries(200)[-1] == 200, name

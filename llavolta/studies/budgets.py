@@ -30,7 +30,7 @@ from llavolta.studies.opening import open_model
 from llavolta.studies.statistics import accuracy_table
 from llavolta.train import build
 from llavolta.train.config import TrainConfig
-from llavolta.train.schemes import NEIGHBOURS, SCHEMES, Scheme, scale_layer, scale_plan
+from llavolta.train.schemes import SCHEMES, Scheme, scale_layer, scale_plan
 
 FULL, DOWNSAMPLE = "no compression", "downsampling"
 METHODS = {
@@ -210,7 +210,7 @@ def trained_methods(num_layers: int, num_tokens: int, budget: float = 0.25) -> d
     plans["PruMerge (adaptive)"] = "vision:prumerge"
     plans["PyramidDrop (published)"] = scale_plan(PYRAMIDDROP, num_layers)
     chosen = {BASELINE: Trained(SCHEMES[BASELINE]), "three-stage": Trained(SCHEMES["three-stage"].scaled(num_layers))}
-    chosen["DualSpeed"] = Trained(NEIGHBOURS["dualspeed"].scaled(num_layers))
+    chosen["DualSpeed"] = Trained(SCHEMES["dualspeed"].scaled(num_layers))
     chosen |= {name: Trained(Scheme.equal(name, plan), plan) for name, plan in plans.items() if plan is not None}
     for name, projector in (("STF", "stf:2"), ("MBTF + STF", "mbtf+stf:2")):
         chosen[name] = Trained(Scheme.equal(name, "none"), changes={"projector": projector})

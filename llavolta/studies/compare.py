@@ -36,22 +36,11 @@ from llavolta.train import build
 from llavolta.train.config import TrainConfig
 from llavolta.train.projectors import OWN
 from llavolta.train.run import train
-from llavolta.train.schemes import NAMED, SCHEMES, Scheme
+from llavolta.train.schemes import CONTROL_SCHEMES, SCHEMES, Scheme
 from llavolta.train.trainer import read_metrics
 
 BASELINE = "single-stage"
-_three = SCHEMES["three-stage"]
-CONTROLS = {
-    scheme.name: scheme
-    for scheme in (
-        _three.reversed("three-stage-reversed"),
-        _three.shuffled("three-stage-shuffled"),
-        Scheme.equal("constant", "16:avgpool:8"),
-        Scheme.equal("three-stage-pruned", "2:pyramiddrop:0.125", "16:pyramiddrop:0.125", "none"),
-    )
-}
-"""What staged pooling is held against: other orders of the same stages at the same cost, one light plan to the end, and
-pruning by attention to the same number of tokens in place of pooling. For 32 layers, as SCHEMES."""
+CONTROLS = CONTROL_SCHEMES
 
 
 class CompareError(UserError, ValueError):
@@ -61,16 +50,15 @@ class CompareError(UserError, ValueError):
 def contestants(names: Sequence[str], own: Mapping[str, Sequence], num_layers: int) -> dict[str, Scheme]:
     """Schemes by name, for a model of ``num_layers`` layers, the baseline first.
 
-    names: of schemes.NAMED and CONTROLS, scaled to the model's depth. own: more, each a list of plans (equal
+    names: of schemes.SCHEMES, scaled to the model's depth. own: more, each a list of plans (equal
     shares) or of {plan, share}, taken as they are.
     """
-    known = {**NAMED, **CONTROLS}
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in names if name not in SCHEMES]
     if unknown:
-        raise CompareError(f"unknown scheme {', '.join(map(repr, unknown))}; choose from {', '.join(known)}")
-    chosen = {name: known[name].scaled(num_layers) for name in dict.fromkeys([BASELINE, *names])}
+        raise CompareError(f"unknown scheme {', '.join(map(repr, unknown))}; choose from {', '.join(SCHEMES)}")
+    chosen = {name: SCHEMES[name].scaled(num_layers) for name in dict.fromkeys([BASELINE, *names])}
     for name, stages in own.items():
-        if name in known:
+        if name in SCHEMES:
             raise CompareError(f"a scheme of your own cannot be called {name!r}; that one exists")
         chosen[name] = scheme = Scheme.of(name, stages)
         for stage in (*scheme.stages, *([scheme.align] if scheme.align else [])):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
@@ -37,7 +37,7 @@ class StageCallback(TrainerCallback):
         stop_after: The stage, from 1, after which training stops; None: the last.
         stopping: Called after every step; training saves and stops if it returns True.
         labelled_only: See compress; False for trainers that compute from the logits, as TRL's do.
-        later: Stages that train in a run after this one, to be tried on the first batch as well.
+        later: What trains in a run after this one; its stages are tried on the first batch as well.
 
     Raises:
         ConfigError: The trainer uses several GPUs in one process, compiles, or compares two passes (DPO, GRPO).
@@ -50,7 +50,7 @@ class StageCallback(TrainerCallback):
         stop_after: int | None = None,
         stopping: Callable[[], bool] = lambda: False,
         labelled_only: bool = True,
-        later: Sequence[Stage] = (),
+        later: Scheme | None = None,
     ):
         self.scheme, self.stop_after, self.stopping, self.labelled_only = scheme, stop_after, stopping, labelled_only
         self.later = later
@@ -70,8 +70,11 @@ class StageCallback(TrainerCallback):
             )
         self.release()
         self.trainer = trainer
-        self._untried = [(f"stage {n}", stage) for n, stage in enumerate(self.scheme.stages, start=1)]
-        self._untried += [(f"stage {n} of tuning", stage) for n, stage in enumerate(self.later, start=1)]
+        self._untried = [
+            (f"stage {number} of scheme {scheme.name!r}", stage)
+            for scheme in (self.scheme, self.later)
+            for number, stage in enumerate(scheme.stages if scheme else (), start=1)
+        ]
         trainer.training_step = self._training_step(trainer.training_step)
         trainer._save = _saving_as_resumed(trainer, trainer._save)
         spare_frozen_towers(model)

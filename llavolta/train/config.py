@@ -17,7 +17,7 @@ from llavolta.compression.plan import check_layers, parse_plan
 from llavolta.errors import ConfigError
 from llavolta.paths import expand
 from llavolta.train.projectors import OWN, parse_projector
-from llavolta.train.schemes import NAMED, Scheme, Stage
+from llavolta.train.schemes import SCHEMES, Scheme, Stage
 
 ENGINES = {
     file.stem: file for file in sorted((Path(__file__).parent / "engines").glob("*.json"), key=lambda file: file.stem)
@@ -80,7 +80,7 @@ class TrainConfig(BaseModel):
     """How many scenes of a generated world."""
 
     scheme: str | list = "three-stage"
-    """A name of schemes.NAMED (layers are scaled to the model's depth), a list of plans, or a list of {plan, share},
+    """A name of schemes.SCHEMES (layers are scaled to the model's depth), a list of plans, or a list of {plan, share},
     maybe with slow_every, warmup, lr_scale (both taken as they are; see schemes.Stage). The first entry of a list may
     be ``{align: {plan, share}}``, what projector alignment is, in place of align_plan, and in how many of its steps."""
     pivots: list | None = None
@@ -226,9 +226,9 @@ class TrainConfig(BaseModel):
 
     def _written_scheme(self) -> Scheme:
         if isinstance(self.scheme, str):
-            if self.scheme not in NAMED:
-                raise ConfigError(f"unknown scheme {self.scheme!r}; choose from {', '.join(NAMED)}, or list stages")
-            return NAMED[self.scheme]
+            if self.scheme not in SCHEMES:
+                raise ConfigError(f"unknown scheme {self.scheme!r}; choose from {', '.join(SCHEMES)}, or list stages")
+            return SCHEMES[self.scheme]
         return Scheme.of("custom", self.scheme)
 
     def align_stage(self, scheme: Scheme) -> Stage:

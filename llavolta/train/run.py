@@ -57,7 +57,7 @@ from llavolta.train.config import ENGINES, ConfigError, TrainConfig, parse_yaml
 from llavolta.train.dualspeed import add_isolator, holds_isolator, keep_isolator, load_isolator
 from llavolta.train.models import ADAPTERS, autocasts, load_model, load_to_adapt, set_trainable
 from llavolta.train.projectors import replace_projector
-from llavolta.train.schemes import Scheme, Stage
+from llavolta.train.schemes import Scheme
 from llavolta.train.trainer import MetricsCallback, StageCallback, StageTrainer
 from llavolta.train.words import fit_to_words
 from llavolta.worlds import model_path
@@ -121,7 +121,7 @@ class Phase:
     total_steps: int
     last: int
     then: tuple[Path, Path | None] | None = None  # data and images that are trained on later, to be checked now
-    later: tuple[Stage, ...] = ()  # stages that they are trained by, to be tried now
+    later: Scheme | None = None  # what they are trained by, to be tried now
 
     @property
     def end(self) -> int:
@@ -139,7 +139,7 @@ def _train(config: TrainConfig, setup: Setup, progress: bool) -> Path:
         steps = max(1, round(stage.share * count_steps(config, "align", data, images)))
         scheme = Scheme(ALIGN, (replace(stage, share=1),))
         then = (setup.data, setup.images) if config.stage != 0 else None
-        later = setup.scheme.stages if then else ()
+        later = setup.scheme if then else None
         _bring(config, Phase("align", align, model, data, images, scheme, steps, 1, then, later), progress)
         if config.stage == 0:
             if state.is_main_process and checkpoints.finished(output, ALIGN, scheme.written, steps) < steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -283,7 +284,7 @@ def scale_plan(plan: str | Plan, num_layers: int, reference_layers: int = REFERE
     return format_plan(check_layers(scaled, num_layers))
 
 
-SCHEMES = {
+PAPER_SCHEMES = {
     scheme.name: scheme
     for scheme in (
         Scheme.equal("single-stage", "none"),
@@ -294,9 +295,10 @@ SCHEMES = {
         Scheme.equal("four-stage-deeper", "2:avgpool:8", "16:avgpool:8", "16:avgpool:2", "none"),
     )
 }
+"""LLaVolta's six."""
 
 _DIVERSE = "0:divprune:0.099"  # int(0.1 L) of 576 tokens and of 144, as its code truncates where DivPrune rounds
-NEIGHBOURS = {
+BASELINE_SCHEMES = {
     "dualspeed": Scheme("dualspeed", (Stage(_DIVERSE, 1, slow_every=10),), Stage(_DIVERSE, 1, isolated=True)),
     "dualspeed-random": Scheme("dualspeed-random", (Stage("0:random:0.1", 1, slow_every=10),)),
 }
@@ -304,7 +306,7 @@ NEIGHBOURS = {
 alignment consists; the isolator that is trained there is where tuning starts from. Beside it, as a control, random
 tokens, after alignment on all."""
 
-OURS = {
+EXTRA_SCHEMES = {
     "fast": Scheme(
         "fast",
         (
@@ -320,4 +322,27 @@ tokens; tuning on a quarter, means of clusters, and on next to none in the upper
 taken up what it asks for; then on all in the lower half; then on all, at more of the learning rate than the schedule
 has left."""
 
-NAMED = SCHEMES | NEIGHBOURS | OURS
+_three = PAPER_SCHEMES["three-stage"]
+CONTROL_SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        _three.reversed("three-stage-reversed"),
+        _three.shuffled("three-stage-shuffled"),
+        Scheme.equal("constant", "16:avgpool:8"),
+        Scheme.equal("three-stage-pruned", "2:pyramiddrop:0.125", "16:pyramiddrop:0.125", "none"),
+    )
+}
+"""What staged pooling is compared with: other orders of the same stages at the same cost, one light plan to the end,
+and pruning by attention to the same number of tokens in place of pooling."""
+
+SCHEMES = PAPER_SCHEMES | BASELINE_SCHEMES | EXTRA_SCHEMES | CONTROL_SCHEMES
+"""All named schemes, for REFERENCE_LAYERS layers. A scheme added here is known to every command by its name."""
+
+_RENAMED = {"NAMED": "SCHEMES", "NEIGHBOURS": "BASELINE_SCHEMES", "OURS": "EXTRA_SCHEMES"}
+
+
+def __getattr__(name: str):
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

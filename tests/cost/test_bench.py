@@ -10,7 +10,7 @@ from llavolta.compression.plan import tokens_per_layer
 from llavolta.cost import bench
 from llavolta.train.config import TrainConfig
 from llavolta.train.models import set_trainable
-from llavolta.train.schemes import NAMED, Stage
+from llavolta.train.schemes import SCHEMES, Stage
 
 SMALL = bench.Sizes(width=64, layers=4, visual=16, text=12, batch=16, vocabulary=100)
 
@@ -94,7 +94,7 @@ def test_precisions_compute_the_same_step(capsys):
 
 def test_recipes_are_timed_with_their_alignment():
     sizes = bench.Sizes(width=64, layers=4, visual=36, text=16, batch=2, vocabulary=100)
-    schemes = {name: NAMED[name].scaled(4) for name in ("single-stage", "heavy", "dualspeed")}
+    schemes = {name: SCHEMES[name].scaled(4) for name in ("single-stage", "heavy", "dualspeed")}
     table = bench.recipe_times(sizes, schemes, 1, False).set_index("scheme")
     assert table.loc["single-stage"].tolist() == [1] * 6
     assert table["align"]["heavy"] == 1 < table.recipe_promised["heavy"] < table.tuning_promised["heavy"]

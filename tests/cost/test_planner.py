@@ -20,7 +20,7 @@ from llavolta.cost.planner import (
     within,
 )
 from llavolta.cost.references import reference_config
-from llavolta.train.schemes import Stage
+from llavolta.train.schemes import PAPER_SCHEMES, Stage
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_alignment_is_a_part_of_the_recipe(model):
 
 
 def test_which_scheme_fits(model):
-    table = scheme_table(model, SCHEMES, 665_298, Speed.of_gpu("A100-80GB", 0.4, 8))
+    table = scheme_table(model, PAPER_SCHEMES, 665_298, Speed.of_gpu("A100-80GB", 0.4, 8))
     budget = (table.hours["light"] + table.hours["single-stage"]) / 2
     fitting = within(table, budget)
     assert fitting.index[0] == "light" and "single-stage" not in fitting.index

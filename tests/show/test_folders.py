@@ -16,7 +16,7 @@ from llavolta import paths
 from llavolta.studies import compare, opening
 from llavolta.train import build, run
 from llavolta.train.config import ConfigError, TrainConfig
-from llavolta.train.schemes import NAMED
+from llavolta.train.schemes import SCHEMES
 from llavolta.worlds import WORLDS
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -69,7 +69,7 @@ def opened(scenes, clip_data, tmp_path, monkeypatch):
 def test_no_two_notebooks_hold_different_runs_in_one_folder(opened):
     runs = {name: opened(name) for name in ("01_redundancy", "02_compressor_design")}
     for preset in ("embedded", "small"):
-        for scheme in NAMED:
+        for scheme in SCHEMES:
             runs[f"03 {preset} {scheme}"] = opened("03_train_stage", preset=preset, scheme=scheme, stage=1)
     runs["04"] = opened("04_compare_schemes", controls=True, workers=1, seeds=2)
     runs["05"] = opened("05_compare_compressors", workers=1)

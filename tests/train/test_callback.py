@@ -146,16 +146,16 @@ def of_family(name: str, tmp_path, scheme, *callbacks, **settings):
 ])  # fmt: skip
 def test_a_later_plan_that_the_model_cannot_do_ends_the_run_before_its_first_step(tmp_path, name, plan, reason):
     running = of_family(name, tmp_path, Scheme.equal("late", "1:avgpool:2", "none", plan))
-    with pytest.raises(SchemeError, match=f"^stage 3, plan {re.escape(plan)}: .*{reason}"):
+    with pytest.raises(SchemeError, match=f"^stage 3 of scheme 'late', plan {re.escape(plan)}: .*{reason}"):
         running.train()
     assert running.state.global_step == 0
 
 
 def test_the_plans_of_a_later_run_are_tried_as_well(tmp_path):
     running = of_family("qwen2_5_vl", tmp_path, None)
-    later = (Stage("none", 0.5), Stage("vision:avgpool:2", 0.5))
+    later = Scheme.equal("tuning", "none", "vision:avgpool:2")
     running.add_callback(StageCallback(Scheme.equal("now", "1:avgpool:2"), later=later))
-    with pytest.raises(SchemeError, match="^stage 2 of tuning, plan vision:avgpool:2: "):
+    with pytest.raises(SchemeError, match="^stage 2 of scheme 'tuning', plan vision:avgpool:2: "):
         running.train()
 
 

@@ -24,7 +24,7 @@ from llavolta.train.build import prepare, stage_model
 from llavolta.train.config import TrainConfig
 from llavolta.train.dualspeed import add_isolator, fast_mode, slow_mode
 from llavolta.train.run import train
-from llavolta.train.schemes import ISOLATOR, NEIGHBOURS, SchemeError
+from llavolta.train.schemes import BASELINE_SCHEMES, ISOLATOR, SchemeError
 from llavolta.train.trainer import StageTrainer, read_metrics
 
 RAGGED = [[3, 4], [2, 0, 5], [6]]  # one picture, two, none
@@ -185,7 +185,7 @@ class TestRefusals:
 
 class TestScheme:
     def test_every_tenth_step_is_slow_whatever_came_before(self):
-        scheme = NEIGHBOURS["dualspeed"]
+        scheme = BASELINE_SCHEMES["dualspeed"]
         assert [step for step in range(40) if scheme.is_slow(step, 40)] == [9, 19, 29, 39]
         mixed = Scheme("mixed", (Stage("0:random:0.1", 0.5, slow_every=4), Stage("none", 0.5)))
         assert [step for step in range(16) if mixed.is_slow(step, 16)] == [3, 7]
@@ -244,10 +244,10 @@ class TestScheme:
         asked = model.step(stage.plan, 84, 1, 20, phase="forward").total
         expected = 0.9 * fast + 0.1 * (whole + asked)
         assert sum(share * cost.total for share, cost in model.stage(stage, 80, 1, 20)) == pytest.approx(expected)
-        table = scheme_table(model, NEIGHBOURS, 1000, Speed(1e-12, 1e-12), text_tokens=80, labelled=20)
+        table = scheme_table(model, BASELINE_SCHEMES, 1000, Speed(1e-12, 1e-12), text_tokens=80, labelled=20)
         assert table.flops_ratio["dualspeed"] == table.time_ratio["dualspeed"] == pytest.approx(expected / whole)
         assert table.ratio["dualspeed"] == pytest.approx(576 / (0.9 * 61 + 57.6))
-        (only,) = NEIGHBOURS["dualspeed"].align.passes
+        (only,) = BASELINE_SCHEMES["dualspeed"].align.passes
         assert only.plan == stage.plan and only.prefix == 4 and only.trains
 
     def test_step_times(self):

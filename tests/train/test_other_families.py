@@ -21,6 +21,7 @@ from llavolta.data.collate import IGNORED
 from llavolta.train.config import ConfigError, TrainConfig
 from llavolta.train.models import load_model
 from llavolta.train.run import train
+from llavolta.train.schemes import SchemeError
 from llavolta.train.trainer import read_metrics
 
 
@@ -154,3 +155,12 @@ def test_four_bits(settings, tmp_path):
     assert all(value.dtype == torch.float32 for value in after.values())
     moved = [name for name in after if not torch.equal(before[name], after[name])]
     assert {role.of(name) for name in moved} == {"projector", "language"}
+
+
+def test_a_plan_that_the_model_cannot_do_is_told_before_alignment(tmp_path, scenes):
+    data = dict(data=str(scenes / "train.json"), align_data=str(scenes / "align.json"))
+    model = str(write("qwen2_5_vl", tmp_path / "qwen"))
+    steps = dict(align_steps=2, max_steps=6, batch_size=4, scheme=["1:avgpool:2", "vision:avgpool:2"])
+    with pytest.raises(SchemeError, match="^stage 2 of scheme 'custom', plan vision.*merges tokens itself"):
+        train(TrainConfig(output=str(tmp_path / "run"), model=model, **data, **steps), progress=False)
+    assert not read_metrics(tmp_path / "run" / "align" / "metrics.jsonl")

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from llavolta import SCHEMES, AveragePool, PlanError, Scheme, Stage, compression_ratio, format_plan, parse_plan
 from llavolta.compression.plan import tokens_per_layer
-from llavolta.train.schemes import NAMED, SchemeError, scale_plan
+from llavolta.train import schemes
+from llavolta.train.config import TrainConfig
+from llavolta.train.schemes import BASELINE_SCHEMES, EXTRA_SCHEMES, PAPER_SCHEMES, SchemeError, scale_plan
 
 NAMES = ["single-stage", "heavy", "light", "three-stage", "four-stage-wider", "four-stage-deeper"]
 
@@ -32,17 +34,28 @@ def test_compression_ratio_refuses(layer, stride):
 
 
 def test_the_six_schemes_as_published():
-    assert list(SCHEMES) == NAMES
+    assert list(PAPER_SCHEMES) == NAMES
     third = (Stage("2:avgpool:8", 1 / 3), Stage("16:avgpool:8", 1 / 3), Stage("none", 1 / 3))
     assert SCHEMES["three-stage"].stages == third
-    fast = NAMED["fast"].scaled(8)
+    fast = SCHEMES["fast"].scaled(8)
     assert [s.plan for s in fast.stages] == ["0:kmeans:0.25:5:0;4:avgpool:36", "4:avgpool:8", "none"]
     assert fast.align.plan == "0:avgpool2d:4;4:avgpool:9" and fast.align.share == 1
-    plans = {name: [stage.plan for stage in scheme.stages] for name, scheme in SCHEMES.items()}
+    plans = {name: [stage.plan for stage in scheme.stages] for name, scheme in PAPER_SCHEMES.items()}
     assert plans["four-stage-wider"] == ["2:avgpool:8", "2:avgpool:2", "16:avgpool:2", "none"]
     assert plans["four-stage-deeper"] == ["2:avgpool:8", "16:avgpool:8", "16:avgpool:2", "none"]
     assert plans["heavy"] == ["2:avgpool:8", "none"] and plans["light"] == ["16:avgpool:8", "none"]
     assert all(plan[-1] == "none" for plan in plans.values())  # every scheme ends with standard training
+
+
+def test_every_named_scheme_is_in_one_table_and_trains_by_its_name():
+    controls = {"three-stage-reversed", "three-stage-shuffled", "constant", "three-stage-pruned"}
+    assert {*SCHEMES} == {*NAMES, "dualspeed", "dualspeed-random", "fast", *controls}
+    for name, scheme in SCHEMES.items():
+        assert scheme.name == name and scheme.scaled(8).scaled(8, 8) == scheme.scaled(8)
+        assert TrainConfig(output="x", scheme=name)._written_scheme() == scheme
+    for old, now in {"NAMED": SCHEMES, "NEIGHBOURS": BASELINE_SCHEMES, "OURS": EXTRA_SCHEMES}.items():
+        with pytest.warns(DeprecationWarning, match=f"{old} is now "):
+            assert getattr(schemes, old) is now
 
 
 @pytest.mark.parametrize(("layers", "heavy", "light"), [(32, 2, 16), (8, 1, 4), (6, 1, 3), (40, 3, 20), (16, 1, 8)])

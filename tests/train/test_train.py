@@ -103,7 +103,7 @@ def test_a_run_of_drawn_plans_resumes_bit_for_bit(settings, tmp_path, monkeypatc
         if len(count) == 6 + at + 1:
             raise Interrupt
         seen.append(self.callback_handler.callbacks)
-        seen[-1] = next(str(c.stage[1]) for c in seen[-1] if hasattr(c, "stop_after"))
+        seen[-1] = next(c.stage.plan for c in seen[-1] if hasattr(c, "stop_after"))
         return step(self, model, inputs, *args)
 
     monkeypatch.setattr(StageTrainer, "training_step", watched)
