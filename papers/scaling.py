@@ -251,9 +251,7 @@ def discounts() -> pd.DataFrame:
     faster = dualspeed["training of LLaVA-1.5 faster by"]
     gpu = pd.read_csv(GPU_PAGE).query("part == 'training' and logits == 'labelled rows'").set_index("plan")
     first, scheme = PLANS[0], SCHEMES["dualspeed"]
-    tuning = work(SCHEMES["single-stage"])[1] / np.array(
-        [work(SCHEMES["four-stage-wider"])[1], work(scheme)[1]]
-    )
+    tuning = work(SCHEMES["single-stage"])[1] / np.array([work(SCHEMES["four-stage-wider"])[1], work(scheme)[1]])
     rows = {
         "LLaVolta, four stages, tuning": (tuning[0], told["single-stage"] / told["four-stage-wider"]),
         f"stage I (`{first}`), steps on one H100": (gpu.implied[first], gpu.speedup[first]),
