@@ -106,6 +106,7 @@ def install(staging: Path, record: Path, target: Path) -> None:
     """Move the model files in ``staging`` into ``target``, then copy ``record``, which says that they are there."""
     (target / RECORD).unlink(missing_ok=True)
     for file in staging.iterdir():
+        shutil.copymode(record, file)  # safetensors are written for their owner alone
         _flush(file)
         os.replace(file, target / file.name)
     shutil.copyfile(record, staging / RECORD)

@@ -155,6 +155,7 @@ def test_the_result_is_a_plain_hugging_face_folder(whole):
     held, config = load_file(whole / "model.safetensors"), json.loads((whole / "config.json").read_text())
     assert "language_model.model.embed_tokens.weight" in held  # as public checkpoints call it
     assert config["dtype"] == "float32"
+    assert len({file.stat().st_mode for file in whole.glob("*.*") if file.is_file()}) == 1
     prompt = AutoProcessor.from_pretrained(whole).apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is there a 3?"}]}],
         add_generation_prompt=True,
