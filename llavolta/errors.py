@@ -1,5 +1,9 @@
 """The errors that are a user's to mend: one clear line, also in a notebook."""
 
+from __future__ import annotations
+
+import signal
+
 
 class UserError(Exception):
     """A wrong parameter, plan, model or file. The message names the cause and the cure."""
@@ -26,4 +30,8 @@ class UnsupportedModel(UserError, TypeError):
 
 
 class Stopped(UserError):
-    """SIGTERM ended a training after a step, which was saved."""
+    """A signal (``signum``) ended a training after a step, which was saved."""
+
+    def __init__(self, message: object = "", signum: int = signal.SIGTERM):
+        super().__init__(message)
+        self.signum = signum

@@ -81,7 +81,10 @@ def write_small_llava(folder: Path) -> Path:
     small = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2)
     tower = CLIPVisionModel(backbones.vision_config(**small, num_hidden_layers=2))
     language_model = LlamaForCausalLM(backbones.text_config(**small, num_hidden_layers=4))
-    return backbones.save(backbones.assemble(tower, language_model), folder)
+    backbones.save(backbones.assemble(tower, language_model), folder)  # in half precision, as it is shipped
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model.save_pretrained(folder)  # a finished run has this dtype, too, so that all of its bits are compared
+    return folder
 
 
 def ragged_batch(rows: list[list[int]], grid: int = 4, side: str = "right", seed: int = 0, dtype=torch.float32) -> dict:

@@ -69,7 +69,10 @@ def main(arguments: list[str] | None = None) -> int:
             _leave()
     except Stopped as error:
         print(f"stopped: {error}", file=sys.stderr)
-        return 128 + signal.SIGTERM
+        return 128 + error.signum
+    except KeyboardInterrupt:
+        print("stopped: interrupted; run again to go on from the last checkpoint", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (UserError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

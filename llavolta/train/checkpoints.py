@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there, and the lock that keeps two trainings out of one run folder.
 
 A checkpoint is written aside, sealed with the size and CRC-32 of every file, flushed to disk and only then moved to its
-name; one that was damaged later is found by its seal. The finished model is copied from the checkpoint at the end of
+name; one that was damaged later is found by its seal. The finished model is made of the checkpoint at the end of
 its stage, scheme.json last: a run folder whose scheme.json says so holds that model.
 """
 
@@ -21,18 +21,13 @@ from filelock import FileLock, Timeout
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llavolta.errors import UserError
-from llavolta.train.schemes import ISOLATOR
 
 STAGING = ".saving"
 REMOVED = ".removed"
 SEAL = "seal.json"
 RECORD = "scheme.json"
 LOCK = ".lock"
-# What resuming needs and the finished model does not; none of a model's own files ends on these.
-_ENDINGS = (".pt", ".pth", ".bin")
 _REFUSED = r"inline_container|PytorchStreamWriter|write\(\): fd"  # how torch.save says that a file could not be written
-_RUN = {"config.yaml", "metrics.jsonl", "skipped.json", "README.md", LOCK}  # a run folder's own files
-_RESUMING = {SEAL, RECORD, "trainer_state.json", "latest", "zero_to_fp32.py", f"{ISOLATOR}.safetensors"}
 
 
 class SaveError(UserError, OSError):
@@ -107,28 +102,11 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(aside)
 
 
-def export(source: Path, target: Path) -> None:
-    """Put the model of the checkpoint or run ``source`` into the run folder ``target``, whole or not at all.
-
-    A checkpoint's own files stay behind. Raises SaveError.
-    """
-    staging = target / STAGING
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        for file in source.iterdir():
-            if file.is_file() and file.name not in _RESUMING | _RUN and file.suffix not in _ENDINGS:
-                shutil.copyfile(file, staging / file.name)
-        install(staging, source / RECORD, target)
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise _save_error(error, f"the model of {source.name}", target) from error
-
-
 def install(staging: Path, record: Path, target: Path) -> None:
     """Move the model files in ``staging`` into ``target``, then copy ``record``, which says that they are there."""
     (target / RECORD).unlink(missing_ok=True)
     for file in staging.iterdir():
+        shutil.copymode(record, file)  # safetensors are written for their owner alone
         _flush(file)
         os.replace(file, target / file.name)
     shutil.copyfile(record, staging / RECORD)

@@ -9,13 +9,15 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import yaml
 
 from llavolta.errors import Stopped
 from llavolta.train.config import ConfigError, TrainConfig
-from llavolta.train.run import WANTED_PROCESSES, on_sigterm, train
+from llavolta.train.run import WANTED_PROCESSES, on_signals, train
 
 
 def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> Path:
@@ -23,7 +25,7 @@ def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> P
 
     torchrun: options for several machines, such as "--nnodes 2 --node_rank 0 --rdzv_backend c10d --rdzv_endpoint
     HOST:29500"; run the same on each of them, with a run folder and data that all see. Raises ConfigError with the
-    child's error if it fails, or if not all processes come up, and Stopped at SIGTERM.
+    child's error if it fails, or if not all processes come up, and Stopped at SIGTERM, SIGHUP or Ctrl-C.
     """
     if isinstance(num_processes, bool) or not isinstance(num_processes, int) or num_processes < 1:
         raise ConfigError(f"num_processes must be a whole number of at least 1, not {num_processes!r}")
@@ -47,21 +49,25 @@ def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> P
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C in a terminal comes to all of a session; this process passes it on
     )
     lines: list[str] = []
+    received: list[int] = []
     try:
-        with on_sigterm(child.terminate):
+        with on_signals(lambda signum: received.append(signum) or child.send_signal(signum)):
             for line in io.TextIOWrapper(child.stdout, errors="replace", newline=""):  # with a progress bar's returns
-                print(line, end="", flush=True)
+                with suppress(OSError):  # the terminal is gone
+                    print(line, end="", flush=True)
                 lines = [*lines[-400:], line]
             failed = child.wait()
     finally:
-        if child.poll() is None:  # this process is interrupted
-            child.terminate()
+        if child.poll() is None:  # this process is interrupted, a second time
+            for process in (*psutil.Process(child.pid).children(recursive=True), child):
+                process.kill()
             child.wait()
         file.unlink(missing_ok=True)
     if stopped := re.search(r"(?:^|\s|\])stopped: (.*)", "".join(lines)):
-        raise Stopped(stopped[1].strip())
+        raise Stopped(stopped[1].strip(), *received[:1])
     if failed:
         raise ConfigError(f"training in {num_processes} processes failed: {_cause(lines)}")
     return Path(config.output)

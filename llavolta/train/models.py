@@ -84,6 +84,13 @@ def whole_path(name: str) -> str:
     return path
 
 
+def source_dtype(config: TrainConfig) -> torch.dtype:
+    """The dtype that the model which ``config`` starts from says that its weights have; float32 if it does not."""
+    read = AutoConfig.from_pretrained(whole_path(config.language_model or config.model))
+    dtype = read.dtype or read.get_text_config().dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
 def load_model(name: str, quantize: str | None = None, dtype: torch.dtype = torch.float32) -> tuple:
     """(model, processor) of a Hugging Face folder or hub name; "embedded" is the one in data/.
 
@@ -141,6 +148,13 @@ def load_to_adapt(name: str, config: TrainConfig) -> tuple:
         if base not in MODELS and Path(base).exists():
             base = str(Path(base).resolve())  # the adapters may be loaded from elsewhere
         return with_adapters(model, config, base, held), processor
+
+
+def save_plain(model, folder: Path) -> None:
+    """Save ``model`` under the names of public checkpoints, which other programs read."""
+    # transformers keeps the names of the folder that a model was loaded from, here a checkpoint.
+    vars(model).pop("_weight_conversions", None)
+    model.save_pretrained(folder)
 
 
 def load_processor(config, path: str):

@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llavolta.compression.families import find_parts, unwrap
@@ -52,10 +54,18 @@ from llavolta.train.build import (
     visual_tokens,
 )
 from llavolta.train.callback import check_processes
-from llavolta.train.card import write_card
+from llavolta.train.card import CARD, write_card
 from llavolta.train.config import ENGINES, ConfigError, TrainConfig, parse_yaml
 from llavolta.train.dualspeed import add_isolator, holds_isolator, keep_isolator, load_isolator
-from llavolta.train.models import ADAPTERS, autocasts, load_model, load_to_adapt, set_trainable
+from llavolta.train.models import (
+    ADAPTERS,
+    autocasts,
+    load_model,
+    load_to_adapt,
+    save_plain,
+    set_trainable,
+    source_dtype,
+)
 from llavolta.train.projectors import replace_projector
 from llavolta.train.schemes import Scheme
 from llavolta.train.trainer import MetricsCallback, StageCallback, StageTrainer
@@ -72,7 +82,8 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
     """Run ``config`` up to its stage, doing only what its output folder does not hold yet. Returns that folder.
 
     Missing earlier stages, projector alignment among them, are trained first. Raises ConfigError, PlanError,
-    DataError, SaveError, FloatingPointError, and Stopped at SIGTERM; whatever was finished before stays.
+    DataError, SaveError, FloatingPointError, and Stopped at SIGTERM,
+    SIGHUP or Ctrl-C; whatever was finished before stays.
     """
     output = Path(config.output)
     if (config.deepspeed or config.fsdp) and "RANK" not in os.environ:
@@ -143,7 +154,7 @@ def _train(config: TrainConfig, setup: Setup, progress: bool) -> Path:
         _bring(config, Phase("align", align, model, data, images, scheme, steps, 1, then, later), progress)
         if config.stage == 0:
             if state.is_main_process and checkpoints.finished(output, ALIGN, scheme.written, steps) < steps:
-                checkpoints.export(align, output)
+                _finish(output, align, source_dtype(config))
             return output
         model = str(align)
     elif config.stage == 0:
@@ -177,6 +188,7 @@ def _bring(config: TrainConfig, phase: Phase, progress: bool) -> None:
         what = what if phase.name == "instruct" else "stage 0, projector alignment"
         say(f"{what}: training{earlier}", progress)
         _run(config, phase, checkpoint, progress)
+        unset_hf_deepspeed_config()  # under ZeRO-3 models would load in parts, one a process
     if state.is_main_process:
         checkpoint = output / f"{PREFIX_CHECKPOINT_DIR}-{phase.end}"
         # Before the model, which says that all is there: a kill in between must not lose them.
@@ -184,7 +196,8 @@ def _bring(config: TrainConfig, phase: Phase, progress: bool) -> None:
             keep_isolator(checkpoint, output)
         else:
             write_card(output, config, scheme, phase.total_steps, phase.end)
-        _finish(output, checkpoint)
+        # What is only aligned is trained on, so it keeps what training computed.
+        _finish(output, checkpoint, torch.float32 if phase.name == ALIGN else source_dtype(config))
     state.wait_for_everyone()  # the next phase loads what the main process has just written
 
 
@@ -295,8 +308,8 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
     if aligning and config.align_words and checkpoint is None:
         named = fit_to_words(model, processor, dataset, config.align_words, config.seed, progress)
         say(f"projector fitted to words: {named:.0%} of unseen pictures' patches named right", progress)
-    asked = threading.Event()
-    stages = StageCallback(scheme, phase.last, lambda: _on_any_process(trainer, asked), later=phase.later)
+    asked: list[int] = []  # signals
+    stages = StageCallback(scheme, phase.last, lambda: _on_any_process(trainer, bool(asked)), later=phase.later)
     tuned = {"projector": config.projector_learning_rate, "tower": config.tower_learning_rate}
     trainer = StageTrainer(
         model=model,
@@ -320,31 +333,55 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         _check_checkpoint(checkpoint, trainer, config)
         if isolates:
             load_isolator(model, checkpoint)
-    with on_sigterm(asked.set):
+    with on_signals(asked.append):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step
     if step < phase.end:
-        raise Stopped(f"SIGTERM stopped training after step {step}, saved as checkpoint-{step}; run again to go on")
+        name = signal.Signals(asked[0]).name if asked else "a signal to another process"
+        raise Stopped(
+            f"{name} stopped training after step {step}, saved as checkpoint-{step}; run again to go on",
+            *asked[:1],
+        )
 
 
 @contextmanager
-def on_sigterm(act: Callable[[], None]):
-    """Call ``act`` at SIGTERM in place of ending the process; only the main thread of a process can."""
+def on_signals(act: Callable[[int], None]):
+    """Call ``act`` with the first Ctrl-C, SIGTERM or SIGHUP, in place of ending the process.
+
+    Ctrl-C again raises KeyboardInterrupt at once. Within a second it is the same one: a terminal, a
+    notebook and a launcher may each send it. Only the main thread can receive signals; elsewhere, as in
+    a thread of a notebook, nothing changes. What is ignored, as under nohup, stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: act())
+    process, first = os.getpid(), []
+
+    def receive(signum: int, frame) -> None:
+        if os.getpid() != process:  # a data-loading process, which ends with this one
+            return
+        if not first:
+            first.append(time.monotonic())
+            act(signum)
+        elif signum == signal.SIGINT and time.monotonic() > first[0] + 1:
+            raise KeyboardInterrupt
+
+    found = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {one: handler for one, handler in found.items() if handler not in (signal.SIG_IGN, None)}
     try:
+        for one in before:
+            signal.signal(one, receive)
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
-def _on_any_process(trainer: Trainer, event: threading.Event) -> bool:
-    """Whether ``event`` is set on any process; to be asked by all of them."""
+def _on_any_process(trainer: Trainer, here: bool) -> bool:
+    """Whether ``here`` is true on any process; to be asked by all of them."""
     if trainer.args.world_size == 1:
-        return event.is_set()
-    if event.is_set():
+        return here
+    if here:
         trainer.accelerator.set_trigger()
     return trainer.accelerator.check_trigger()
 
@@ -364,18 +401,20 @@ def _fsdp_config(name: str, model) -> dict:
     return {"transformer_layer_cls_to_wrap": layers} | json.loads(Path(_engine_file(name)).read_text(encoding="utf-8"))
 
 
-def _finish(output: Path, checkpoint: Path) -> None:
-    """Make the plain Hugging Face folder ``output`` of ``checkpoint``; adapters are merged, in full precision."""
-    if not (checkpoint / ADAPTERS).exists():
-        checkpoints.export(checkpoint, output)
-        return
-    model, processor = load_model(str(checkpoint))
+def _finish(output: Path, source: Path, dtype: torch.dtype) -> None:
+    """Make the plain Hugging Face folder ``output`` of a checkpoint or run, as ``save_pretrained`` writes it.
+
+    Training computes and saves float32; adapters are merged in it, and then all weights become ``dtype``.
+    """
+    merges = (source / ADAPTERS).exists()
+    model, processor = load_model(str(source), dtype=torch.float32 if merges else dtype)
     with checkpoints.saving(output, "the model"):
         staging = output / checkpoints.STAGING
         shutil.rmtree(staging, ignore_errors=True)
-        model.save_pretrained(staging, save_original_format=False)
+        save_plain(model.to(dtype), staging)
         processor.save_pretrained(staging)
-        checkpoints.install(staging, checkpoint / checkpoints.RECORD, output)
+        (staging / CARD).unlink(missing_ok=True)  # the run has its own
+        checkpoints.install(staging, source / checkpoints.RECORD, output)
 
 
 def _check_checkpoint(checkpoint: Path, trainer: StageTrainer, config: TrainConfig) -> None:

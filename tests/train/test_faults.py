@@ -9,19 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
 from llavolta.errors import Stopped, UserError
 from llavolta.train import checkpoints
 from llavolta.train.checkpoints import SaveError, find_damage
 from llavolta.train.config import TrainConfig
 from llavolta.train.launch import _cause, launch
-from llavolta.train.run import train
+from llavolta.train.run import on_signals, train
 from llavolta.train.trainer import StageTrainer, read_metrics
 
 
@@ -50,7 +51,7 @@ def run(settings: dict, output: Path, **changes) -> Path:
 
 
 def same(a: Path, b: Path) -> bool:
-    held, other = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    held, other = (AutoModelForImageTextToText.from_pretrained(folder).state_dict() for folder in (a, b))
     return held.keys() == other.keys() and all(torch.equal(held[name], other[name]) for name in held)
 
 
@@ -131,21 +132,80 @@ def test_a_model_that_was_not_written_whole_is_written_again(whole, settings, tm
     assert same(whole, run(settings, output))
 
 
-def test_sigterm_saves_then_stops(whole, settings, tmp_path, monkeypatch):
-    step, output = StageTrainer.training_step, tmp_path / "run"
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_saves_then_stops(whole, settings, tmp_path, monkeypatch, name):
+    step, output, signum = StageTrainer.training_step, tmp_path / "run", signal.Signals[name]
 
-    def terminated(self, *args):
+    def ended(self, *args):
         if self.state.global_step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signum)
         return step(self, *args)
 
-    monkeypatch.setattr(StageTrainer, "training_step", terminated)
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped, match="SIGTERM stopped training after step 5, saved as checkpoint-5"):
+    monkeypatch.setattr(StageTrainer, "training_step", ended)
+    handler = signal.getsignal(signum)
+    match = f"{name} stopped training after step 5, saved as checkpoint-5"
+    with pytest.raises(Stopped, match=match) as raised:
         run(settings, output, save_steps=0)
-    assert steps(output) == [5, 3] and signal.getsignal(signal.SIGTERM) is handler
+    assert steps(output) == [5, 3] and signal.getsignal(signum) is handler
+    assert raised.value.signum == signum
     monkeypatch.undo()
     assert same(whole, run(settings, output, save_steps=0))
+
+
+INTERRUPTED = """
+import os, signal, sys
+from llavolta.train.__main__ import main
+from llavolta.train.trainer import StageTrainer
+
+step = StageTrainer.training_step
+
+def interrupted(self, *args):
+    if self.state.global_step == 4:
+        os.killpg(0, signal.SIGINT)  # as a terminal does: also to the processes that load data
+        os.killpg(0, signal.SIGINT)
+    return step(self, *args)
+
+StageTrainer.training_step = interrupted
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_ctrl_c_in_a_process_of_its_own(whole, settings, tmp_path):
+    file, output = tmp_path / "run.yaml", tmp_path / "run"
+    settings = {**settings, "save_steps": 0}
+    file.write_text(yaml.safe_dump({**settings, "output": str(output), "num_workers": 1}))
+    command = [sys.executable, "-c", INTERRUPTED, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+    assert done.returncode == 128 + signal.SIGINT, done.stderr[-3000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == "stopped: SIGINT stopped training after step 5, saved as checkpoint-5; run again to go on"
+    assert "Traceback" not in done.stderr and steps(output) == [5, 3]
+    assert same(whole, run(settings, output))
+
+
+def test_ctrl_c_again_stops_at_once(monkeypatch):
+    got = []
+    with pytest.raises(KeyboardInterrupt), on_signals(got.append):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the same one, sent twice
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert got == [signal.SIGINT]
+        later = time.monotonic() + 2
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("went on")
+
+
+def test_what_is_ignored_stays_so_and_other_threads_receive_nothing(monkeypatch):
+    got, before = [], signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with on_signals(got.append):
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with ThreadPoolExecutor() as pool:
+        pool.submit(lambda: on_signals(got.append).__enter__()).result()
+    assert not got and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_disk_that_fills_up_while_saving(whole, settings, tmp_path):
@@ -228,13 +288,13 @@ def test_a_process_that_dies_ends_the_others_with_its_error(settings, tmp_path):
     assert checkpoints.step_of(newest) >= 2
 
 
-def test_sigterm_stops_all_processes_after_one_checkpoint(settings, tmp_path):
+def test_ctrl_c_stops_all_processes_after_one_checkpoint(settings, tmp_path):
     child = begun({**settings, "save_steps": 0}, tmp_path / "run")
-    child.terminate()
+    child.send_signal(signal.SIGINT)
     said = child.communicate(timeout=120)[0]
-    assert child.returncode == 128 + signal.SIGTERM, said[-3000:]
+    assert child.returncode == 128 + signal.SIGINT, said[-3000:]
     [saved] = checkpoints.checkpoints(tmp_path / "run")
-    assert f"stopped: SIGTERM stopped training after step {checkpoints.step_of(saved)}, saved as {saved.name}" in said
+    assert f"stopped: SIGINT stopped training after step {checkpoints.step_of(saved)}, saved as {saved.name}" in said
     assert find_damage(saved) is None
 
 

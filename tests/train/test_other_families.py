@@ -103,6 +103,11 @@ def test_stages_one_by_one_equal_the_whole_and_the_result_is_plain(settings, tmp
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     model, info = AutoModelForImageTextToText.from_pretrained(whole, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    processor = load_model(str(settings["model"]))[1]  # of sizes that are not the family's own
+    for folder in (whole / "align", *whole.glob("checkpoint-*"), whole):
+        saved = load_model(str(folder))[1]
+        assert saved.image_processor.to_dict() == processor.image_processor.to_dict()
+        assert saved.chat_template == processor.chat_template
     card = ModelCard.load(whole / "README.md")
     assert card.data.pipeline_tag == "image-text-to-text" and card.data.base_model is None  # a folder of this machine
     assert "| 1 | `1:avgpool:8` | 2 |" in card.text and "| 3 | `none` | 2 |" in card.text

@@ -56,7 +56,7 @@ def settings(scenes, small_model):
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").state_dict()
 
 
 def same(a: dict, b: dict) -> bool:

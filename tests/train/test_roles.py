@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from families_tiny import FAMILIES
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
 from llavolta import compress
 from llavolta.compression.families import roles, unwrap
 from llavolta.train.config import ConfigError, TrainConfig
-from llavolta.train.models import parameter_groups, set_trainable, with_adapters
+from llavolta.train.models import parameter_groups, save_plain, set_trainable, with_adapters
 
 families = pytest.mark.parametrize("name", FAMILIES)
 PROJECTORS = {
@@ -96,6 +98,18 @@ def test_a_plan_that_reads_a_tower_that_trains_beside_adapters(plan):
     model = with_adapters(family.model, TrainConfig(output="none", lora_rank=2, train_tower=True), "none")
     with compress(model, plan):
         assert torch.equal(model(**family.batch).loss, expected)  # new adapters change nothing
+
+
+@families
+def test_a_finished_model_has_the_names_and_dtype_that_transformers_writes(name, tmp_path):
+    model = FAMILIES[name]().model.to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "stock")
+    model.save_pretrained(tmp_path / "checkpoint", save_original_format=False)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint")
+    save_plain(loaded, tmp_path / "ours")
+    stock, ours = (load_file(tmp_path / folder / "model.safetensors") for folder in ("stock", "ours"))
+    assert stock.keys() == ours.keys() and all(torch.equal(stock[key], ours[key]) for key in stock)
+    assert {value.dtype for value in ours.values()} == {torch.bfloat16}
 
 
 def test_a_model_whose_projector_cannot_be_found_says_so():

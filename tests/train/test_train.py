@@ -16,6 +16,7 @@ from llavolta.train.__main__ import main
 from llavolta.train.build import prepare, stage_model
 from llavolta.train.config import ConfigError, TrainConfig
 from llavolta.train.launch import launch
+from llavolta.train.models import load_model
 from llavolta.train.run import WANTED_PROCESSES, train
 from llavolta.train.trainer import StageTrainer, read_metrics
 
@@ -35,7 +36,7 @@ def settings(scenes, small_model):
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").state_dict()
 
 
 def same(a: dict, b: dict) -> bool:
@@ -150,9 +151,11 @@ def test_the_result_is_a_plain_hugging_face_folder(whole):
     model, info = AutoModelForImageTextToText.from_pretrained(whole, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert type(model).__name__ == "LlavaForConditionalGeneration"
-    held = weights(whole)
-    loaded = model.state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in held.items())
+    assert same(model.state_dict(), weights(whole / "checkpoint-9"))
+    held, config = load_file(whole / "model.safetensors"), json.loads((whole / "config.json").read_text())
+    assert "language_model.model.embed_tokens.weight" in held  # as public checkpoints call it
+    assert config["dtype"] == "float32"
+    assert len({file.stat().st_mode for file in whole.glob("*.*") if file.is_file()}) == 1
     prompt = AutoProcessor.from_pretrained(whole).apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is there a 3?"}]}],
         add_generation_prompt=True,
@@ -160,11 +163,29 @@ def test_the_result_is_a_plain_hugging_face_folder(whole):
     assert prompt == "USER: <image>\nIs there a 3? ASSISTANT:"
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_model_that_came_in_bfloat16_leaves_in_it(settings, small_model, tmp_path, rank):
+    """What is trained and merged in float32 is rounded once; stage 0 too, but not what is trained on."""
+    shutil.copytree(small_model, tmp_path / "source")
+    held = AutoModelForImageTextToText.from_pretrained(small_model, dtype=torch.bfloat16)
+    held.save_pretrained(tmp_path / "source")
+    values = {**settings, "model": str(tmp_path / "source"), "max_steps": 3, "lora_rank": rank}
+    config = TrainConfig(output=str(tmp_path / "run"), **values)
+    for stage in (0, 3):
+        run = train(config.changed(stage=stage), progress=False)
+        finished = weights(run)
+        assert {value.dtype for value in finished.values()} == {torch.bfloat16}
+        source = run / ("checkpoint-3" if stage else "align")
+        trained = load_model(str(source))[0].to(torch.bfloat16).state_dict()
+        assert same(trained, finished)
+    assert {value.dtype for value in weights(run / "align").values()} == {torch.float32}
+
+
 def test_alignment_trains_the_projector_alone_and_tuning_leaves_the_tower(whole, small_model):
     def changed(before, after):
         return {name.split(".")[1] for name in after if not torch.equal(before[name], after[name])}
 
-    start = AutoModelForImageTextToText.from_pretrained(small_model, dtype=torch.float32).state_dict()
+    start = weights(small_model)
     assert changed(start, weights(whole / "align")) == {"multi_modal_projector"}
     moved = changed(weights(whole / "align"), weights(whole))
     assert "vision_tower" not in moved and {"multi_modal_projector", "language_model"} <= moved
