@@ -50,8 +50,9 @@ def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> P
     )
     lines: list[str] = []
     try:
-        with on_sigterm(child.terminate):
-            for line in io.TextIOWrapper(child.stdout, errors="replace", newline=""):  # with a progress bar's returns
+        output = io.TextIOWrapper(child.stdout, errors="replace", newline="")  # with a progress bar's returns
+        with on_sigterm(child.terminate), output:
+            for line in output:
                 print(line, end="", flush=True)
                 lines = [*lines[-400:], line]
             failed = child.wait()
