@@ -287,7 +287,7 @@ MUTANTS = [
     # schemes and training
     *_of(
         "train/schemes.py",
-        "train/test_schemes.py train/test_train.py train/test_dualspeed.py",
+        "train/test_schemes.py train/test_dualspeed.py train/test_train.py",
         ("schemes: a stage ends one step late", "step >= end for end in", "step > end for end in"),
         ("schemes: slow steps come one early", "(step + 1) % every == 0", "step % every == 0"),
         (
@@ -300,14 +300,28 @@ MUTANTS = [
         ("schemes: warm-up is one step short", "(step - first + 1) / max(1,", "(step - first) / max(1,"),
     ),
     *_of(
-        "train/trainer.py",
-        f"{TRAIN} train/test_callback.py train/test_roles.py train/test_dualspeed.py",
+        "train/callback.py",
+        "train/test_callback.py train/test_train.py train/test_trl.py train/test_dualspeed.py",
         (
-            "trainer: the stage's last step is not saved",
+            "callback: the stage's last step is not saved",
             "if state.global_step in ends:",
             "if state.global_step - 1 in ends:",
         ),
-        ("trainer: the plan stays", "(stage, drawn.plan) != self.stage", "self.stage is None"),
+        (
+            "callback: the plan of the step before",
+            "stages[self.scheme.stage_at(state.global_step, state.max_steps)]",
+            "stages[self.scheme.stage_at(max(state.global_step - 1, 0), state.max_steps)]",
+        ),
+        ("callback: stages are not tried", "if not self._untried or not", "if True or not"),
+        (
+            "callback: names of older versions are saved",
+            '"save_original_format": False',
+            '"save_original_format": True',
+        ),
+    ),
+    *_of(
+        "train/trainer.py",
+        f"{TRAIN} train/test_callback.py train/test_roles.py train/test_dualspeed.py",
         (
             "trainer: resumed metrics are written twice",
             'row["step"] <= state.global_step]',

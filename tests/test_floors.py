@@ -9,7 +9,7 @@ from pathlib import Path
 import llavolta
 
 FLOORS = [
-    ["errors", "paths"],
+    ["errors", "paths", "quiet"],
     ["compression", "data"],
     ["worlds"],
     ["train"],

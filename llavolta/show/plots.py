@@ -375,7 +375,7 @@ def _stacked(table: pd.DataFrame, labels: Sequence[str], xlabel: str, title: str
 def step_cost_bars(costs: dict, title: str = "") -> Figure:
     """FLOPs of one example's training step by part, a bar a plan; costs: {plan: cost.StepCost}."""
     parts = {plan: {part: getattr(cost, part).total / 1e12 for part in PARTS} for plan, cost in costs.items()}
-    names = ["vision tower", "projector", "decoder, linear", "decoder, attention", "head"]
+    names = ["vision tower", "projector", "decoder, linear", "decoder, attention", "compressors", "head"]
     table = pd.DataFrame.from_dict(parts, orient="index").set_axis(names, axis=1)
     return _stacked(table, list(costs), "operations per example and step (TFLOP)", title)
 

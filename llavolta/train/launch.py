@@ -54,8 +54,9 @@ def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> P
     lines: list[str] = []
     received: list[int] = []
     try:
-        with on_signals(lambda signum: received.append(signum) or child.send_signal(signum)):
-            for line in io.TextIOWrapper(child.stdout, errors="replace", newline=""):  # with a progress bar's returns
+        output = io.TextIOWrapper(child.stdout, errors="replace", newline="")  # with a progress bar's returns
+        with on_signals(lambda signum: received.append(signum) or child.send_signal(signum)), output:
+            for line in output:
                 with suppress(OSError):  # the terminal is gone
                     print(line, end="", flush=True)
                 lines = [*lines[-400:], line]

@@ -31,6 +31,7 @@ from transformers.utils import is_torchvision_available
 from llavolta.compression.families import find_parts, roles, towers, unwrap
 from llavolta.data.video import FrameProcessor, VideoLlavaProcessor, without_videos
 from llavolta.errors import UserError
+from llavolta.quiet import quiet
 from llavolta.train.config import ConfigError, TrainConfig
 from llavolta.worlds import MODELS, model_path
 from llavolta.worlds.joining import load_whole
@@ -91,6 +92,7 @@ def source_dtype(config: TrainConfig) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
+@quiet()
 def load_model(name: str, quantize: str | None = None, dtype: torch.dtype = torch.float32) -> tuple:
     """(model, processor) of a Hugging Face folder or hub name; "embedded" is the one in data/.
 
@@ -136,6 +138,7 @@ def _reading_adapters(path: str):
         raise ConfigError(f"the adapters in {path} cannot be read ({why}); the folder is damaged") from None
 
 
+@quiet()
 def load_to_adapt(name: str, config: TrainConfig) -> tuple:
     """(model, processor) as ``load_model``, with adapters to be trained by ``config``: new ones, or those in the folder
     ``name``, which are trained on if they have the form that ``config`` asks for and are merged otherwise."""
@@ -157,6 +160,7 @@ def save_plain(model, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+@quiet()
 def load_processor(config, path: str):
     """The processor at ``path`` for the model that ``config`` describes, also without torchvision: then that of
     Video-LLaVA reads clips by ours, that of others reads none. Raises ConfigError."""

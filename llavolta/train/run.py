@@ -36,11 +36,13 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llavolta.compression.families import find_parts, unwrap
 from llavolta.data import Collator, check_words, token_statistics
 from llavolta.errors import Stopped
+from llavolta.quiet import quiet
 from llavolta.train import checkpoints
 from llavolta.train.build import (
     ALIGN,
@@ -68,7 +70,7 @@ from llavolta.train.models import (
 )
 from llavolta.train.projectors import replace_projector
 from llavolta.train.schemes import Scheme
-from llavolta.train.trainer import MetricsCallback, StageCallback, StageTrainer
+from llavolta.train.trainer import MetricsCallback, StageCallback, StageTrainer, StepBar
 from llavolta.train.words import fit_to_words
 from llavolta.worlds import model_path
 from llavolta.worlds.joining import join
@@ -328,7 +330,10 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
     ):
         if wanted and not on:
             raise ConfigError(f"{engine} {wanted!r} was asked for, but accelerate left it out; see its warnings above")
-    trainer.remove_callback(PrinterCallback)  # metrics.jsonl holds it all
+    for printing in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):  # metrics.jsonl holds it all
+        trainer.remove_callback(printing)
+    if progress:
+        trainer.add_callback(StepBar)
     if checkpoint:
         _check_checkpoint(checkpoint, trainer, config)
         if isolates:
@@ -401,6 +406,7 @@ def _fsdp_config(name: str, model) -> dict:
     return {"transformer_layer_cls_to_wrap": layers} | json.loads(Path(_engine_file(name)).read_text(encoding="utf-8"))
 
 
+@quiet()
 def _finish(output: Path, source: Path, dtype: torch.dtype) -> None:
     """Make the plain Hugging Face folder ``output`` of a checkpoint or run, as ``save_pretrained`` writes it.
 

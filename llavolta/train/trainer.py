@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llavolta.compression.families import PIXELS, find_parts, unwrap
 from llavolta.data import GroupedSampler
+from llavolta.quiet import quiet
 from llavolta.train import checkpoints
 from llavolta.train.callback import StageCallback
 from llavolta.train.dualspeed import save_isolator, slow_mode
@@ -67,6 +68,14 @@ class MetricsCallback(TrainerCallback):
             file.write(json.dumps(row) + "\n")
 
 
+class StepBar(ProgressCallback):
+    """One bar of the steps; what is logged stands in metrics.jsonl. Notebooks show it, too: transformers' own bar for
+    them fails at the end of a stage of two steps."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        pass
+
+
 class StageTrainer(Trainer):
     """Trainer that groups batches by modality and length, saves what resumes, and stops at a NaN loss.
 
@@ -90,7 +99,8 @@ class StageTrainer(Trainer):
             shutil.rmtree(self.staging, ignore_errors=True)
         barrier()
         with checkpoints.saving(run, name):
-            super()._save_checkpoint(model, trial)
+            with quiet():
+                super()._save_checkpoint(model, trial)
             barrier()
             if self.args.should_save:
                 checkpoints.publish(self.staging / name, run / name)
