@@ -335,7 +335,8 @@ def _check_words(turns: list[dict], medium: str, named: bool, name: str) -> None
     is there and empty, or by the beginning of a line.
     """
     mark = MEDIA[medium]
-    text = "\n".join(value for turn in turns if turn["from"] == "human" for _, value in turn["value"])
+    parts = [part for turn in turns if turn["from"] == "human" for part in turn["value"]]
+    text = "\n".join(value for kind, value in parts if kind not in MEDIA)
     if mark in text and (named or re.search(rf"(?m)^\s*{mark}", text) and f"</{medium}>" not in text):
         raise DataError(
             f"{name} has a place for {'an image' if medium == 'image' else 'a video'}, {mark}, and no {medium}; name "

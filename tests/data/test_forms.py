@@ -11,12 +11,15 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
 from llavolta.data import Collator, DataError, LlavaData, find_bad
 from llavolta.data.__main__ import main
 from llavolta.data.collate import IGNORED
+from llavolta.data.entries import MEDIA, chat_messages, media_paths_of, read_entry
 from llavolta.studies.evaluation import asked_digest
 from llavolta.train.build import open_data
 from llavolta.train.config import TrainConfig
@@ -107,6 +110,39 @@ def test_a_form_that_is_read(form, kind, folder, tmp_path):
     assert asked_digest(data, data.questions_of(0))  # the files are found again
 
 
+_ODD = st.sampled_from([None, True, 0, 0.5, "", "a.png", "<image>", "data:,", "https://a.org", "[{}]", b"a", "\ud800"])
+_VALUES = st.recursive(
+    _ODD, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["path", "bytes", "url"]), inner)
+)
+_PARTS = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "image", "video"]), "text": st.sampled_from(["a", "<image>"])},
+    optional=dict.fromkeys(["image", "path", "index", "fps"], _VALUES),
+)
+_CONTENTS = st.lists(_PARTS | _ODD, max_size=3) | st.sampled_from(["a", "<image>\na", "<video>"]) | _VALUES
+_TURNS = [
+    st.fixed_dictionaries({"role": st.just(role), "content": _CONTENTS}, optional={"loss": _VALUES, "images": _VALUES})
+    for role in ("user", "assistant")
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {"messages": st.tuples(*_TURNS).map(list)},
+        optional=dict.fromkeys(["image", "images", "videos", "system", "tools", "types"], _VALUES),
+    )
+)
+def test_any_entry_has_as_many_images_as_places_or_is_refused_by_name(entry):
+    try:
+        found = read_entry(entry, "entry")
+    except DataError as error:
+        assert str(error).startswith("entry")
+        return
+    kinds = [part["type"] for message in chat_messages(found) for part in message["content"]]
+    assert all(kinds.count(medium) == len(media_paths_of(found, medium)) for medium in MEDIA)
+    assert read_entry(found, "entry") == found
+
+
 def test_images_in_a_table_in_all_types_of_column(folder, tmp_path):
     content = (folder / "red.png").read_bytes()
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -156,6 +192,7 @@ REFUSED = {
     "placeholder alone": ({"conversations": llava()}, "has a place for an image"),
     "placeholder within, list empty": ({"images": [], "messages": [user("See <image>?"), assistant()]}, "has a place"),
     "part alone": ({"messages": parts(RED)}, "1 <image> placeholders for 0 images"),
+    "a clip's part alone": ({"messages": parts({"type": "video"})}, "1 <video> placeholders for 0 videos"),
     "empty path": ({"image": "", "conversations": llava("Is it red?")}, "'image' must be a path"),
     "null in a list": ({"images": ["red.png", None], "messages": MARKED}, "'image' must be a path"),
     "no placeholder": ({"image": "red.png", "conversations": llava("Is it red?")}, "0 <image> placeholders for 1"),
@@ -233,7 +270,9 @@ def test_clips_are_read_from_wherever_they_stand(kind, folder, tmp_path):
         {"messages": parts({"type": "video", "video": "clip.mp4"})},
         {"messages": parts({"type": "video_url", "video_url": {"url": clip.as_uri()}})},
     ]
-    wide.append({"video": {"base64": base64.b64encode(clip.read_bytes()).decode()}, "messages": PLAIN})
+    content = base64.b64encode(clip.read_bytes()).decode()
+    wide.append({"video": {"base64": content}, "messages": PLAIN})
+    wide.append({"messages": parts({"type": "video", "base64": content})})
     for row in wide + [{"videos": [{"bytes": clip.read_bytes()}], "messages": PLAIN}] * (kind == "parquet"):
         data = LlavaData(write(tmp_path / f"rows.{kind}", row), folder)
         [video] = data[0].videos
