@@ -20,6 +20,7 @@ def report():
     return bench.step_report(SMALL, rounds=1, progress=False)
 
 
+@pytest.mark.slow
 def test_speed_ups_are_set_against_what_the_flops_promise(report):
     step = report["step"].set_index("plan")
     assert step.index.tolist() == ["none", "2:avgpool:8", "2:avgpool:2"]  # N / 2 is 2 here

@@ -120,8 +120,17 @@ def longest(family, plan: dict[int, int], depth: int) -> list[int]:
     return lengths
 
 
-@pytest.mark.parametrize("plan", [{}, {1: 4}, {0: 2, 2: 2}])
-@pytest.mark.parametrize("name", FAMILIES)
+PLANS = [{}, {1: 4}, {0: 2, 2: 2}]
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [  # one plan a family, each plan for a third of them; the others are slow
+        pytest.param(name, plan, marks=() if number % 3 == place else pytest.mark.slow)
+        for number, name in enumerate(FAMILIES)
+        for place, plan in enumerate(PLANS)
+    ],
+)
 def test_every_family_agrees_with_the_flop_counter(name, plan):
     family = FAMILIES[name](attention="eager")
     family.model.train()

@@ -71,7 +71,7 @@ TOKENS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "smolvlm-500m" else pytest.mark.slow) for name in TOKENS]
+    "name", [pytest.param(name, marks=() if name == "internvl3-8b" else pytest.mark.slow) for name in TOKENS]
 )
 def test_other_families_are_planned_by_what_their_processors_make(name):
     planned = subject(name, size=PICTURE)

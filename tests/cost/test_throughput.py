@@ -40,6 +40,7 @@ def test_loading_must_be_twice_as_fast_as_its_use():
     assert not throughput.keeps_up(pd.DataFrame({"times_consumption": [0.5, 1.9]}))
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_batch_and_shrinks_with_compression(small_model):
     table = throughput.memory_by_batch(str(small_model), [4, 32], ["none", "1:avgpool:8"], rounds=1)
     assert table["none"][32] > 2 * table["none"][4] > 0

@@ -297,9 +297,13 @@ def test_04_compare_schemes_stops_with_one_clear_line(comparison, tmp_path, wron
     assert_one_clear_line("04_compare_schemes", comparison, wrong, message)
 
 
-def test_07_cost_planner(tmp_path):
+def test_07_cost_planner():
     notebook = run("07_cost_planner", timing_rounds=0, own={"mine": ["1:avgpool:4", "none"]}, price=1.5)
     assert pictures(notebook) == 3 and "`mine`" in outputs(notebook)
+
+
+@pytest.mark.slow
+def test_07_cost_planner_measures_a_model():
     measured = run("07_cost_planner", model="embedded", measured={"none": 0.02}, timing_rounds=1)
     assert pictures(measured) == 4
 
@@ -364,6 +368,7 @@ def video(clip_data, video_model, tmp_path) -> dict:
     return dict(options=options, output=str(tmp_path / "video"), record=str(tmp_path), **sizes)
 
 
+@pytest.mark.slow
 def test_06_video(video, tmp_path):
     notebook = run("06_video", **video)
     assert pictures(notebook) == 7

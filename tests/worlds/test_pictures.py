@@ -120,6 +120,7 @@ def test_vendors_are_kept_apart(made):
     assert list(vendors.values()) == [trained, trained, trained, {"fluent3d"}]
 
 
+@pytest.mark.slow
 def test_no_constant_answers_much():
     rng, answers = np.random.default_rng(0), defaultdict(Counter)
     for _ in range(600):
