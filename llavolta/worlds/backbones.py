@@ -401,14 +401,16 @@ def language_model_of(model: LlavaForConditionalGeneration) -> LlamaForCausalLM:
 
 def save(model, folder: str | Path, log: dict | None = None, words=None) -> Path:
     """Write the unaligned model and its processor (``words``; default: the LLaVA's) to ``folder``, a plain Hugging Face
-    folder in half precision.
+    folder. The weights are stored in half precision, to be small; the configuration says float32, in which it is
+    trained, and which a finished run has, too.
 
     log: the training logs of its parts, kept beside it as ``backbones.json``.
     """
     folder = Path(folder)
     model.half().save_pretrained(folder)
     (words or processor()).save_pretrained(folder)
-    model.float()
+    model.float().config.dtype = torch.float32
+    model.config.save_pretrained(folder)
     if log is not None:
         (folder / "backbones.json").write_text(json.dumps(log))
     return folder
