@@ -28,6 +28,7 @@ def test_speed_ups_are_set_against_what_the_flops_promise(report):
     assert (step.kept_promise == step.speedup / step.promised).all() and (step.seconds > 0).all()
 
 
+@pytest.mark.slow
 def test_cache_bytes_follow_the_tokens_per_layer(report):
     prefill = report["prefill"].set_index("plan")
     for plan, ratio in prefill.cache_ratio.items():
@@ -35,6 +36,7 @@ def test_cache_bytes_follow_the_tokens_per_layer(report):
         assert ratio == pytest.approx(tokens / (SMALL.layers * (SMALL.text + SMALL.visual)))
 
 
+@pytest.mark.slow
 def test_overhead_and_memory_name_their_variants(report):
     assert report["overhead"].variant.tolist() == ["stock", "stride 1", "labelled rows only"]
     memory = report["memory"].set_index("variant")
