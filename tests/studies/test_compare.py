@@ -174,11 +174,11 @@ def test_workers_end_with_a_comparison_that_is_killed(tmp_path):
         "if __name__ == '__main__':\n"
         "    pool = ProcessPoolExecutor(1, get_context('spawn'), initializer=_begin_worker, initargs=(1,))\n"
         "    pool.submit(os.getpid).result()\n"
-        "    pool.submit(time.sleep, 60)\n"
+        "    pool.submit(time.sleep, 600)\n"
         "    time.sleep(1)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    killed = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, timeout=60)
+    killed = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, timeout=180)
     assert killed.returncode == -signal.SIGKILL
 
 
