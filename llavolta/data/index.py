@@ -55,7 +55,8 @@ def read_index(file: Path, ignore: Collection[str] = ()) -> Index:
     version, kept = file_version(file), kept_path(file, "npz", *sorted(ignore))
     if kept.exists() and not table:
         try:
-            held = dict(np.load(kept))
+            with np.load(kept) as archive:
+                held = dict(archive)
             words = {"bad": read_reasons(held["bad"].item()), "unread": json.loads(held["unread"].item())}
             index = Index(**{**held, **words, "version": held["version"].tolist()})
             if index.version == version:

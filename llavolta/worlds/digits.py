@@ -214,12 +214,14 @@ def build_once(folder: Path, make: dict, write: Callable[..., None]) -> Path:
     part.mkdir(parents=True)
     write(part, **make)
     (part / "make.json").write_text(json.dumps(make))
-    if folder.exists():
-        folder.rmdir()
     try:
-        part.rename(folder)
-    except OSError:  # another process finished the same data set first
+        part.rename(folder)  # an empty folder gives way
+    except OSError:
         shutil.rmtree(part)
+        if not done.exists():
+            raise
+        # Another process finished first: its data set is taken if it is the same.
+        return build_once(folder, make, write)
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from llavolta.data import LlavaData
 from llavolta.worlds import backbones, digits
+from llavolta.worlds.digits import build_once
 
 
 def test_training_and_heldout_scans_are_disjoint():
@@ -79,3 +81,22 @@ def test_every_word_is_known(scenes):
 def test_questions_of_a_type_that_does_not_exist():
     with pytest.raises(ValueError, match="unknown question type 'sum'"):
         digits.ask("sum", np.zeros(9, int), np.random.default_rng(0))
+
+
+def test_two_processes_that_build_one_folder(tmp_path):
+    """The second finds the folder filled by the time it has written its own, and keeps the first's."""
+    folder = tmp_path / "data"
+    folder.mkdir()  # an empty one is taken
+
+    def write(part: Path, name: str) -> None:
+        (part / "second").touch()
+        (folder / "first").touch()  # the other process is quicker
+        (folder / "make.json").write_text(json.dumps({"name": "a"}))
+
+    assert build_once(folder, {"name": "a"}, write) == folder
+    assert sorted(path.name for path in folder.iterdir()) == ["first", "make.json"]
+    assert not list(tmp_path.glob("*.part*"))
+    for path in folder.iterdir():
+        path.unlink()
+    with pytest.raises(FileExistsError, match="something else"):  # the quicker one's is another data set
+        build_once(folder, {"name": "b"}, write)
