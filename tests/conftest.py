@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -33,6 +34,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             chosen = getattr(getattr(item, "callspec", None), "params", {})
             group = "-".join([item.path.stem, *(str(chosen[name]) for name in shared if name in chosen)])
             item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_collection_finish() -> None:
+    """A Trainer collects garbage several times a run; what imports have made is left out of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
