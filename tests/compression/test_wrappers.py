@@ -127,22 +127,23 @@ def test_gradient_accumulation_counts_the_items_of_the_whole_batch(tmp_path):
     assert_same(parts, whole, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("plan", ["1:pyramiddrop:0.5", "vision:prumerge:0.5"])
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.slow  # tracing alone takes 15 to 20 s
+@pytest.mark.parametrize(("in_place", "plan"), [(False, "0:pyramiddrop:0.5"), (True, "vision:prumerge:0.5")])
 def test_torch_compile(in_place, plan):
     """A model that was compiled and run before compression starts, and runs on after it ends."""
-    batch, plain = ragged_batch([[3, 4], [2, 5]]), tiny_llava(layers=2)
+    batch, plain = ragged_batch([[3, 4], [2, 5]]), tiny_llava(layers=1)
     stock = plain(**batch).loss
     with compress(plain, plan):
         expected = plain(**batch).logits
-    model = tiny_llava(layers=2)
+    model = tiny_llava(layers=1)
     model.compile(backend="eager") if in_place else None
     compiled = model if in_place else torch.compile(model, backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(**batch).loss, stock)
         with compress(compiled, plan):
             torch.testing.assert_close(compiled(**batch).logits, expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(compiled(**batch).loss, stock)
+        with torch.compiler.set_stance("eager_on_recompile"):  # or the trace of before, if it fits
+            torch.testing.assert_close(compiled(**batch).loss, stock)
     torch.compiler.reset()
 
 

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from llavolta.bench import main
 from llavolta.compression.labelled import IGNORED
 from llavolta.compression.plan import tokens_per_layer
 from llavolta.cost import bench
 from llavolta.train.config import TrainConfig
 from llavolta.train.models import set_trainable
 from llavolta.train.schemes import SCHEMES, Stage
+from llavolta.worlds import WORLDS
 
 SMALL = bench.Sizes(width=64, layers=4, visual=16, text=12, batch=16, vocabulary=100)
+
+
+@pytest.fixture
+def small_world(scenes, monkeypatch):
+    """The digits world has the scenes of the fixture ``scenes``, in place of thousands."""
+    world = replace(WORLDS["digits"], build=lambda *_: scenes)
+    monkeypatch.setitem(WORLDS, "digits", world)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +77,7 @@ def test_compressors_are_set_against_the_tower_and_the_loop():
 
 
 @pytest.mark.parametrize("own", [{}, dict(lora_rank=4, bf16=True)])
-def test_step_times_leave_the_model_as_it_was(small_model, scenes, own):
+def test_step_times_leave_the_model_as_it_was(small_model, small_world, own):
     model, batches = bench.embedded_batches(2, 1, str(small_model))
     set_trainable(model, "align")
     model.eval()
@@ -85,10 +96,9 @@ def test_step_times_leave_the_model_as_it_was(small_model, scenes, own):
     assert not hasattr(model, "mode_isolator")
 
 
-def test_precisions_compute_the_same_step(capsys):
-    from llavolta.bench import main
-
-    assert main(["precision", "--model", "embedded", "--batch", "2", "--rounds", "1"]) == 0
+def test_precisions_compute_the_same_step(small_model, small_world, capsys):
+    given = ["precision", "--model", str(small_model), "--batch", "2", "--rounds", "1"]
+    assert main(given) == 0
     rows = capsys.readouterr().out.strip().splitlines()[-3:]
     assert [row.split()[0] for row in rows] == ["float32", "autocast", "bfloat16"]
     full, autocast, master = (float(row.split()[-1]) for row in rows)
