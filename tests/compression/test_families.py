@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from families_tiny import FAMILIES, IMAGE, VIDEO, pool_by_hand
@@ -12,7 +14,7 @@ from llavolta.compression.families import find_parts, pools_frames
 from llavolta.studies.budgets import plans_at
 
 every_family = pytest.mark.parametrize("name", list(FAMILIES))
-every_unit = pytest.mark.parametrize("units", ["pictures", "clips"])
+NUMBER = {name: number for number, name in enumerate(FAMILIES)}
 
 
 class PoolAll(AveragePool):
@@ -22,10 +24,16 @@ class PoolAll(AveragePool):
     is_identity = False
 
 
-def gradients(model, batch) -> dict[str, torch.Tensor]:
+def step(model, batch) -> tuple:
+    """The output of a training step, and its gradients by parameter."""
     model.zero_grad()
-    model(**batch).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    out = model(**batch)
+    out.loss.backward()
+    return out, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def gradients(model, batch) -> dict[str, torch.Tensor]:
+    return step(model, batch)[1]
 
 
 def assert_same(a: dict, b: dict, exact: bool = False):
@@ -41,13 +49,12 @@ def prompt(family) -> dict:
     return {name: value for name, value in family.batch.items() if name != "labels"}
 
 
-GREEDY = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None, return_dict_in_generate=True)
+GREEDY = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None, return_dict_in_generate=True)
 GREEDY |= dict(output_logits=True, suppress_tokens=[IMAGE, VIDEO])  # a random model writes placeholders
 
 
 @every_family
-@every_unit
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("side", "units"), [("left", "pictures"), ("right", "clips")])
 def test_pictures_are_the_ones_written_down_by_hand(name, side, units):
     family, seen = FAMILIES[name](side), []
 
@@ -71,8 +78,7 @@ def test_pictures_are_the_ones_written_down_by_hand(name, side, units):
 
 
 @every_family
-@every_unit
-@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize(("layer", "units"), [(0, "clips"), (2, "pictures")])
 def test_pooling_equals_pooling_by_hand(name, layer, units):
     family, pool = FAMILIES[name]("left", "eager"), AveragePool(3, per_frame=units == "pictures")
     expected = pool_by_hand(family, layer, 3, by=units)
@@ -86,45 +92,38 @@ def test_pooling_equals_pooling_by_hand(name, layer, units):
 
 
 @every_family
-def test_stride_one_equals_stock_bit_for_bit(name):
+def test_what_removes_nothing_equals_stock(name):
+    """Stride 1 bit for bit; pooling by one on the compressed path and labelled rows only, as near as can be."""
     family = FAMILIES[name]()
     model, batch = family.model.train(), family.batch
-    stock, stock_gradients = model(**batch), gradients(model, batch)
+    stock, stock_gradients = step(model, batch)
+    parts = [part for part, grad in stock_gradients.items() if grad.abs().max() > 0]
+    assert any(word in part for part in parts for word in ("vision", "visual", "tower"))
     with compress(model, "1:avgpool:1"):
-        same = model(**batch)
-        assert_same(gradients(model, batch), stock_gradients, exact=True)
+        same, same_gradients = step(model, batch)
+    assert_same(same_gradients, stock_gradients, exact=True)
     assert torch.equal(stock.loss, same.loss) and torch.equal(stock.logits, same.logits)
+    for plan, labelled_only in (({1: PoolAll(1)}, False), ("none", True)):
+        with compress(model, plan, labelled_only=labelled_only):
+            assert_same(gradients(model, batch), stock_gradients)
 
 
 @every_family
-def test_the_machinery_with_stride_one_changes_nothing(name):
-    family = FAMILIES[name]()
-    model, batch = family.model.train(), family.batch
-    stock = gradients(model, batch)
-    with compress(model, {1: PoolAll(1)}):
-        assert_same(gradients(model, batch), stock)
-
-
-@every_family
-def test_labelled_rows_only_give_equal_gradients(name):
+def test_labelled_rows_are_counted_as_in_the_whole_batch(name):
     family = FAMILIES[name]()
     model, batch = family.model.train(), family.batch
     for plan in ("none", "1:avgpool:3"):
-        with compress(model, plan, labelled_only=False):
-            full = gradients(model, batch)
-            loss = model(**batch, num_items_in_batch=7).loss
-        with compress(model, plan, labelled_only=True):
-            assert_same(gradients(model, batch), full)
-            out = model(**batch, num_items_in_batch=7)
-        torch.testing.assert_close(out.loss, loss)
-        assert out.logits.shape[:2] == (1, int((batch["labels"][:, 1:] != -100).sum()) + 1)
-    assert any(
-        part in name for part in ("vision", "visual", "tower") for name, grad in full.items() if grad.abs().max() > 0
-    )
+        found = []
+        for labelled_only in (False, True):
+            with compress(model, plan, labelled_only=labelled_only), torch.no_grad():
+                found.append(model(**batch, num_items_in_batch=7))
+        full, short = found
+        torch.testing.assert_close(short.loss, full.loss)
+        assert short.logits.shape[:2] == (1, int((batch["labels"][:, 1:] != -100).sum()) + 1)
 
 
 @every_family
-@pytest.mark.parametrize("plan", ["0:avgpool:3", "1:avgpool:3", "1:avgpool:2;3:random:0.5"])
+@pytest.mark.parametrize("plan", ["0:avgpool:3", "1:avgpool:2;3:random:0.5"])
 def test_generation_with_a_cache_equals_generation_without(name, plan):
     family = FAMILIES[name]("left")
     model, cache = family.model, DynamicCache()  # one that keeps every token, also in sliding-window layers
@@ -140,23 +139,25 @@ def test_generation_with_a_cache_equals_generation_without(name, plan):
     )
 
 
-@every_family
-def test_gradient_checkpointing_gives_equal_gradients(name):
-    family = FAMILIES[name]()
-    model, batch = family.model.train(), family.batch
-    with compress(model, "1:avgpool:3"):
-        plain = gradients(model, batch)
-        model.activation_checkpointing_enable()
-        assert_same(gradients(model, batch), plain)
+OTHERS = {  # what studies.budgets.METHODS has not
+    "2-D pooling": "1:avgpool2d:2",
+    "3-D pooling": "1:avgpool3d:2:2",
+    "late entry": "2:enter",
+    "RESTORE without calibration, withdrawal": "1:restore:calibration=0:divprune:0.5;3:withdraw",
+}
 
 
 @every_family
 def test_every_method_trains_checkpointed_and_on_labelled_rows_as_it_does_plainly(name):
-    """3-D positions, deep-stack features, tiles and several towers; what a model cannot do is refused, not guessed."""
+    """3-D positions, deep-stack features, tiles and several towers; what a model cannot do is refused, not guessed.
+
+    Pooling is compared with its checkpointed pass in every family, each other method in a third of them.
+    """
     family, refused = FAMILIES[name](), {}
     model, batch = family.model.train(), family.batch
     projects = find_parts(model).projector is not None and not name.startswith("mistral")
-    for method, plan in plans_at([0.5], 4, 16)[["method", "plan"]].itertuples(index=False):
+    plans = dict(plans_at([0.5], 4, 16)[["method", "plan"]].itertuples(index=False)) | OTHERS
+    for number, (method, plan) in enumerate(plans.items()):
         if not projects or pools_frames(find_parts(model).base):
             plan = plan.replace("vision:", "0:")  # as the refusal of 'vision' says
         try:
@@ -166,14 +167,17 @@ def test_every_method_trains_checkpointed_and_on_labelled_rows_as_it_does_plainl
         except (UnsupportedModel, PlanError) as error:
             refused[method] = str(error)
             continue
+        assert plain and all(grad.isfinite().all() for grad in plain.values()), method
+        if "pooling" not in method and (number + NUMBER[name]) % 3:
+            continue
         model.activation_checkpointing_enable()
         torch.manual_seed(0)
         with compress(model, plan, labelled_only=True):
             assert_same(gradients(model, batch), plain)
         model.activation_checkpointing_disable()
-        assert all(grad.isfinite().all() for grad in plain.values()), method
-    assert all(len(reason) > 40 for reason in refused.values())
-    assert refused.keys() == REFUSED.get(name, set()), refused
+    expected = REFUSED.get(name, {})
+    assert refused.keys() == expected.keys(), refused
+    assert all(re.search(expected[method], reason) for method, reason in refused.items()), refused
 
 
 @every_family
@@ -189,22 +193,27 @@ def test_text_alone_is_left_alone_and_nothing_stays_behind(name):
     assert hooks == [dict(part) for m in model.modules() for part in (m._forward_pre_hooks, m._forward_hooks)]
 
 
-_CLASS_TOKEN = {"PruMerge", "PruMerge+"}  # 'vision' alone, and by a class token
-_TOWER = {"class attention", "VisionZip", "VisPruner", "HoloV", "HoloV + RESTORE", "VScan"}
-_AT_0 = {"HoloV", "HoloV + RESTORE", "VScan"}  # clips whose frames the model pools or begins with a class token
-_DECODER = {"FastV", "DART", "SparseVLM", "PACT", "PyramidDrop", "VScan"}
+_CLASS_TOKEN = dict.fromkeys(["PruMerge", "PruMerge+"], "write 'vision:prumerge")
+_RANKED = "reach layer 0: it is unknown which became which.*use it at 'vision'"
+# clips whose frames the model pools or begins with a class token
+_AT_0 = dict.fromkeys(["HoloV", "HoloV + RESTORE", "VScan"], _RANKED)
+_TOWER = dict.fromkeys(["class attention", "VisionZip", "VisPruner"], _RANKED) | _AT_0
+_DECODER = ["FastV", "DART", "SparseVLM", "PACT", "PyramidDrop", "VScan"]
+_GRID = "rectangle of tokens; use avgpool"
+_CALIBRATION = {"HoloV + RESTORE": "(3-D positions|no single inv_freq).*calibration=0"}
 REFUSED = {
     "llava_onevision": _CLASS_TOKEN | _TOWER,  # of a batch with a clip
-    "video_llava": _AT_0 | {"downsampling"},
+    "video_llava": _AT_0 | {"downsampling": _GRID},
     "llava_next_video": _AT_0,
-    "mistral3": _CLASS_TOKEN | _TOWER | {"downsampling"},  # several pictures in a row
-    "aya_vision": _CLASS_TOKEN | _DECODER,  # some layers have no rotary positions
+    "mistral3": _CLASS_TOKEN  # several pictures in a row
+    | _TOWER
+    | dict.fromkeys(["downsampling", "2-D pooling", "3-D pooling"], _GRID),
+    "aya_vision": _CLASS_TOKEN | dict.fromkeys(_DECODER, "rotates .* in some layers only"),
     **dict.fromkeys(["smolvlm", "idefics3"], _CLASS_TOKEN),
-    **dict.fromkeys(
-        ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"], _CLASS_TOKEN | {"HoloV + RESTORE"}
-    ),  # calibration
+    **dict.fromkeys(["qwen2_vl", "qwen2_5_vl", "gemma3"], _CLASS_TOKEN | _CALIBRATION),
+    "qwen3_vl": _CLASS_TOKEN | _CALIBRATION | {"late entry": "deep-stack"},
 }
-"""What of studies.budgets.METHODS a family cannot do on its batch, each with the reason in the error."""
+"""What of the methods a family cannot do on its batch, each with a pattern of the error's reason."""
 VISION = ["llava", "llava_next", "video_llava", "internvl"]
 
 
@@ -256,10 +265,15 @@ def test_vision_plan_trains_tower_and_projector(name):
     assert any("tower" in name for name, grad in found.items() if grad.abs().max() > 0)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "smolvlm", "gemma3"])
+MERGES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3", "gemma3", "mistral3", "aya_vision"]
+
+
+@pytest.mark.parametrize("name", MERGES)
 def test_vision_plan_is_refused_where_the_projector_merges_tokens(name):
-    with pytest.raises(UnsupportedModel, match="projector.*merges tokens.*layer 0"):
-        compress(FAMILIES[name]().model, "vision:avgpool:2")
+    family, reason = FAMILIES[name](), r"merges tokens.*layer 0|get \(pictures, tokens, width\)"
+    refused = pytest.raises(UnsupportedModel, match=f"projector.*({reason})")
+    with refused, compress(family.model, "vision:avgpool:2"):
+        family.model(**family.batch)
 
 
 def test_vision_plan_is_refused_where_the_model_blends_projected_tokens():
