@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from math import inf, nan
 from pathlib import Path
@@ -37,15 +36,8 @@ from llavolta.compression.compressors import COMPRESSORS
 from llavolta.train.schemes import scale_plan
 
 RAGGED = [[3, 4], [2, 0, 5], [6], [1, 3, 2]]  # one image, two in a row, none, two apart
-NO_GRID = {
-    "avgpool2d": ["mistral3"],
-    "avgpool3d": ["mistral3"],
-    "downsample": ["mistral3", "video_llava"],
-}  # of known sides
-TOKEN_BY_TOKEN = ("llava", "llava_next", "llava_next_video", "video_llava", "internvl")  # what the projector works on
-UNKNOWN = ("mistral3", "llava_next_video", "llava_onevision", "video_llava")  # which patches became which tokens
 NO_ATTENTION = ("aya_vision",)  # Cohere 2 rotates in its sliding-window layers only
-GREEDY = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None, suppress_tokens=[IMAGE])
+GREEDY = dict(max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None, suppress_tokens=[IMAGE])
 
 
 # The README's compressor in twenty lines, as it stands there.
@@ -60,6 +52,16 @@ every_place = pytest.mark.parametrize(("name", "place"), [(n, p) for n in sorted
 @pytest.fixture(scope="module")
 def model():
     return tiny_llava()
+
+
+@pytest.fixture(scope="module")
+def training():
+    return tiny_llava().train()
+
+
+@pytest.fixture(scope="module")
+def half():
+    return tiny_llava(dtype=torch.bfloat16).train()
 
 
 def test_the_matrix_has_every_compressor_of_the_package_and_a_users():
@@ -168,31 +170,37 @@ def test_text_before_the_first_image_is_untouched_and_rows_do_not_mix(model, nam
     assert (out[:, -1] - stock[:, -1]).abs().max() > 1e-3
 
 
+def gradients(model, batch, seed: int = 0, mixed: bool = False) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        loss = model(**batch).loss
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert all(torch.isfinite(gradient).all() for gradient in found.values())
+    return found
+
+
 @every_place
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"])
-def test_training_reaches_tower_and_projector_and_repeats_under_a_seed(name, place, dtype):
-    mixed = dtype == "autocast"
-    dtype = torch.float32 if mixed else dtype
-    model, batch = tiny_llava(dtype=dtype).train(), ragged_batch(RAGGED, dtype=dtype)
-
-    def step(seed):
-        torch.manual_seed(seed)
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            loss = model(**batch).loss
-        loss.backward()
-        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
-        return gradients
-
+def test_training_reaches_tower_and_projector_and_repeats_under_a_seed(training, name, place):
+    batch = ragged_batch(RAGGED)
     twice = {place: example(name), 3: example(name) if place == 1 else RandomDrop(0.5)}
     if name in ("enter", "withdraw"):  # once for all
         twice = {place: example(name)}
-    with compress(model, twice):
-        first, second = step(0), step(0)
+    with compress(training, twice):
+        first, second = gradients(training, batch), gradients(training, batch)
     assert all(torch.equal(first[n], second[n]) for n in first)
     assert first["model.multi_modal_projector.linear_1.weight"].abs().max() > 0
     assert any(n.endswith("layers.0.mlp.fc1.weight") and "tower" in n and g.abs().max() > 0 for n, g in first.items())
+
+
+@every_compressor
+def test_training_in_bfloat16_and_under_autocast(training, half, name):
+    plan = {places(name)[0]: example(name)}
+    with compress(half, plan):
+        gradients(half, ragged_batch(RAGGED, dtype=torch.bfloat16))
+    with compress(training, plan):
+        gradients(training, ragged_batch(RAGGED), mixed=True)
 
 
 @every_place
@@ -202,37 +210,11 @@ def test_generation(model, name, place):
     with compress(model, {place: example(name)}):
         torch.manual_seed(0)
         first = model.generate(**batch, **GREEDY)
-        assert torch.equal(model.generate(**batch, **GREEDY), first)
-        if "vision" in places(name):  # those that rank by the decoder choose anew for each token without a cache
-            assert torch.equal(model.generate(**batch, **GREEDY, use_cache=False), first)
-        sampled = model.generate(**batch, **{**GREEDY, "do_sample": True})
-        beams = model.generate(**batch, **GREEDY, num_beams=3)
-    assert first.shape == sampled.shape == beams.shape == (2, batch["input_ids"].shape[1] + 5)
-
-
-@every_compressor
-def test_on_every_family(name):
-    """The compressors that need attention meet every kind of norm and rotary embedding; what cannot work says so."""
-    place = places(name)[0]
-    for family in FAMILIES.values():
-        tiny, refused = family("left"), None
-        if family.__name__ in NO_GRID.get(name, []):
-            refused = pytest.raises(UnsupportedModel, match="rectangle")
-        if place == 0 and family.__name__ in UNKNOWN:
-            refused = pytest.raises(UnsupportedModel, match="reach layer 0.*use it at 'vision'")
-        if name == "restore" and family.__name__ in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"):
-            refused = pytest.raises(UnsupportedModel, match="(3-D positions|no single inv_freq).*calibration=0")
-        if name == "enter" and family.__name__ == "qwen3_vl":
-            refused = pytest.raises(UnsupportedModel, match="deep-stack")
-        if place == "vision" and family.__name__ not in TOKEN_BY_TOKEN:
-            match = r"class token|merge[sd].*use (a compressor|layer 0)|use layer 0|\(pictures, tokens, width\)"
-            refused = pytest.raises(UnsupportedModel, match=match)
-        if name in ("fastv", "pyramiddrop", "dart", "sparsevlm", "pact") and family.__name__ in NO_ATTENTION:
-            refused = pytest.raises(UnsupportedModel, match="some layers only")
-        with refused or nullcontext(), compress(tiny.model.train(), {place: example(name)}):
-            tiny.model(**tiny.batch).loss.backward()
-        gradients = [p.grad for p in tiny.model.parameters() if p.grad is not None]
-        assert bool(gradients) != bool(refused) and all(torch.isfinite(gradient).all() for gradient in gradients)
+        # those that rank by the decoder choose anew for each token without a cache
+        use_cache = "vision" not in places(name)
+        assert torch.equal(model.generate(**batch, **GREEDY, use_cache=use_cache), first)
+        beams = model.generate(**batch, **GREEDY, num_beams=2)
+    assert first.shape == beams.shape == (2, batch["input_ids"].shape[1] + 3)
 
 
 @pytest.mark.parametrize("kind", [RandomDrop, FastV, PyramidDrop])
@@ -615,12 +597,3 @@ def test_an_observers_error_ends_the_pass_and_leaves_the_model_stock():
     with pytest.raises(RuntimeError, match="on purpose at 1"), compress(model, "1:avgpool:2", observe=fail):
         model(**batch)
     assert torch.equal(model(**batch).logits, stock)
-
-
-def test_restore_without_calibration_is_for_every_family():
-    for family in FAMILIES.values():
-        tiny = family("left")
-        with compress(tiny.model.train(), "1:restore:calibration=0:divprune:0.25"):
-            tiny.model(**tiny.batch).loss.backward()
-        gradients = [p.grad for p in tiny.model.parameters() if p.grad is not None]
-        assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
