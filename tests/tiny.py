@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -22,6 +23,17 @@ from llavolta.worlds import backbones
 
 IMAGE, PAD = 4, 0
 VOCABULARY = 32
+
+
+def in_turn(*values: Sequence, cases: int = 0) -> list[tuple]:
+    """Cases for ``parametrize``: the first of each list, the second of each, and so on; lists begin anew.
+
+    Args:
+        values: What each parameter can be. Of 3, 4 and 2 values, 6 cases have each value more than once.
+        cases: How many; by default as many as the longest list has.
+    """
+    cases = cases or max(map(len, values))
+    return [tuple(options[case % len(options)] for options in values) for case in range(cases)]
 
 
 def example(name: str) -> Compressor:
