@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families_tiny import FAMILIES, VIDEO
-from tiny import IMAGE, Watched, ragged_batch, tiny_llava
+from tiny import IMAGE, Watched, in_turn, ragged_batch, tiny_llava
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from llavolta import (
@@ -36,8 +36,8 @@ from llavolta.compression.plan import format_plan
 from llavolta.compression.probe import TowerProbe
 from llavolta.cost.bench import tower_tokens
 
-budgets = pytest.mark.parametrize("keep", [0.1, 0.5, 7, 100])
-grids = pytest.mark.parametrize("grid", [3, 6, 7])  # 9 and 49 tokens: odd
+BUDGETS = [0.5, 7, 0.1, 100]
+GRIDS = [3, 6, 7]  # 9 and 49 tokens: odd
 
 
 def class_attention(tokens, picture: int, layer: str | int = "selected") -> torch.Tensor:
@@ -59,8 +59,7 @@ def cosine(a, b) -> float:
     return float(F.cosine_similarity(a.double(), b.double(), dim=0))
 
 
-@grids
-@budgets
+@pytest.mark.parametrize(("grid", "keep"), in_turn(GRIDS, BUDGETS, cases=6))
 def test_class_attention(grid, keep):
     tokens = tower_tokens(3, grid, 128)  # two heads
     out = ClassAttention(keep)(tokens)
@@ -73,9 +72,10 @@ LAYOUT = [[0, -1, -1, 2, 3], *([0, row, column, 2, 3] for row in range(2) for co
 LAYOUT += [[1, -1, -1, 1, 1], [2, -1, -1, 1, 2], [2, 0, 0, 1, 2], [2, 0, 1, 1, 2]]
 
 
-@grids
-@pytest.mark.parametrize("keep", [0.04, 0.2, 0.5, 3, 100])
-@pytest.mark.parametrize("overview", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("grid", "keep", "overview"),
+    [(7, 0.04, 0.25), (6, 0.2, 0.5), (3, 0.5, 0.5), (7, 3, 0.5), (6, 100, 0.25), (7, 0.2, 1.0)],
+)
 def test_shares_of_tiles(grid, keep, overview):
     """HiRED, tile by tile and patch by patch, of three images of seven tiles, one and three."""
     tokens, length = tower_tokens(len(LAYOUT), grid, 128), grid * grid
@@ -127,9 +127,10 @@ def test_tiles_need_to_be_known():
         family.model.get_image_features(**{k: family.batch[k] for k in ("pixel_values", "image_sizes")})
 
 
-@grids
-@budgets
-@pytest.mark.parametrize("weights", ["sum", "mean"])
+@pytest.mark.parametrize(
+    ("grid", "keep", "weights"),
+    in_turn(GRIDS, BUDGETS, ["sum", "mean", "mean", "sum", "mean", "sum"]),
+)
 def test_visionzip(grid, keep, weights):
     tokens, compressor = tower_tokens(3, grid, 128), VisionZip(keep, contextual=0.2, weights=weights)
     out, total = compressor(tokens), compressor.num_tokens(grid * grid)
@@ -158,9 +159,10 @@ def test_the_published_splits_of_visionzip():
     assert [round(VisionZip().contextual * total) for total in (192, 128, 64)] == [30, 20, 10]
 
 
-@grids
-@budgets
-@pytest.mark.parametrize(("important", "batch"), [(0.5, 8), (0.75, 3), (1.0, 8)])
+@pytest.mark.parametrize(
+    ("grid", "keep", "important", "batch"),
+    in_turn([3, 6, 7, 7, 6, 3], [0.5, 7, 0.1, 7, 0.5, 100], [0.5, 0.75, 0.75, 0.5, 1.0], [8, 3, 3]),
+)
 def test_vispruner(grid, keep, important, batch):
     tokens, compressor = tower_tokens(3, grid, 128), VisPruner(keep, important=important, batch=batch)
     out, total = compressor(tokens), compressor.num_tokens(grid * grid)
@@ -248,8 +250,7 @@ def in_a_model(plan: str, lengths, side: str = "right", grid: int = 4):
     return model, states, tokens, out, pictures
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("keep", [0.2, 0.5, 12])
+@pytest.mark.parametrize(("keep", "side"), [(0.2, "left"), (0.5, "right"), (12, "left")])
 def test_cdpruner(keep, side):
     _, states, tokens, out, pictures = in_a_model(f"0:cdpruner:{keep}", [[3, 4], [2, 0, 5], [1, 3, 2]], side)
     for number, (row, visual, behind) in enumerate(pictures):
@@ -272,8 +273,10 @@ def test_beyond_the_rank_of_the_kernel_as_many_tokens_are_left():
     assert watched.calls[0][1].mask.sum() == 50 and torch.isfinite(out.logits).all()
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(("keep", "image", "text"), [(0.5, 4, 4), (12, 2, 3), (0.2, 3, 0)])
+@pytest.mark.parametrize(
+    ("keep", "image", "text", "side"),
+    [(0.5, 4, 4, "left"), (12, 2, 3, "right"), (0.2, 3, 0, "left"), (0.5, 4, 4, "right")],
+)
 def test_dart(keep, image, text, side):
     plan = f"2:dart:{keep}:image_pivots={image}:text_pivots={text}"
     model, states, tokens, out, pictures = in_a_model(plan, [[3, 6], [2, 0, 5], [1, 3, 5]], side)
@@ -439,8 +442,7 @@ def test_tokens_are_clustered_in_a_batch_as_alone(shift):
             assert len(cluster[row, places[group]].unique()) == 1
 
 
-@pytest.mark.parametrize("recycle", [True, False])
-@pytest.mark.parametrize("keep", [0.2, 0.5, 4])
+@pytest.mark.parametrize(("keep", "recycle"), [(0.2, True), (0.5, True), (4, True), (0.5, False)])
 def test_sparsevlm(keep, recycle):
     plan = f"2:sparsevlm:{keep}:recycle={str(recycle).lower()}"
     lengths, grid = [[3, 6], [2, 0, 5], [1, 3, 5]], 8 if keep == 4 else 6  # two groups, one
@@ -482,9 +484,10 @@ def test_sparsevlm_in_three_layers_asks_the_same_words():
     assert all((one == raters[0]).all() for one in raters)
 
 
-@grids
-@budgets
-@pytest.mark.parametrize("window", [2, 6])
+@pytest.mark.parametrize(
+    ("grid", "keep", "window"),
+    in_turn(GRIDS, BUDGETS, [2, 6, 6, 2, 6, 2]),
+)
 def test_vscan(grid, keep, window):
     tokens, compressor = tower_tokens(3, grid, 128), VScan(keep, window=window)
     generator = torch.Generator().manual_seed(1)
@@ -509,9 +512,10 @@ def test_vscan(grid, keep, window):
         torch.testing.assert_close(out.hidden[picture], expected, rtol=1e-4, atol=1e-5)
 
 
-@grids
-@budgets
-@pytest.mark.parametrize(("crops", "shape"), [(4, "square"), (9, "square"), (5, "rows")])
+@pytest.mark.parametrize(
+    ("grid", "keep", "crops", "shape"),
+    in_turn([7, 6, 7, 3, 7, 6], BUDGETS, [4, 9, 5], ["square", "square", "rows"]),
+)
 def test_holov(grid, keep, crops, shape):
     tokens, compressor = tower_tokens(3, grid, 128), HoloV(keep, crops=crops, shape=shape)
     out, total, places = compressor(tokens), compressor.num_tokens(grid * grid), range(grid * grid)
@@ -543,8 +547,10 @@ def test_holov(grid, keep, crops, shape):
         assert len(kept) == total and out.anchor[picture].tolist() == sorted(kept)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(("keep", "cutoff", "recover"), [(0.55, 0.3, 1.5), (0.8, 0.6, 1.0), (1.0, 1.0, 1.5)])
+@pytest.mark.parametrize(
+    ("keep", "cutoff", "recover", "side"),
+    [(0.55, 0.3, 1.5, "left"), (0.8, 0.6, 1.0, "right"), (1.0, 1.0, 1.5, "left")],
+)
 def test_pact(keep, cutoff, recover, side):
     lengths = [[3, 6], [2, 0, 5], [1, 3, 5]]
     model, states, tokens, out, pictures = in_a_model(f"1:pact:{keep}:{cutoff}:{recover}", lengths, side)
