@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import IMAGE, oracle, ragged_batch, tiny_llava
+from tiny import IMAGE, in_turn, oracle, ragged_batch, tiny_llava
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from llavolta import AveragePool, CompressedTokens, Compressor, PlanError, compress
@@ -61,9 +61,10 @@ def assert_like_oracle(model, batch, plan: dict[int, int], tolerance: float = 1e
         torch.testing.assert_close(out.logits[row, columns], logits, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("layer", [0, 1, 3])
-@pytest.mark.parametrize("stride", [2, 3, 5, 16, 40])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("stride", "layer", "side"),
+    in_turn([2, 3, 5, 16, 40], [0, 1, 3], ["left", "right"], cases=10),
+)
 def test_equals_the_oracle_on_a_ragged_batch(model, layer, stride, side):
     assert_like_oracle(model, ragged_batch(RAGGED, side=side), {layer: stride})
 

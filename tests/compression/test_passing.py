@@ -209,5 +209,6 @@ def test_weights_stay_in_a_cache(weighty, side, calibration):
 @torch.no_grad()
 def test_flex_attention_takes_no_weights(weighty):
     model, batch = tiny_llava(attention="flex_attention"), ragged_batch(ROWS)
-    with pytest.raises(UnsupportedModel, match="flex attention takes no bias.*sdpa"):
+    eager = torch.compiler.set_stance("force_eager")  # compiling takes seconds
+    with eager, pytest.raises(UnsupportedModel, match="flex attention takes no bias.*sdpa"):
         logits_under(model, batch, {1: weighty()})

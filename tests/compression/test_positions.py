@@ -6,7 +6,7 @@ import pytest
 import torch
 from families_tiny import FAMILIES, IMAGE, VIDEO
 from test_compress import packed
-from tiny import example, ragged_batch, tiny_llava
+from tiny import example, in_turn, ragged_batch, tiny_llava
 
 from llavolta import PlanError, UnsupportedModel, compress, parse_plan
 from llavolta.compression.compressors import COMPRESSORS
@@ -48,8 +48,8 @@ def layers_of(name: str) -> list[int]:
     return [2] if name == "enter" or "previous_layer" in needs else [0, 2]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", QWEN)
+@pytest.mark.parametrize(("family", "side"), in_turn(QWEN, ["left", "right"]))
+@torch.no_grad()
 def test_text_keeps_its_3d_positions(family, side):
     """Also behind images; what is left of these keeps its own, or takes a mean of them."""
     family = FAMILIES[family](side)
@@ -88,8 +88,10 @@ def test_text_keeps_its_3d_positions(family, side):
     assert tried > 25
 
 
-@pytest.mark.parametrize("plan", ["0:divprune:0.5", "0:cls:0.5;2:random:0.5", "0:visionzip:4"])
-@pytest.mark.parametrize("family", QWEN)
+@pytest.mark.parametrize(
+    ("family", "plan"),
+    in_turn(QWEN, ["0:divprune:0.5", "0:visionzip:4", "0:cls:0.5;2:random:0.5"]),
+)
 def test_generated_tokens_have_the_positions_of_stock(family, plan):
     family = FAMILIES[family]("left")
     model, prompt = family.model, {k: v for k, v in family.batch.items() if k != "labels"}
