@@ -359,7 +359,7 @@ def aya_vision(side="right", attention="sdpa"):
 
 
 def _built_once(family):
-    """``family``, whose models are built once a process: each call gives a copy, in half the time."""
+    """``family``, built once a process: each call gives a copy, in half the time."""
     build = functools.cache(lambda side, attention: family(side, attention))
 
     @functools.wraps(family)

@@ -26,10 +26,10 @@ VOCABULARY = 32
 
 
 def in_turn(*values: Sequence, cases: int = 0) -> list[tuple]:
-    """Cases for ``parametrize``: the first of each list, the second of each, and so on; lists begin anew.
+    """Cases for ``parametrize``: the first of each list, the second of each; lists begin anew.
 
     Args:
-        values: What each parameter can be. Of 3, 4 and 2 values, 6 cases have each value more than once.
+        values: What each parameter can be.
         cases: How many; by default as many as the longest list has.
     """
     cases = cases or max(map(len, values))

@@ -55,7 +55,7 @@ def use(model, attention: str):
 
 
 def trained(attention: str, plan: str, side: str) -> tuple:
-    """Real rows of the logits, the loss in evaluation and in training, and the gradients by name."""
+    """Logits without padding, the loss in evaluation and in training, gradients by name."""
     batch, model = ragged_batch(RAGGED, side=side), use(tiny_llava(layers=3), attention)
     with compress(model, plan):
         out = model(**batch)

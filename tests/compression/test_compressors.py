@@ -37,7 +37,8 @@ from llavolta.train.schemes import scale_plan
 
 RAGGED = [[3, 4], [2, 0, 5], [6], [1, 3, 2]]  # one image, two in a row, none, two apart
 NO_ATTENTION = ("aya_vision",)  # Cohere 2 rotates in its sliding-window layers only
-GREEDY = dict(max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None, suppress_tokens=[IMAGE])
+GREEDY = dict(max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
+GREEDY["suppress_tokens"] = [IMAGE]
 
 
 # The README's compressor in twenty lines, as it stands there.
