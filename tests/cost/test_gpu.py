@@ -51,7 +51,10 @@ def test_a_part_that_fails_is_told_and_the_next_one_begins(load, tmp_path, monke
     def broken(load):
         raise RuntimeError("CUDA error: something")
 
-    monkeypatch.setattr(gpu_report, "PARTS", {"peaks": broken, "host_reads": gpu.host_reads})
+    def whole(load):
+        return pd.DataFrame({"plan": ["none"], "seconds": [1.0]})
+
+    monkeypatch.setattr(gpu_report, "PARTS", {"peaks": broken, "host_reads": whole})
     assert bench.main(["gpu", "--tiny", "--folder", str(tmp_path)]) == 1
     [page] = tmp_path.glob("*.md")
     assert "peaks: RuntimeError: CUDA error: something" in page.read_text() and "## host_reads" in page.read_text()

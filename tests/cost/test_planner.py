@@ -59,14 +59,14 @@ def test_noise_never_makes_a_negative_rate():
     assert min(speed.per_linear, speed.per_attention, speed.fixed) >= 0
 
 
-PICTURE = (640, 480)
-TOKENS = {
-    "llava-1.5-7b": 576,
-    "qwen2.5-vl-7b": 23 * 17,  # 644 x 476 pixels, 28 a side
-    "qwen3-vl-8b": 20 * 15,  # 32 a side
-    "internvl3-8b": (4 * 3 + 1) * 256,  # tiles, and the whole picture
-    "smolvlm-500m": (4 * 3 + 1) * 64,
-    "llava-onevision-7b": 27 * 27 + 40 * (54 + 1),  # the whole picture, and 2 x 2 tiles without their padding
+TOKENS = {  # of an image, by its size
+    "llava-1.5-7b": ((640, 480), 576),
+    "qwen2.5-vl-7b": ((330, 230), 12 * 8),  # 336 x 224 pixels, 28 a side
+    "qwen3-vl-8b": ((320, 256), 10 * 8),  # 32 a side
+    "internvl3-8b": ((640, 480), (4 * 3 + 1) * 256),  # tiles, and the whole image
+    "smolvlm-500m": ((640, 160), (4 * 1 + 1) * 64),
+    # the whole image, and 2 x 2 tiles without their padding
+    "llava-onevision-7b": ((640, 480), 27 * 27 + 40 * (54 + 1)),
 }
 
 
@@ -74,13 +74,14 @@ TOKENS = {
     "name", [pytest.param(name, marks=() if name == "internvl3-8b" else pytest.mark.slow) for name in TOKENS]
 )
 def test_other_families_are_planned_by_what_their_processors_make(name):
-    planned = subject(name, size=PICTURE)
+    size, visual = TOKENS[name]
+    planned = subject(name, size=size)
     model = cost_model(planned.config)
-    assert model.tokens_of(planned.pictures) == TOKENS[name]
+    assert model.tokens_of(planned.pictures) == visual
     schemes = {of: SCHEMES[of].scaled(len(model.layers)) for of in ("single-stage", "four-stage-wider")}
     options = dict(pictures=planned.pictures, checkpointing=True, lora_rank=8)
     table = scheme_table(model, schemes, 1000, Speed.of_gpu("H100-SXM", 0.4), **options)
-    visual, lengths = TOKENS[name], model.lengths("none", 64, 1, [TOKENS[name]])
+    lengths = model.lengths("none", 64, 1, [visual])
     assert set(lengths) == {64 + visual} and table.hours["single-stage"] > table.hours["four-stage-wider"] > 0
     memory = memory_table(model, ["none", "0:avgpool:4"], lora_rank=8, pictures=planned.pictures)
     assert memory.cache_per_example["0:avgpool:4"] / memory.cache_per_example["none"] == pytest.approx(

@@ -67,5 +67,6 @@ class TestScaling:
         assert grouped["waiting"] + grouped["padding"] < (loose["waiting"] + loose["padding"]) / 3
         assert grouped["ideal"] == pytest.approx(loose["ideal"])
 
+    @pytest.mark.slow
     def test_the_page_is_up_to_date(self):
         assert scaling.main(["--check"]) == 0, "run python papers/scaling.py"
