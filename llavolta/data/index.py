@@ -55,7 +55,7 @@ def read_index(file: Path, ignore: Collection[str] = ()) -> Index:
     version, kept = file_version(file), kept_path(file, "npz", *sorted(ignore))
     if kept.exists() and not table:
         try:
-            with np.load(kept) as archive:
+            with kept.open("rb") as source, np.load(source) as archive:
                 held = dict(archive)
             words = {"bad": read_reasons(held["bad"].item()), "unread": json.loads(held["unread"].item())}
             index = Index(**{**held, **words, "version": held["version"].tolist()})

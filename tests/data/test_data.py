@@ -149,7 +149,7 @@ _JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.fixed_dictionaries({}, optional={"id": _JSON, "image": _JSON, "conversations": _JSON}) | _JSON)
 def test_arbitrary_entries_pass_or_raise_the_documented_error(value):
     try:
@@ -331,6 +331,7 @@ def test_every_tensor_of_a_batch_is_cut_at_max_length(tmp_path):
 
 
 def test_what_was_found_is_found_again_where_its_file_is_damaged_or_cannot_be_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data_index, "CACHE", tmp_path / "cache")  # of this test alone
     (tmp_path / "d.json").write_text(json.dumps([entry()]))
     found = find_bad(tmp_path / "d.json", progress=False)
     assert list(found) == [0]

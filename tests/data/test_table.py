@@ -85,7 +85,7 @@ def test_a_run_on_a_table_is_that_on_the_same_entries_in_json(pairs, small_model
         entries.append(dict(id=str(number), image=f"pictures/{number}.png", conversations=turns))
     (tmp_path / "chat.json").write_text(json.dumps(entries))
     table(pairs).to_parquet(str(tmp_path / "chat.parquet"))
-    shared = dict(model=str(small_model), align_steps=0, max_steps=4, scheme=["1:avgpool:8", "none"], batch_size=8)
+    shared = dict(model=str(small_model), align_steps=0, max_steps=2, scheme=["1:avgpool:8", "none"], batch_size=4)
     runs = [
         train(TrainConfig(output=str(tmp_path / kind), data=str(tmp_path / f"chat.{kind}"), **shared), progress=False)
         for kind in ("json", "parquet")
