@@ -50,8 +50,6 @@ test: lint
 test-rest: install
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
 		echo "note: no chromium, so the browser tests are skipped; apt-get install chromium runs them"
-	@command -v c++ >/dev/null || \
-		echo "note: no C++ compiler, so the tests of DeepSpeed are skipped; apt-get install g++ runs them"
 	$(PYTEST) -m "slow or browser"
 
 test-all: lint

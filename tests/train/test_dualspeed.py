@@ -323,7 +323,7 @@ def interrupted(monkeypatch, at: int, **config) -> None:
         train(TrainConfig(**config), progress=False)
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 8])
+@pytest.mark.parametrize("at", [2, 8])  # before a slow step, and at the end of a stage
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, settings, tmp_path, monkeypatch, at):
     run = dict(output=str(tmp_path / "run"), save_steps=1, **settings)
     interrupted(monkeypatch, at, **run)
@@ -335,7 +335,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, settings,
 
 
 def test_adapters_checkpointing_and_accumulation(settings, tmp_path, monkeypatch):
-    more = dict(lora_rank=2, gradient_checkpointing=True, global_batch=8, max_steps=5, save_steps=1)
+    more = dict(lora_rank=2, gradient_checkpointing=True, batch_size=2, global_batch=4, max_steps=4, save_steps=1)
     settings = {**settings, **more}
     whole = train(TrainConfig(output=str(tmp_path / "whole"), **settings), progress=False)
     interrupted(monkeypatch, 5, output=str(tmp_path / "run"), **settings)  # in the third step, the slow one
@@ -359,50 +359,47 @@ def test_accumulation_of_slow_steps_is_one_large_slow_step():
 
 
 def test_it_learns(settings, tmp_path):
-    changes = dict(scheme="dualspeed", max_steps=40, learning_rate=5e-3, batch_size=16)
+    changes = dict(scheme="dualspeed", max_steps=20, learning_rate=1e-2)
     run = train(TrainConfig(output=str(tmp_path / "run"), **settings).changed(**changes), progress=False)
     losses = [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
-    assert sum(losses[30:]) < 0.8 * sum(losses[:10])
+    assert sum(losses[15:]) < 0.7 * sum(losses[:5])
 
 
-def test_tuning_starts_from_the_isolator_that_alignment_has_trained(settings, scenes, tmp_path, monkeypatch):
+@pytest.fixture
+def aligned(settings, scenes, tmp_path):
+    """A run whose alignment trains the isolator, too."""
+    plan = "0:divprune:0.25"
+    scheme = [{"align": {"plan": plan, "isolated": True}}, {"plan": plan, "share": 1, "slow_every": 3}]
+    values = {**settings, "scheme": scheme, "align_data": str(scenes / "align.json"), "align_steps": 2, "max_steps": 3}
+    return TrainConfig(output=str(tmp_path / "run"), **values)
+
+
+def test_tuning_starts_from_the_isolator_that_alignment_has_trained(aligned, tmp_path, monkeypatch):
     begun = []
-    real = StageTrainer.train
+    real, finish = StageTrainer.train, run_module._finish
 
     def watched(self, *args, **kwargs):
         begun.append(getattr(unwrap(self.model), ISOLATOR).weight.detach().clone())
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(StageTrainer, "train", watched)
-    plan = "0:divprune:0.25"
-    scheme = [{"align": {"plan": plan, "isolated": True}}, {"plan": plan, "share": 1, "slow_every": 3}]
-    values = {**settings, "scheme": scheme, "align_data": str(scenes / "align.json"), "align_steps": 4, "max_steps": 3}
-    out = train(TrainConfig(output=str(tmp_path / "run"), **values), progress=False)
+    out = train(aligned, progress=False)
     held = load_file(out / "align" / f"{ISOLATOR}.safetensors")["weight"]
     assert torch.equal(begun[1], held) and not torch.equal(begun[0], held)
     assert not (out / f"{ISOLATOR}.safetensors").exists()  # the result is plain
     rows = read_metrics(out / "align" / "metrics.jsonl")
     assert {row["plan"] for row in rows} == {"0:divprune:0.25:auto"}
-    elsewhere = {**values, "model": str(out / "align"), "align_steps": 0}  # as comparisons share an alignment
-    again = train(TrainConfig(output=str(tmp_path / "again"), **elsewhere), progress=False)
-    assert torch.equal(begun[2], held)
-    one, other = (load_file(folder / "model.safetensors") for folder in (out, again))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_a_kill_behind_alignment_does_not_lose_its_isolator(settings, scenes, tmp_path, monkeypatch):
-    plan, finish = "0:divprune:0.25", run_module._finish
+    elsewhere = dict(model=str(out / "align"), align_steps=0)  # as comparisons share an alignment
+    again = train(aligned.changed(output=str(tmp_path / "again"), **elsewhere), progress=False)
+    assert torch.equal(begun[2], held) and same(weights(out), weights(again))
 
     def killed(*args):
         finish(*args)
         raise Interrupt
 
-    scheme = [{"align": {"plan": plan, "isolated": True}}, {"plan": plan, "share": 1, "slow_every": 3}]
-    values = {**settings, "scheme": scheme, "align_data": str(scenes / "align.json"), "align_steps": 2, "max_steps": 3}
-    config = TrainConfig(output=str(tmp_path / "run"), **values)
+    config = aligned.changed(output=str(tmp_path / "killed"))
     with monkeypatch.context() as patch, pytest.raises(Interrupt):
-        patch.setattr(run_module, "_finish", killed)
+        patch.setattr(run_module, "_finish", killed)  # behind alignment
         train(config, progress=False)
-    one = train(config, progress=False)
-    other = train(config.changed(output=str(tmp_path / "other")), progress=False)
-    assert same(weights(one), weights(other))
+    assert same(weights(out), weights(train(config, progress=False)))
+    assert torch.equal(begun[4], held)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +16,10 @@ import yaml
 from processors_tiny import write
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
+from two_processes import train_together
 
 from llavolta.data import LlavaData
+from llavolta.train.__main__ import main
 from llavolta.train.config import TrainConfig
 from llavolta.train.launch import launch
 from llavolta.train.run import train
@@ -29,13 +31,6 @@ ENGINES = {  # the configuration, and a file that only this engine's checkpoints
     "zero3": ({"deepspeed": "zero3"}, "global_step6/zero_pp_rank_1_mp_rank_00_model_states.pt"),
     "fsdp2": ({"fsdp": "fsdp2"}, "pytorch_model_fsdp.bin"),
 }
-
-needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="DeepSpeed needs a C++ compiler: install g++")
-
-
-def each(names) -> list:
-    """The names of engines or launchers as parameters; DeepSpeed compiles what its processes talk through."""
-    return [pytest.param(n, marks=needs_compiler if n.startswith(("zero", "deep")) else ()) for n in names]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +44,7 @@ def settings(scenes, small_model, tmp_path_factory):
     file = tmp_path_factory.mktemp("mixed") / "mixed.json"
     file.write_text(json.dumps(entries))
     values = dict(model=str(small_model), data=str(file), images=str(scenes), align_steps=0, max_steps=6)
-    return {**values, "global_batch": 8, "log_steps": 1, "save_steps": 1, "warmup": 0.0, "learning_rate": 5e-4}
+    return {**values, "global_batch": 8, "log_steps": 1, "save_steps": 0, "warmup": 0.0, "learning_rate": 5e-4}
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +66,14 @@ def trains_like(one: Path, two: Path, steps: int) -> None:
         torch.testing.assert_close(found[name], value, atol=1e-3, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("engine", each(ENGINES))
+@pytest.mark.parametrize(
+    "engine", [pytest.param(name, marks=() if name == "ddp" else pytest.mark.slow) for name in ENGINES]
+)
 def test_two_processes_train_like_one(one, settings, tmp_path, engine):
     parameters, own = ENGINES[engine]
-    values = {**settings, "batch_size": 4, "output": str(tmp_path / "run"), **parameters}
-    launch(TrainConfig(**values, stage=1), num_processes=2)
-    two = launch(TrainConfig(**values), num_processes=2)
+    whole = TrainConfig(**settings, batch_size=4, output=str(tmp_path / "run"), **parameters)
+    train_together(whole.changed(stage=1), whole)
+    two = tmp_path / "run"
     assert json.loads((two / "scheme.json").read_text())["processes"] == 2
 
     assert (two / "checkpoint-6" / own).exists()
@@ -96,82 +93,114 @@ def of_all_kinds(clip_data, video_model, tmp_path_factory):
     entries += [{"id": f"text{i}", "conversations": turns} for i in range(4)]
     file = tmp_path_factory.mktemp("kinds") / "kinds.json"
     file.write_text(json.dumps(entries))
-    values = dict(model=str(video_model), data=str(file), images=str(clip_data), align_steps=0, max_steps=4)
-    stages = [{"plan": "1:avgpool:8", "share": 0.5}, {"plan": "none", "share": 0.5}]
-    return {**values, "scheme": stages, "global_batch": 8, "log_steps": 1, "save_steps": 0, "learning_rate": 5e-4}
+    return dict(model=str(video_model), data=str(file), images=str(clip_data), global_batch=8)
 
 
-OTHER_FAMILIES = ("qwen2_5_vl", "internvl", "smolvlm")
-TOGETHER = Path(__file__).with_name("two_processes.py")
-
-
-def _of_family(name: str, folder: Path, mixed: Path, **parameters) -> TrainConfig:
-    """Two stages on square, wide and tall pictures, several, and none; the last batch mixes them."""
-    stages = [{"plan": "1:avgpool:2", "share": 0.5}, {"plan": "none", "share": 0.5}]
-    values = dict(model=str(folder), data=str(mixed), align_steps=0, max_steps=6, scheme=stages, global_batch=4)
-    steps = dict(log_steps=1, save_steps=0, warmup=0.0, learning_rate=5e-4)
-    return TrainConfig(**values, **steps, **parameters)
-
-
-@pytest.fixture(scope="module")
-def together(of_all_kinds, mixed, tmp_path_factory):
-    """By name: what differs from the defaults, examples of a step, and the run of one process."""
-    configs = {"video_llava": TrainConfig(output="x", **of_all_kinds)}
-    for name in OTHER_FAMILIES:
-        model = write(name, tmp_path_factory.mktemp(name) / "model")
-        configs[name] = _of_family(name, model, mixed, output="x")
-    runs = {}
-    for name, config in configs.items():
-        output, whole = str(tmp_path_factory.mktemp(name) / "run"), config.global_batch
-        runs[name] = config, train(config.changed(output=output, batch_size=whole), progress=False)
-    return runs
-
-
-@pytest.mark.parametrize("engine", each(ENGINES))
-def test_other_families_train_in_two_processes_as_in_one(together, tmp_path, engine):
-    """Clips, stills and text meet in one step of Video-LLaVA; its processes see different ones."""
-    files, own = [], ENGINES[engine][0]
-    for name, (config, _) in together.items():
-        two = config.changed(output=str(tmp_path / name), batch_size=2, **own)
-        files.append(tmp_path / f"{name}.yaml")
-        files[-1].write_text(yaml.safe_dump(two.model_dump()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(TOGETHER)]
-    out = subprocess.run([*command, *map(str, files)], capture_output=True, text=True, timeout=600)
-    assert out.returncode == 0, out.stderr[-3000:]
-    for name, (config, one) in together.items():
-        steps = config.max_steps
-        assert json.loads((tmp_path / name / "scheme.json").read_text())["processes"] == 2
-        assert any((tmp_path / name / f"checkpoint-{steps}").glob(ENGINES[engine][1].replace("step6", f"step{steps}")))
-        trains_like(one, tmp_path / name, steps)
-
-
-LAUNCHERS = {
-    "torchrun": ["torchrun", "--nproc_per_node", "2", "-m"],
-    "accelerate": ["accelerate", "launch", "--config_file", "{config}", "-m"],
-    "deepspeed": ["deepspeed", "--num_accelerators", "2", "--module"],
+# Each family under some engines, each engine with some families: what shards the weights with what differs most.
+IN_TWO = {
+    "ddp": ("video_llava", "smolvlm"),
+    "zero2": ("internvl",),
+    "zero3": ("video_llava", "qwen2_5_vl"),
+    "fsdp2": ("video_llava", "internvl"),
 }
 
 
-@pytest.mark.parametrize("launcher", each(LAUNCHERS))
-def test_the_usual_launchers_start_as_many_processes_as_they_are_told(settings, tmp_path, launcher):
-    config = tmp_path / "accelerate.yaml"
+@pytest.fixture(scope="module")
+def alone(of_all_kinds, mixed, tmp_path_factory):
+    """A function: the configuration of a family and its run in one process, trained when it is first asked for.
+
+    Two stages on square, wide and tall pictures, several, and none; the last batch mixes them.
+    """
+    stages = [{"plan": "1:avgpool:2", "share": 0.5}, {"plan": "none", "share": 0.5}]
+    shared = dict(align_steps=0, max_steps=4, log_steps=1, save_steps=0, warmup=0.0, learning_rate=5e-4, scheme=stages)
+
+    @functools.cache
+    def alone(name: str) -> tuple[TrainConfig, Path]:
+        folder = tmp_path_factory.mktemp(name)
+        own = of_all_kinds
+        if name != "video_llava":
+            own = dict(model=str(write(name, folder / "model")), data=str(mixed), global_batch=4)
+        config = TrainConfig(output=str(folder / "run"), **shared, **own)
+        return config, train(config.changed(batch_size=config.global_batch), progress=False)
+
+    return alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "family"), [(engine, name) for engine, names in IN_TWO.items() for name in names])
+def test_other_families_train_in_two_processes_as_in_one(alone, tmp_path, engine, family):
+    """Clips, stills and text meet in one step of Video-LLaVA; its processes see different ones."""
+    config, one = alone(family)
+    parameters, own = ENGINES[engine]
+    train_together(config.changed(output=str(tmp_path / "run"), batch_size=2, **parameters))
+    assert json.loads((tmp_path / "run" / "scheme.json").read_text())["processes"] == 2
+    assert (tmp_path / "run" / "checkpoint-4" / own.replace("step6", "step4")).exists()
+    trains_like(one, tmp_path / "run", steps=4)
+
+
+@pytest.mark.slow
+def test_a_launch_trains_in_two_processes(one, settings, tmp_path):
+    run = launch(TrainConfig(**settings, batch_size=4, output=str(tmp_path / "run")), num_processes=2)
+    assert json.loads((run / "scheme.json").read_text())["processes"] == 2
+    trains_like(one, run, steps=6)
+
+
+LAUNCHERS = {
+    "accelerate": ["accelerate", "launch", "--config_file", "{config}", "-m"],
+    "deepspeed": ["deepspeed", "--num_accelerators", "2", "--module"],
+}
+PROBE = """
+import json, os, sys
+
+with open(f"rank{os.environ['RANK']}.json", "w") as file:
+    json.dump([sys.argv[1:], dict(os.environ)], file)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_other_launchers_start_processes_as_training_expects_them(settings, tmp_path, launcher, monkeypatch, capsys):
+    """Their environment is that of the processes above, and our command line takes their arguments."""
+    (tmp_path / "probe.py").write_text(PROBE)
+    config, file = tmp_path / "accelerate.yaml", tmp_path / "run.yaml"
     config.write_text(
         "distributed_type: MULTI_GPU\nuse_cpu: true\nnum_processes: 2\nmachine_rank: 0\nnum_machines: 1\n"
     )
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump({**settings, "batch_size": 4, "output": str(tmp_path / "run"), "save_steps": 0}))
+    file.write_text(yaml.safe_dump({**settings, "output": str(tmp_path / "run")}))
     scripts = Path(sys.executable).parent
     command = [part.format(config=config) for part in LAUNCHERS[launcher]]
-    command = [sys.executable, str(scripts / command[0]), *command[1:], "llavolta.train", str(file)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
-
-    def start(processes: int):
-        last = ["--num-processes", str(processes)]
-        return subprocess.run([*command, *last], env=environment, capture_output=True, text=True, timeout=300)
-
-    out = start(2)
+    command = [sys.executable, str(scripts / command[0]), *command[1:], "probe", str(file)]
+    path = f"{scripts}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": path, "PYTHONPATH": str(tmp_path)}
+    out = subprocess.run(
+        [*command, "--num-processes", "2"],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert out.returncode == 0, out.stderr[-3000:]
-    assert json.loads((tmp_path / "run" / "scheme.json").read_text())["processes"] == 2
-    if launcher == "torchrun":
-        out = start(3)
-        assert out.returncode and "error: 3 processes were asked for, but 2 came up" in out.stderr
+    for rank in range(2):
+        given, found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert (found["LOCAL_RANK"], found["WORLD_SIZE"]) == (str(rank), "2")
+        assert found["MASTER_ADDR"] and found["MASTER_PORT"]
+    monkeypatch.setenv("WORLD_SIZE", "1")  # what training takes it for here
+    monkeypatch.setenv("LLAVOLTA_PROCESSES", "1")
+    assert main(given) == 1
+    assert "error: 2 processes were asked for, but 1 came up" in capsys.readouterr().err
+
+
+def test_a_launcher_that_started_too_few_processes_is_told_of(settings, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({**settings, "output": str(tmp_path / "run")}))
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as under a launcher
+    monkeypatch.setenv("LLAVOLTA_PROCESSES", "1")  # set by the command line, and put back by this
+    assert main([str(file), "--num-processes", "3", "--local_rank=0"]) == 1
+    assert "error: 3 processes were asked for, but 1 came up" in capsys.readouterr().err
+
+
+def test_deepspeed_finds_what_it_compiles_with(settings, tmp_path, monkeypatch):
+    """It calls ninja, which pip puts beside this Python."""
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("llavolta.train.run.prepare", lambda config: sys.exit())
+    with pytest.raises(SystemExit):
+        train(TrainConfig(**settings, deepspeed="zero2", output=str(tmp_path / "run")), progress=False)
+    assert os.environ["PATH"].split(os.pathsep) == [str(Path(sys.executable).parent), "/usr/bin"]

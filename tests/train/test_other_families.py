@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +25,12 @@ from llavolta.train.run import train
 from llavolta.train.schemes import SchemeError
 from llavolta.train.trainer import read_metrics
 
+# What differs most: patches in a flat row that the tower merges, tiles, and tiles with text around them.
+FEW = ("qwen2_5_vl", "internvl", "smolvlm")
+EACH = [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in WITH_PROCESSOR]
 
-@pytest.fixture(scope="module", params=WITH_PROCESSOR)
+
+@pytest.fixture(scope="module", params=EACH)
 def family(request, tmp_path_factory):
     return write(request.param, tmp_path_factory.mktemp("family") / request.param)
 
@@ -33,7 +38,7 @@ def family(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def settings(family, scenes, mixed):
     files = dict(data=str(mixed), align_data=str(scenes / "align.json"))
-    return dict(model=str(family), **files, align_steps=2, max_steps=6, batch_size=4, log_steps=1)
+    return dict(model=str(family), **files, align_steps=1, max_steps=3, batch_size=4, log_steps=1)
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -95,33 +100,47 @@ def test_statistics_are_those_of_the_batches(family, mixed):
     assert cost_model(planned.config).tokens_of(planned.pictures) == collate.picture_tokens(planned.size)
 
 
-def test_stages_one_by_one_equal_the_whole_and_the_result_is_plain(settings, tmp_path):
-    whole = train(TrainConfig(output=str(tmp_path / "whole"), **settings), progress=False)
-    for stage in (1, 2, 3):
-        train(TrainConfig(output=str(tmp_path / "run"), stage=stage, **settings), progress=False)
-    one, other = weights(whole), weights(tmp_path / "run")
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    model, info = AutoModelForImageTextToText.from_pretrained(whole, output_loading_info=True)
+@pytest.fixture(scope="module")
+def adapted(settings, tmp_path_factory):
+    """A run with adapters: alignment, and three stages of a step."""
+    output = tmp_path_factory.mktemp("runs") / "adapted"
+    return train(TrainConfig(output=str(output), lora_rank=2, **settings), progress=False)
+
+
+def moved(before: Path, after: Path) -> set[str]:
+    """The roles of the weights that differ."""
+    models = [load_model(str(folder))[0] for folder in (before, after)]
+    one, other = (dict(model.named_parameters()) for model in models)
+    role = roles(models[1])
+    return {role.of(name) for name in other if not torch.equal(one[name], other[name])}
+
+
+def test_adapters_move_the_language_model_and_the_projector_and_the_result_is_plain(adapted, settings):
+    assert moved(adapted / "align", adapted) == {"projector", "language"}
+    model, info = AutoModelForImageTextToText.from_pretrained(adapted, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     processor = load_model(str(settings["model"]))[1]  # of sizes that are not the family's own
-    for folder in (whole / "align", *whole.glob("checkpoint-*"), whole):
+    for folder in (adapted / "align", *adapted.glob("checkpoint-*"), adapted):
         saved = load_model(str(folder))[1]
         assert saved.image_processor.to_dict() == processor.image_processor.to_dict()
         assert saved.chat_template == processor.chat_template
-    card = ModelCard.load(whole / "README.md")
+    card = ModelCard.load(adapted / "README.md")
     assert card.data.pipeline_tag == "image-text-to-text" and card.data.base_model is None  # a folder of this machine
-    assert "| 1 | `1:avgpool:8` | 2 |" in card.text and "| 3 | `none` | 2 |" in card.text
-    rows = read_metrics(whole / "metrics.jsonl")
-    assert [row["stage"] for row in rows] == [1, 1, 2, 2, 3, 3] and all(row["loss"] > 0 for row in rows)
+    assert "| 1 | `1:avgpool:8` | 1 |" in card.text and "| 3 | `none` | 1 |" in card.text
+    rows = read_metrics(adapted / "metrics.jsonl")
+    assert [row["stage"] for row in rows] == [1, 2, 3] and all(row["loss"] > 0 for row in rows)
     assert rows[0]["visual_tokens"] > rows[0]["tokens_per_layer"][-1] > 0
 
 
-def test_adapters(settings, tmp_path):
-    run = train(TrainConfig(output=str(tmp_path / "lora"), lora_rank=2, **settings), progress=False)
-    before, after = (dict(load_model(str(folder))[0].named_parameters()) for folder in (run / "align", run))
-    role = roles(load_model(str(run))[0])
-    moved = [name for name in after if not torch.equal(before[name], after[name])]
-    assert {role.of(name) for name in moved} == {"projector", "language"}
+@pytest.mark.parametrize("family", FEW, indirect=True)
+def test_a_run_that_goes_on_behind_its_first_stage_equals_the_whole(adapted, settings, tmp_path):
+    aligned = {**settings, "model": str(adapted / "align"), "align_steps": 0}
+    whole = train(TrainConfig(output=str(tmp_path / "whole"), **aligned), progress=False)
+    for stage in (1, 3):
+        train(TrainConfig(output=str(tmp_path / "run"), stage=stage, **aligned), progress=False)
+    one, other = weights(whole), weights(tmp_path / "run")
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert moved(adapted / "align", whole) == {"projector", "language"}
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="with torchvision it reads clips")
@@ -151,15 +170,12 @@ def test_a_processor_that_needs_torchvision_is_named(tmp_path):
         load_model(str(tmp_path))
 
 
+@pytest.mark.parametrize("family", FEW, indirect=True)
 def test_four_bits(settings, tmp_path):
     pytest.importorskip("bitsandbytes", reason="pip install 'llavolta[qlora]' to test 4 bits")
-    short = {**settings, "max_steps": 3}
-    run = train(TrainConfig(output=str(tmp_path / "run"), lora_rank=2, quantize="nf4", **short), progress=False)
-    before, after = (dict(load_model(str(folder))[0].named_parameters()) for folder in (run / "align", run))
-    role = roles(load_model(str(run))[0])
-    assert all(value.dtype == torch.float32 for value in after.values())
-    moved = [name for name in after if not torch.equal(before[name], after[name])]
-    assert {role.of(name) for name in moved} == {"projector", "language"}
+    run = train(TrainConfig(output=str(tmp_path / "run"), lora_rank=2, quantize="nf4", **settings), progress=False)
+    assert {value.dtype for value in load_model(str(run))[0].parameters()} == {torch.float32}
+    assert moved(run / "align", run) == {"projector", "language"}
 
 
 def test_a_plan_that_the_model_cannot_do_is_told_before_alignment(tmp_path, scenes):

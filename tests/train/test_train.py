@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, get_cosine_schedule_with_warmup
 
 from llavolta.data import DataError
 from llavolta.train.__main__ import main
@@ -30,7 +30,7 @@ def settings(scenes, small_model):
         align_data=str(scenes / "align.json"),
         align_steps=2,
         max_steps=9,
-        batch_size=8,
+        batch_size=4,
         log_steps=1,
     )
 
@@ -50,11 +50,20 @@ def whole(settings, tmp_path_factory):
     return train(TrainConfig(output=str(output), **settings), progress=False)
 
 
-def test_stages_one_by_one_equal_the_whole_scheme_bit_for_bit(whole, settings, tmp_path):
-    for stage in (0, 1, 2, 3):
+@pytest.fixture(scope="module")
+def first(settings, tmp_path_factory):
+    """Alignment and stage 1, one by one; tests go on from copies."""
+    config = TrainConfig(output=str(tmp_path_factory.mktemp("runs") / "first"), **settings)
+    for stage in (0, 1):
+        run = train(config.changed(stage=stage), progress=False)
+    return run
+
+
+def test_stages_one_by_one_equal_the_whole_scheme_bit_for_bit(whole, first, settings, tmp_path):
+    shutil.copytree(first, tmp_path / "run")
+    assert not same(weights(whole), weights(tmp_path / "run"))
+    for stage in (2, 3):
         train(TrainConfig(output=str(tmp_path / "run"), stage=stage, **settings), progress=False)
-        if stage == 1:
-            assert not same(weights(whole), weights(tmp_path / "run"))
     assert same(weights(whole), weights(tmp_path / "run"))
 
 
@@ -73,9 +82,9 @@ class Interrupt(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [2, 3, 5, 8])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, settings, tmp_path, monkeypatch, at):
-
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, settings, tmp_path, monkeypatch):
+    """From within a stage; the run whose loss is not finite goes on from the end of one."""
+    at = 5
     step, count = StageTrainer.training_step, []
 
     def failing(self, *args):
@@ -94,14 +103,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(whole, settings,
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 10))
 
 
-@pytest.mark.parametrize("at", [3, 5])
-def test_a_run_of_drawn_plans_resumes_bit_for_bit(settings, tmp_path, monkeypatch, at):
-    drawn = {**settings, "scheme": [{"plan": "0:avgpool2d:1|2|3|4", "share": 1}], "align_steps": 0, "max_steps": 6}
+def test_a_run_of_drawn_plans_resumes_bit_for_bit(settings, tmp_path, monkeypatch):
+    stages = [{"plan": "0:avgpool2d:1|2|3|4", "share": 1}]
+    drawn = {**settings, "scheme": stages, "align_steps": 0, "max_steps": 4}
     seen, step, count = [], StageTrainer.training_step, []
 
     def watched(self, model, inputs, *args):
         count.append(1)
-        if len(count) == 6 + at + 1:
+        if len(count) == 4 + 2 + 1:
             raise Interrupt
         seen.append(self.callback_handler.callbacks)
         seen[-1] = next(c.stage.plan for c in seen[-1] if hasattr(c, "stop_after"))
@@ -113,26 +122,29 @@ def test_a_run_of_drawn_plans_resumes_bit_for_bit(settings, tmp_path, monkeypatc
     with pytest.raises(Interrupt):
         train(config, progress=False)
     train(config, progress=False)
-    assert seen[:6] == seen[6:] and len(set(seen)) > 1
+    assert seen[:4] == seen[4:] and len(set(seen)) > 1
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
 
 
 def test_a_stage_warms_up_anew_and_resumes_bit_for_bit(settings, tmp_path, monkeypatch):
     """Each step's learning rate is the plain run's, times its stage's, times how far that has warmed up."""
     stages = [{"plan": "1:avgpool:8", "share": 1 / 3}, {"plan": "none", "share": 2 / 3, "warmup": 0.5, "lr_scale": 2}]
-    warmed = {**settings, "scheme": stages, "align_steps": 0}
-    plain = {**warmed, "scheme": [{**stage, "warmup": 0, "lr_scale": 1} for stage in stages]}
+    warmed = {**settings, "scheme": stages, "align_steps": 0, "max_steps": 6}
+    config = TrainConfig(output=str(tmp_path / "warmed"), **warmed)
+    whole = train(config, progress=False)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], config.learning_rate)
+    plain = get_cosine_schedule_with_warmup(optimizer, 1, 6)  # of 6 steps, 3% are one
     rates = []
-    for name, given in (("plain", plain), ("warmed", warmed)):
-        train(TrainConfig(output=str(tmp_path / name), **given), progress=False)
-        rates.append([row["learning_rate"] for row in read_metrics(tmp_path / name / "metrics.jsonl")])
-    assert rates[1] == pytest.approx(
-        [a * b for a, b in zip(rates[0], [1, 1, 1, 2 / 3, 4 / 3, 2, 2, 2, 2], strict=True)]
-    )
+    for _ in range(6):
+        rates.append(plain.get_last_lr()[0])
+        optimizer.step()
+        plain.step()
+    found = [row["learning_rate"] for row in read_metrics(whole / "metrics.jsonl")]
+    factors = [1, 1, 1, 2, 2, 2]
+    assert found == pytest.approx([a * b for a, b in zip(rates, factors, strict=True)])
     for stage in (1, 2):
         train(TrainConfig(output=str(tmp_path / "run"), stage=stage, **warmed), progress=False)
-    assert same(weights(tmp_path / "warmed"), weights(tmp_path / "run"))
-    assert not same(weights(tmp_path / "warmed"), weights(tmp_path / "plain"))
+    assert same(weights(whole), weights(tmp_path / "run"))
 
 
 def test_what_a_run_writes(whole):
@@ -171,14 +183,17 @@ def test_a_model_that_came_in_bfloat16_leaves_in_it(settings, small_model, tmp_p
     held.save_pretrained(tmp_path / "source")
     values = {**settings, "model": str(tmp_path / "source"), "max_steps": 3, "lora_rank": rank}
     config = TrainConfig(output=str(tmp_path / "run"), **values)
-    for stage in (0, 3):
+    if rank:  # alignment trains no adapters
+        config = config.changed(align_steps=0)
+    for stage in (3,) if rank else (0, 3):
         run = train(config.changed(stage=stage), progress=False)
         finished = weights(run)
         assert {value.dtype for value in finished.values()} == {torch.bfloat16}
         source = run / ("checkpoint-3" if stage else "align")
         trained = load_model(str(source))[0].to(torch.bfloat16).state_dict()
         assert same(trained, finished)
-    assert {value.dtype for value in weights(run / "align").values()} == {torch.float32}
+    if not rank:
+        assert {value.dtype for value in weights(run / "align").values()} == {torch.float32}
 
 
 def test_alignment_trains_the_projector_alone_and_tuning_leaves_the_tower(whole, small_model):
@@ -200,10 +215,8 @@ def test_no_hooks_are_left_after_training_failed(settings, tmp_path, monkeypatch
     assert not len(patch._active)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_over(whole, settings, tmp_path, monkeypatch):
-
-    output = tmp_path / "run"
-    train(TrainConfig(output=str(output), stage=1, **settings), progress=False)
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_over(whole, first, settings, tmp_path, monkeypatch):
+    output = shutil.copytree(first, tmp_path / "run")
     before = weights(output)
     loss = StageTrainer.compute_loss
     monkeypatch.setattr(StageTrainer, "compute_loss", lambda self, *a, **k: loss(self, *a, **k) * float("nan"))
@@ -236,7 +249,7 @@ class TestRefusals:
         broken = json.loads((scenes / "train.json").read_text())
         broken[0]["image"] = "images/none.png"
         (tmp_path / "broken.json").write_text(json.dumps(broken))
-        short = {**settings, "align_steps": 0, "max_steps": 3}
+        short = {**settings, "align_steps": 0, "max_steps": 1, "scheme": ["none"]}
         refused = [
             dict(data=str(tmp_path / "broken.json"), images=str(scenes), max_length=50),
             dict(data=str(tmp_path / "broken.json"), images=str(scenes), max_length=50, bad_entries="skip"),
@@ -255,6 +268,7 @@ class TestRefusals:
             ({"scheme": "three-stages"}, "unknown scheme 'three-stages'; choose from single-stage"),
             ({"stage": 4}, r"stage must be 0 .* 3"),
             ({"stage": -1}, "stage must be 0"),
+            ({"stage": 0, "align_steps": 0}, "^stage 0 is projector alignment, which align_steps 0 skips"),
             ({"stage": "2"}, "stage must be a valid integer, not '2'"),
             ({"stage": 1, "plan": "9:avgpool:2"}, r"layer 9.*0\.\.3"),
             ({"stage": 1, "plan": "1:avgpool:0"}, "stride must be a whole number of at least 1"),
@@ -323,18 +337,6 @@ def test_the_command_line_does_the_same(whole, settings, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: unknown parameter 'outptu'")
 
 
-def test_two_processes_train_like_one(settings, tmp_path):
-    """torchrun on two CPU processes with half the batch each: the same losses and weights but for rounding."""
-    one = train(TrainConfig(output=str(tmp_path / "one"), **settings), progress=False)
-    half = {**settings, "batch_size": settings["batch_size"] // 2}
-    two = launch(TrainConfig(output=str(tmp_path / "two"), **half), num_processes=2)
-    losses = [[row["loss"] for row in read_metrics(folder / "metrics.jsonl")] for folder in (one, two)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    a, b = weights(one), weights(two)
-    assert a.keys() == b.keys()
-    assert all(torch.allclose(a[name], b[name], atol=2e-3) for name in a)
-
-
 def test_bad_entries_stop_a_run_or_are_left_out_of_it(settings, scenes, tmp_path):
     """A run that skips equals one on a file without the bad entries, bit for bit, also when it is resumed."""
     entries = json.loads((scenes / "train.json").read_text())
@@ -342,7 +344,7 @@ def test_bad_entries_stop_a_run_or_are_left_out_of_it(settings, scenes, tmp_path
     mixed = [bad.get(number) or entries.pop() for number in range(len(entries) + 2)]
     for name, held in (("mixed", mixed), ("clean", [entry for entry in mixed if entry not in bad.values()])):
         (tmp_path / f"{name}.json").write_text(json.dumps(held))
-    values = {**settings, "images": str(scenes), "epochs": 1}
+    values = {**settings, "images": str(scenes), "epochs": 1, "batch_size": 8, "align_steps": 0}
     values.pop("max_steps")
 
     def run(name: str, data: str, **changes):
@@ -373,6 +375,7 @@ def test_entries_that_max_length_makes_unusable_are_known_at_the_start(settings,
     file = tmp_path / "data.json"
     file.write_text(json.dumps(entries))
     values = {**settings, "data": str(file), "images": str(scenes), "max_length": 300, "align_steps": 0}
+    values |= dict(scheme=["none"], max_steps=1)
     if aligned:  # told before the alignment, too
         values |= dict(align_data=str(scenes / "align.json"), align_steps=1)
     begun = []
@@ -386,14 +389,15 @@ def test_entries_that_max_length_makes_unusable_are_known_at_the_start(settings,
     assert "skipping 2 bad of 48 entries" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("held", ["", "{a: [", "- 1", "\0\0\0"])
-def test_a_run_folder_with_a_damaged_record_is_told_of(settings, tmp_path, held):
-    config = TrainConfig(output=str(tmp_path / "run"), bad_entries="skip", **{**settings, "max_steps": 3})
+def test_a_run_folder_with_a_damaged_record_is_told_of(settings, tmp_path):
+    short = {**settings, "max_steps": 2, "align_steps": 0, "scheme": ["1:avgpool:8", "none"]}
+    config = TrainConfig(output=str(tmp_path / "run"), bad_entries="skip", **short)
     run = train(config.changed(stage=1), progress=False)
     good = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(held)
-    with pytest.raises(ConfigError, match=r"run/config.yaml (holds no run's parameters|cannot be read)"):
-        train(config, progress=False)
+    for damaged in ("", "{a: [", "- 1", "\0\0\0"):
+        (run / "config.yaml").write_text(damaged)
+        with pytest.raises(ConfigError, match=r"run/config.yaml (holds no run's parameters|cannot be read)"):
+            train(config, progress=False)
     (run / "config.yaml").write_text(good)
     (run / "skipped.json").write_text("[1,")
     with pytest.raises(DataError, match="run/skipped.json cannot be read"):
@@ -408,18 +412,15 @@ def test_processes_that_do_not_come_up_are_an_error(settings, tmp_path, monkeypa
         train(TrainConfig(output=str(tmp_path / "run"), **settings), progress=False)
 
 
-def test_the_error_of_a_child_process_is_shown(settings, tmp_path):
-    broken = {**settings, "align_steps": 0, "stage": 0}
-    with pytest.raises(ConfigError, match="^training in 2 processes failed: stage 0 is projector"):
-        launch(TrainConfig(output=str(tmp_path / "run"), **broken), num_processes=2)
-
-
+@pytest.mark.slow
 def test_a_bad_picture_met_by_a_worker_of_a_launched_process_is_named(settings, scenes, tmp_path):
     shutil.copytree(scenes, tmp_path / "data")
     entry = json.loads((tmp_path / "data" / "train.json").read_text())[5]
     (tmp_path / "data" / entry["image"]).write_bytes(b"nonsense")
     data = dict(data=str(tmp_path / "data" / "train.json"), align_steps=0, max_steps=30, num_workers=1)
-    with pytest.raises(ConfigError, match=f"failed: train.json entry 5 .*{entry['image']}' cannot be read"):
+    with pytest.raises(
+        ConfigError, match=f"^training in 2 processes failed: train.json entry 5 .*{entry['image']}' cannot be read"
+    ):
         launch(TrainConfig(output=str(tmp_path / "run"), **{**settings, **data}), num_processes=2)
 
 
