@@ -22,12 +22,11 @@ class CacheBook:
     """By cache and layer of the plan, what the rows of the layers from there on stand for.
 
     ``begin`` a pass, ``note`` at each layer of the plan what the cache will hold, look up each layer's ``mask``, and
-    ``close`` the pass behind the decoder: one that fails on the way leaves the book as it was. uneven: layers behind
-    hold tokens that layer 0 has not, so stock masks made for layer 0's cache do not do.
+    ``close`` the pass behind the decoder: one that fails on the way leaves the book as it was.
     """
 
-    def __init__(self, parts: Parts, uneven: bool = False):
-        self.parts, self.uneven = parts, uneven
+    def __init__(self, parts: Parts):
+        self.parts = parts
         self._held: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # {layer of the plan: CachedRows}
         self._left: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # keys as they were, see _rows_of_before
 
@@ -42,7 +41,7 @@ class CacheBook:
             self._held.pop(state.cache, None)  # new, or emptied by reset()
         held = self._up_to_date(state)
         mixed = len(set(getattr(self.parts.decoder.config, "layer_types", None) or ())) > 1
-        if held and (mixed or self.uneven):
+        if held and mixed:
             return self._with_whole_masks(state, inputs, max(rows.seen for rows in held.values()))
         first = held.get(0)
         state.seen = seen = state.past if first is None else first.seen

@@ -28,10 +28,9 @@ from torch import Tensor, nn
 
 from llavolta.compression import labelled
 from llavolta.compression.cache import CacheBook
-from llavolta.compression.compressors import CompressedTokens, Compressor, VisualTokens, keep_tokens
+from llavolta.compression.compressors import CompressedTokens, Compressor, VisualTokens
 from llavolta.compression.compressors.base import check_output
 from llavolta.compression.compressors.prefix import Prefixed
-from llavolta.compression.compressors.withdraw import Enter, Wait
 from llavolta.compression.families import (
     PIXELS,
     encode_pictures,
@@ -113,9 +112,6 @@ class Compression:
         self._tower = TowerWatch(working[0], self.parts) if 0 in working and "tower" in working[0].needs else None
         if before is not None:
             self._steps[0] = [DropMarked(before.contiguous), *self._steps.get(0, [])]
-        self._enters = next((layer for layer, c in working.items() if isinstance(c, Enter)), None)
-        if self._enters is not None:
-            self._steps[0] = [*self._steps.get(0, []), Wait()]
         if self._steps and (state := holds_state(self.parts)):
             raise UnsupportedModel(
                 f"{type(self.parts.base).__name__} has decoder layers of type {state}, which hold "
@@ -133,7 +129,7 @@ class Compression:
         self._observe, self._observed = observe, set(working)
         self.labelled_only = labelled_only if labelled_only is not None else bool(self._steps)
         self._now = Now()
-        self._book = CacheBook(self.parts, uneven=self._enters is not None)
+        self._book = CacheBook(self.parts)
         self._hooks: list = []
         if self.parts.decoder in _active:
             raise RuntimeError("this model is being compressed already; remove() the first handle or leave its block")
@@ -229,8 +225,6 @@ class Compression:
         self._now.enter("base")
         if not self._steps:
             return None
-        if self._vision is not None:
-            self._vision.image_sizes = kwargs.get("image_sizes")
         inputs = encode_pictures(self.parts.base, args, kwargs)
         by_kind = {kind: where.cpu() for kind, where in visual_tokens(self.parts, inputs).items()}
         if self._vision is not None and "video" in by_kind and pools_frames(self.parts.base):
@@ -240,12 +234,8 @@ class Compression:
 
     def _after_base(self, module, args, output):
         self._now.state = None
-        if self._vision is not None:
-            self._vision.image_sizes = None
 
     def _before_projector(self, module, args):
-        if self._now.image_sizes is not None:  # generate encodes images ahead of the base model
-            self._vision.image_sizes = self._now.image_sizes
         return (self._vision.shorten(args[0], module.training), *args[1:])
 
     def _after_projector(self, module, args, output):
@@ -294,8 +284,6 @@ class Compression:
         if number in self._steps:
             if state.has_pictures:
                 for compressor in self._steps[number]:
-                    if isinstance(compressor, Wait):
-                        hidden = self._hold(hidden, state)
                     at = LayerInput(module, hidden, state.rotary_of_rows(stock_rotary, self.parts.rotary))
                     hidden = self._shrink(compressor, number, at, state)
             if state.cache is not None:
@@ -312,25 +300,8 @@ class Compression:
             state.previous = LayerInput(module, hidden, kwargs.get("position_embeddings"))
         return (hidden, *args[1:]), kwargs
 
-    def _hold(self, hidden: Tensor, state: Pass) -> Tensor:
-        """Keep what layer 0 was given, without padding between: its visual tokens enter at a later layer."""
-        rows = state.rows or state.first_rows(self.parts)
-        if rows.deepstack:
-            raise UnsupportedModel(
-                "this model adds features to its visual tokens behind its first layers (deep-stack), where tokens that "
-                "enter later are not yet; use a plan without 'enter'"
-            )
-        tokens = rows.tokens(hidden, False, None)
-        hidden, state.rows, _ = rows.compressed(hidden, keep_tokens(tokens, tokens.mask), False, True, False)
-        state.waiting = hidden, state.rows
-        return hidden
-
     def _shrink(self, compressor: Compressor, number: int, at: LayerInput, state: Pass) -> Tensor:
         """hidden (B, T, C) -> (B, T', C) after ``compressor``; state.rows then describes the new rows."""
-        if isinstance(compressor, Enter):
-            held, rows = state.waiting  # pyright: ignore[reportGeneralTypeIssues]
-            hidden, state.rows, state.waiting = rows.rejoined(held, at.hidden), rows, None
-            return hidden
         rows = state.rows or state.first_rows(self.parts)
         if compressor.over_clips and rows.pictures.has_clips:
             rows = rows.by_clip()
@@ -352,7 +323,7 @@ class Compression:
         out, whole = check_output(compressor(tokens), tokens, where, compressor.may_empty)
         if compressor.may_empty and not bool(rows.text().any(1).all()):
             raise UnsupportedModel(f"{where} would leave a row of pictures alone without any token; put text beside it")
-        if self._observe is not None and number in self._observed and not isinstance(compressor, DropMarked | Wait):
+        if self._observe is not None and number in self._observed and not isinstance(compressor, DropMarked):
             self._observe(number, tokens, out)
         contiguous = compressor.contiguous and number == 0  # deeper, earlier layers have rotated keys by the places
         hidden, state.rows, moved = rows.compressed(at.hidden, out, whole, number == 0, contiguous)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from itertools import product
 
-from llavolta.compression.compressors import COMPRESSORS, Compressor, Enter, Restore
+from llavolta.compression.compressors import COMPRESSORS, Compressor, Restore
 from llavolta.compression.compressors.restore import options_of_restore
 from llavolta.errors import UserError
 
@@ -129,7 +129,7 @@ def check_layers(plan: Plan, num_layers: int) -> Plan:
             wrong = "ranks by the layer before it, so from layer 1"
         elif "decoder" in compressor.needs and layer == VISION:
             wrong = "ranks by the attention of a decoder layer, so from layer 0, not at 'vision'"
-        elif {"class_token", "tiles"} & compressor.needs and layer != VISION:
+        elif "class_token" in compressor.needs and layer != VISION:
             wrong = f"works on the vision tower's output only; write 'vision:{compressor.name}'"
         elif "tower" in compressor.needs and layer not in (VISION, 0):
             wrong = "ranks by the vision tower, so at 'vision' or layer 0"
@@ -137,12 +137,6 @@ def check_layers(plan: Plan, num_layers: int) -> Plan:
             wrong = "ranks by the vision tower, all of whose tokens must come to layer 0: nothing can stand at 'vision'"
         elif compressor.may_empty and layer != list(plan)[-1]:
             wrong = f"leaves no visual token behind layer {layer}, so nothing can follow it"
-        elif isinstance(compressor, Enter) and layer == 0:
-            wrong = "is for layers from 1 on; tokens enter at layer 0 as it is"
-        elif isinstance(compressor, Enter) and any(other not in (VISION, 0) and other < layer for other in plan):
-            wrong = (
-                f"leaves no visual token before layer {layer}, so nothing can stand there but at 'vision' and layer 0"
-            )
         elif layer not in (VISION, 0) and getattr(compressor, "positions", None) == "contiguous":
             wrong = "closes gaps at 'vision' and layer 0 only; deeper, leave positions out or write positions=original"
         if wrong:
@@ -150,18 +144,12 @@ def check_layers(plan: Plan, num_layers: int) -> Plan:
     return plan
 
 
-def entry_layer(plan: Plan) -> int:
-    """The first decoder layer that works on visual tokens: 0, or that of ``enter``."""
-    return next((layer for layer, compressor in plan.items() if isinstance(compressor, Enter)), 0)  # pyright: ignore
-
-
 def tokens_per_layer(plan: str | Mapping[Layer, Compressor] | None, num_layers: int, num_tokens: int) -> list[float]:
     """Visual tokens of one image of ``num_tokens`` tokens that each of ``num_layers`` layers works on."""
     plan = check_layers(parse_plan(plan), num_layers)
     counts, left = [], plan[VISION].num_tokens(num_tokens) if VISION in plan else num_tokens
-    first = entry_layer(plan)
     for layer in range(num_layers):
         if layer in plan:
             left = plan[layer].num_tokens(left)
-        counts.append(left if layer >= first else 0)
+        counts.append(left)
     return counts

@@ -130,14 +130,6 @@ class Rows:
         text.view(-1)[self.pictures.rows[self.pictures.mask]] = False
         return text
 
-    def rejoined(self, held: Tensor, text: Tensor) -> Tensor:
-        """held (B, T, C) with text (B, T', C), the hidden states of its tokens of text alone, in their places."""
-        chosen = self.text()
-        column = torch.argsort(~chosen, dim=1, stable=True)[:, : text.shape[1]]
-        real = columns(text.shape[1], text) < chosen.sum(1, keepdim=True)
-        column = column.where(real, held.shape[1])[..., None].expand_as(text)  # padding goes to a column to spare
-        return torch.cat([held, held[:, :1]], dim=1).scatter(1, column, text)[:, :-1]
-
     def add_deepstack(self, hidden: Tensor, layer: int) -> Tensor:
         """hidden (B, T, C) plus the features that the model adds to its visual tokens after ``layer``, if any."""
         if layer not in self.deepstack:

@@ -51,7 +51,6 @@ class Pass:
     moved: Tensor | int = 0  # (B, 1) how far closing the gaps of this pass has moved its last token up
     image_sizes: Tensor | None = None  # (images, 2), where the model cuts them in tiles
     start: tuple[LayerInput, Rows] | None = None  # what layer 0 works on, where a compressor will ask for it
-    waiting: tuple[Tensor, Rows] | None = None  # hidden (B, T, C) and rows of layer 0, where tokens enter later
 
     @classmethod
     def of_inputs(cls, inputs: dict, by_kind: dict[str, Tensor]) -> Pass:

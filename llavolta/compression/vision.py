@@ -217,21 +217,6 @@ def _tiles_of(base, image_sizes: Tensor, tiles: int) -> list[int] | None:
     return None
 
 
-def _layout(base, image_sizes: Tensor | None, tiles: int) -> Tensor | None:
-    """VisualTokens.tiles of the tower's ``tiles``; None if it is unknown which are of one image."""
-    counts = None if image_sizes is None else _tiles_of(base, image_sizes, tiles)
-    if counts is None:
-        return None
-    shape = sys.modules[type(base).__module__].get_anyres_image_grid_shape
-    rows = []
-    for image, count in enumerate(counts):
-        size = image_sizes[image].tolist(), base.config.image_grid_pinpoints, base.config.vision_config.image_size
-        down, across = shape(*size) if count > 1 else (1, 1)
-        rows.append([image, -1, -1, down, across])
-        rows += [[image, tile // across, tile % across, down, across] for tile in range(count - 1)]
-    return torch.tensor(rows)
-
-
 def _packing(base, image_sizes: Tensor, tiles: int) -> Callable[[Tensor], Tensor] | None:
     """What makes values (tiles, L, D) of tiled images one row of tokens (n, D), by the model's own code; newlines, that
     no patch became, have 0. None if it is unknown which tiles are of one image."""
@@ -271,7 +256,6 @@ class _Now(threading.local):
     """Between the tower and what is behind the projector, in this thread."""
 
     kept: tuple[CompressedTokens, int] | None = None  # what the projector works on, and how many tokens it was
-    image_sizes: Tensor | None = None
 
 
 class VisionStep:
@@ -285,21 +269,11 @@ class VisionStep:
             )
         self.compressor, self.observe = compressor, observe
         self.tower = TowerWatch(compressor, parts) if "tower" in compressor.needs else None
-        self.base = parts.base if "tiles" in compressor.needs else None
         self._now = _Now()
 
     def hooks(self, add: Callable) -> None:
         if self.tower is not None:
             self.tower.hooks(add)
-
-    @property
-    def image_sizes(self) -> Tensor | None:
-        """(images, 2), as the model was told them in this pass."""
-        return self._now.image_sizes
-
-    @image_sizes.setter
-    def image_sizes(self, sizes: Tensor | None) -> None:
-        self._now.image_sizes = sizes
 
     def shorten(self, hidden: Tensor, training: bool) -> Tensor:
         """hidden (I, L, D) of the tower -> (I, M, D), which the projector works on."""
@@ -312,16 +286,8 @@ class VisionStep:
         grid = torch.tensor((side, side) if side * side == length else (1, length), device=hidden.device)
         probe = None if self.tower is None else self.tower.probe([hidden], length, images)
         tokens = VisualTokens(hidden, mask, positions, grid.expand(images, -1), training, probe)
-        if self.base is not None and getattr(self.base.config, "image_grid_pinpoints", None) is not None:
-            tokens.tiles = _layout(self.base, self.image_sizes, images)
-            if tokens.tiles is None:
-                raise UnsupportedModel(
-                    f"{self.compressor}: it is unknown which of the {images} pictures at the projector are tiles of "
-                    "one image; leave out what is shared by them, so that each is a picture of its own"
-                )
-            tokens.tiles = tokens.tiles.to(hidden.device)
         where = f"compressor {self.compressor} at 'vision'"
-        out, _ = check_output(self.compressor(tokens), tokens, where, may_empty=tokens.tiles is not None)
+        out, _ = check_output(self.compressor(tokens), tokens, where)
         if out.size is not None or out.calibration is not None:
             raise UnsupportedModel(f"{self.compressor} weighs tokens by what they stand for: use it from layer 0 on")
         if self.observe is not None:

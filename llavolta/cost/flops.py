@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
 from llavolta.compression.families import encode_pictures, find_parts, tower_attentions
-from llavolta.compression.plan import VISION, Plan, entry_layer, parse_plan, tokens_per_layer
+from llavolta.compression.plan import VISION, Plan, parse_plan, tokens_per_layer
 from llavolta.cost.products import Seen, count_products
 from llavolta.errors import UnsupportedModel
 from llavolta.train.schemes import Stage
@@ -225,7 +225,7 @@ class CostModel:
                 at = [plan[VISION].num_tokens(count) for count in visual]
             if layer == VISION:
                 at = [seen.projector[1]] * seen.projector[0]
-            if compressor.is_identity or layer == entry_layer(plan) > 0:
+            if compressor.is_identity:
                 continue
             words, trains = max(1, round(text_tokens)), trained[layer == VISION]
             at = [max(1, round(count)) for count in at]

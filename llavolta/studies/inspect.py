@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llavolta.compression import families, patch
 from llavolta.compression.compressors import CompressedTokens, VisualTokens
-from llavolta.compression.plan import VISION, entry_layer, format_plan, parse_plan
+from llavolta.compression.plan import VISION, format_plan, parse_plan
 from llavolta.cost.flops import step_cost
 from llavolta.data import LlavaData
 from llavolta.errors import UnsupportedModel, UserError
@@ -167,7 +167,7 @@ def view(
     for token, chance in pairs:  # a word with and without a blank before it is one guess
         word = processor.tokenizer.decode([token]).strip() or "(blank)"
         guesses[word] = guesses.get(word, 0.0) + chance
-    tokens = _tokens_left(record.counts, len(parts.layers), visual, entry_layer(parse_plan(plan)))
+    tokens = _tokens_left(record.counts, len(parts.layers), visual)
     return View(
         plan=format_plan(parse_plan(plan)),
         maps=record.maps,
@@ -194,15 +194,14 @@ def views(
     return seen
 
 
-def _tokens_left(counts: dict, depth: int, visual: int, first: int = 0) -> list[int]:
-    """Of ``visual`` tokens, those that each of ``depth`` layers worked on; see ``recording``. first: the layer at which
-    they enter."""
+def _tokens_left(counts: dict, depth: int, visual: int) -> list[int]:
+    """Of ``visual`` tokens, those that each of ``depth`` layers worked on; see ``recording``."""
     tokens = []
     for layer in range(depth):
         for place in (VISION, layer) if layer == 0 else (layer,):
             left, of = counts.get(place, (1, 1))
             visual = round(visual * left / of)
-        tokens.append(visual if layer >= first else 0)
+        tokens.append(visual)
     return tokens
 
 

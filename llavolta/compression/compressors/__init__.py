@@ -29,7 +29,7 @@ from llavolta.compression.compressors.tome import ToMe
 from llavolta.compression.compressors.visionzip import VisionZip
 from llavolta.compression.compressors.vispruner import VisPruner
 from llavolta.compression.compressors.vscan import VScan
-from llavolta.compression.compressors.withdraw import Enter, Withdraw
+from llavolta.compression.compressors.withdraw import Withdraw
 
 __all__ = [
     "VScan",
@@ -48,7 +48,6 @@ __all__ = [
     "Compressor",
     "DivPrune",
     "Downsample",
-    "Enter",
     "FastV",
     "KMeans",
     "KeepRatio",

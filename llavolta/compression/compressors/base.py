@@ -29,9 +29,6 @@ class VisualTokens:
     where the n tokens are not (or no longer) a known rectangle.
     frames: (I,) frames in the row, of equally many tokens, one after the other.
     size: (I, L) for how many tokens each stands as a key: see CompressedTokens; 1 at first.
-    tiles: (I, 5) of images that the model cuts, for a compressor that lists "tiles" in ``needs``: the number of the
-    image, the tile's row and column in it, and how many rows and columns of tiles it has; row and column are -1 for the
-    overview, its first. None where the model cuts none.
     training: whether the model is in training mode.
     probe: what computes ``attention``, ``keys`` and ``question`` when they are asked for. At "vision" there is no
     decoder layer yet: attention and keys of the tower are all, for a compressor that needs "tower"; at layer 0 it has
@@ -46,7 +43,6 @@ class VisualTokens:
     probe: LayerProbe | TowerProbe | None = None
     frames: Tensor | None = None
     size: Tensor | None = None
-    tiles: Tensor | None = None
 
     def __post_init__(self):
         if self.size is None:
@@ -208,8 +204,7 @@ class Compressor(ABC):
     ``needs``: "previous_layer" for ``tokens.attention(previous=True)``, so from layer 1; "start" for
     ``tokens.start``; "decoder" for what exists at
     decoder layers only; "tower" for attention and keys of the vision tower (of its ``tower_layers``), so at "vision"
-    or layer 0, and with it "class_token" if the tower must have one, at "vision" only;
-    "tiles" for ``tokens.tiles``, at "vision" only, where it may leave a tile without any token. ``over_clips``: at
+    or layer 0, and with it "class_token" if the tower must have one, at "vision" only. ``over_clips``: at
     decoder layers the frames of a clip that no text parts are one row. ``may_empty``: whether it may leave a picture
     without any token.
     """

@@ -1,4 +1,4 @@
-"""Visual tokens that leave the decoder for good at a layer, and such as enter it at one only."""
+"""Withdraw: all visual tokens leave the decoder at a layer (VTW)."""
 
 from __future__ import annotations
 
@@ -27,25 +27,3 @@ class Withdraw(Compressor):
 
     def num_tokens(self, num_tokens: int) -> int:
         return 0
-
-
-@dataclass(frozen=True)
-class Enter(Compressor):
-    """Visual tokens enter at layer K: the layers before work on text alone, and K on the projector's output (HiDrop,
-    arXiv 2602.23699, whose K is 9 of 32). Positions are the original ones. Deeper compressors may follow it."""
-
-    name: ClassVar[str] = "enter"
-    needs: ClassVar[frozenset[str]] = frozenset({"decoder"})
-
-    def __call__(self, tokens: VisualTokens) -> CompressedTokens:
-        return keep_tokens(tokens, tokens.mask)
-
-    def num_tokens(self, num_tokens: int) -> int:
-        return num_tokens
-
-
-@dataclass(frozen=True)
-class Wait(Withdraw):
-    """What a plan with ``enter`` does at layer 0. It has no name of its own in plans."""
-
-    name: ClassVar[str] = ""
