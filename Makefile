@@ -122,7 +122,7 @@ nano-evidence: install
 
 # Everything that a GPU is for, at the shapes of LLaVA-1.5-7B with random weights: at most 8 minutes on one of 80 GB.
 gpu: install
-	$(BIN)/python -m llavolta.bench gpu
+	$(BIN)/python papers/benchmarks/gpu.py
 
 # Kills trainings of five kinds at random moments and compares the weights of the resumed runs bit for bit; five minutes.
 stress: install

@@ -16,13 +16,12 @@ from functools import cache
 
 import numpy as np
 import pandas as pd
+from benchmarks.training import MIX
 
-from llavolta.cost.bench import CAPTIONS, INSTRUCTIONS
 from llavolta.cost.flops import cost_model
-from llavolta.cost.planner import CAPTION_TOKENS, memory_table, published_hours
+from llavolta.cost.planner import CAPTION_TOKENS, CAPTIONS, INSTRUCTIONS, memory_table, published_hours
 from llavolta.cost.planner import GPUS as GPU_DATA
 from llavolta.cost.references import reference_config
-from llavolta.cost.throughput import MIX
 from llavolta.data import GroupedSampler
 from llavolta.paths import PAPERS, PUBLISHED
 from llavolta.train.schemes import EXTRA_SCHEMES, PAPER_SCHEMES, SCHEMES, Scheme, Stage
@@ -149,7 +148,8 @@ bfloat16. Nothing here was run on GPUs: operations are the cost model's, the spe
 {machines} of them take the paper's {hours} hours, batches are drawn by the sampler that training uses. Assumed:
 texts of {words:.0f} tokens, {inside:.0f} GB/s a GPU within a node of {node}, {across:.0f} GB/s between nodes,
 {overlap:.0%} of the communication hidden as long as there is computation to hide it, {pictures:.0f} pictures a second
-from a CPU core. Put your own in `papers/scaling.py` (`Cluster`); `python -m llavolta.bench train` measures the speeds.
+from a CPU core. Put your own in `papers/scaling.py` (`Cluster`);
+`python papers/benchmarks/training.py train` measures the speeds.
 
 ## {batch} examples a GPU, ZeRO-3
 

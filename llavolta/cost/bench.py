@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import math
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from llavolta.compression.compressors import VisualTokens
 from llavolta.compression.families import find_parts, unwrap
 from llavolta.compression.labelled import IGNORED
 from llavolta.compression.masks import cache_bytes
 from llavolta.compression.patch import compress
-from llavolta.compression.plan import parse_plan, tokens_per_layer
-from llavolta.compression.probe import TowerLayer, TowerProbe
 from llavolta.cost.flops import cost_model, of_tower
-from llavolta.cost.planner import CAPTION_TOKENS, fit_speed
 from llavolta.data import Collator, LlavaData
 from llavolta.train.build import visual_tokens
 from llavolta.train.config import TrainConfig
 from llavolta.train.dualspeed import add_isolator, fast_mode, slow_mode
 from llavolta.train.models import autocasts, load_model, set_trainable, with_adapters
-from llavolta.train.schemes import ISOLATOR, SCHEMES, Scheme, Stage
+from llavolta.train.schemes import ISOLATOR, Stage
 from llavolta.worlds import HOMES, WORLDS
-
-CAPTIONS, INSTRUCTIONS = 558_128, 665_298  # that LLaVA-1.5 is aligned and tuned on
 
 
 def now(device: torch.device) -> float:
@@ -119,7 +107,7 @@ def _step_times(model, batches, stages: dict[str, Stage], rounds: int, trains: d
     for name, choices in drawn.items():
         taken[name] = taken[[choice.plan for choice in choices]].mean(axis=1)
     seconds = taken[list(stages)]
-    text, images, labelled = _sizes(model, batches)
+    text, images, labelled = example_sizes(model, batches)
     if not visual_tokens(unwrap(model).config):  # by the picture: all those of a batch count as one
         images = len(batches) / sum(len(batch["input_ids"]) for batch in batches)
         trains = {**trains, "pictures": of_tower(next((b for b in batches if "pixel_values" in b), {})) or None}
@@ -135,7 +123,7 @@ def _step_times(model, batches, stages: dict[str, Stage], rounds: int, trains: d
     )
 
 
-def _sizes(model, batches) -> tuple[float, float, float]:
+def example_sizes(model, batches) -> tuple[float, float, float]:
     """Text tokens, images and labelled rows per example, means over the batches; a clip counts as its frames."""
     examples = sum(len(batch["input_ids"]) for batch in batches)
     images = sum(len(batch.get("pixel_values", ())) for batch in batches)
@@ -212,7 +200,7 @@ def interleaved(tasks: dict[str, Callable[[], object]], rounds: int, device: tor
 
 
 def step_report(sizes: Sizes, rounds: int = 5, progress: bool = True) -> dict[str, pd.DataFrame]:
-    """Everything ``python -m llavolta.bench step`` prints: tables "step", "overhead", "memory" and "prefill"."""
+    """Everything ``python -m llavolta.bench step`` prints: tables "step" and "prefill"."""
     half = sizes.layers // 2
     plans = [f"{layer}:avgpool:{stride}" for layer, stride in ((2, 8), (half, 8), (2, 2), (half, 2))]
     plans = list(dict.fromkeys(plans))  # in a model of four layers two of them are the same
@@ -221,73 +209,7 @@ def step_report(sizes: Sizes, rounds: int = 5, progress: bool = True) -> dict[st
     step["speedup"] = 1 / step.ratio
     step["promised"] = 1 / step.flops_ratio
     step["kept_promise"] = step.speedup / step.promised
-    return {
-        "step": step,
-        "overhead": _overhead(sizes, rounds, progress),
-        "memory": _memory(sizes),
-        "prefill": prefill_times(model.eval(), batch, plans, rounds, progress),
-    }
-
-
-def _backward(model, batch: dict, plan: str | None, labelled_only: bool | None) -> None:
-    with compress(model, plan, labelled_only=labelled_only) if plan else nullcontext():
-        model(**batch).loss.backward()
-    model.zero_grad()
-
-
-_VARIANTS = {"stock": (None, None), "stride 1": ("2:avgpool:1", None), "labelled rows only": ("none", True)}
-
-
-def _overhead(sizes: Sizes, rounds: int, progress: bool) -> pd.DataFrame:
-    """Forward and backward without compression, relative to the stock model, at the vocabulary of Vicuna."""
-    sizes = replace(sizes, vocabulary=32000)
-    model, batch = sizes.model().train(), sizes.inputs()
-    tasks = {name: partial(_backward, model, batch, *how) for name, how in _VARIANTS.items()}
-    seconds = interleaved(tasks, rounds, torch.device(sizes.device), progress)
-    return pd.DataFrame(
-        {
-            "variant": list(tasks),
-            "seconds": np.median(seconds, axis=0),
-            "ratio": np.median(seconds / seconds[:, [0]], axis=0),
-        }
-    )
-
-
-def _memory(sizes: Sizes) -> pd.DataFrame:
-    """Peak memory of a step above the model's own, each variant in a fresh process on the CPU."""
-    sizes = replace(sizes, vocabulary=32000)
-    plans = {**_VARIANTS, "2:avgpool:8": ("2:avgpool:8", None)}
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        peaks = [pool.submit(_peak, sizes, *how).result() for how in plans.values()]
-    return pd.DataFrame({"variant": list(plans), "peak_MB": np.array(peaks) / 1e6, "ratio": np.array(peaks) / peaks[0]})
-
-
-def _peak(sizes: Sizes, plan: str | None, labelled_only: bool | None) -> int:
-    """Bytes that a forward and backward pass needs above the weights."""
-    model, batch = sizes.model().train(), sizes.inputs()
-    if sizes.device != "cpu":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        _backward(model, batch, plan, labelled_only)
-        return torch.cuda.max_memory_allocated() - before
-    forget_peak()  # importing and building may have taken more than the step does
-    before = peak_resident()
-    _backward(model, batch, plan, labelled_only)
-    return peak_resident() - before
-
-
-def forget_peak() -> None:
-    """Let ``peak_resident`` count from what this process holds now, where Linux allows it."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_resident() -> int:
-    """The most bytes that this process ever held (Linux; getrusage would count the parent process, too)."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        raise OSError(f"no {status}: peak memory on the CPU is measured on Linux only")
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    return {"step": step, "prefill": prefill_times(model.eval(), batch, plans, rounds, progress)}
 
 
 @torch.no_grad()
@@ -314,233 +236,6 @@ def prefill_times(model, batch: dict, plans: Sequence[str], rounds: int = 5, pro
             "cache_ratio": bytes_ / bytes_[0],
         }
     )
-
-
-ZOO = (
-    "vision:cls:0.25",
-    "vision:visionzip:0.25",
-    "vision:vispruner:0.25",
-    "vision:tome:0.25",
-    "vision:kmeans:0.25",
-    "vision:prumerge+:0.25",
-    "0:avgpool2d:2",
-    "0:divprune:0.25",
-    "0:cdpruner:0.25",
-    "0:holov:0.25",
-    "0:vscan:0.25",
-    "0:restore:divprune:0.25",
-    "2:fastv:0.25",
-    "2:dart:0.25",
-    "3:sparsevlm:0.25",
-    "4:pact:0.55",
-)
-"""Every method at about a quarter of the tokens."""
-
-
-def zoo_times(
-    width: int = 1024, layers: int = 24, grid: int = 24, batch: int = 1, rounds: int = 3, progress: bool = True
-) -> pd.DataFrame:
-    """The own time of each method of ZOO in a random LLaVA whose tower and decoder have ``layers`` of ``width``, with
-    grid x grid visual tokens and 60 of text, as a share of a prefill and of a training step (tower frozen) without it.
-
-    One row per plan: own (seconds of the compressor alone, median), prefill and step (its share of theirs), tokens
-    (left, mean over layers), saved (what the plan saves of a prefill's time, its own time counted in: below 0 where a
-    method costs more than it saves).
-    """
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    sizes = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=max(1, width // 64))
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**sizes, intermediate_size=4 * width, image_size=14 * grid, patch_size=14),
-        text_config=LlamaConfig(**sizes, intermediate_size=width * 11 // 4, vocab_size=2000),
-        image_token_index=5,
-        image_seq_length=grid * grid,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config).eval()
-    inputs = Sizes(visual=grid * grid, batch=batch).inputs()
-    inputs["pixel_values"] = torch.randn(batch, 3, 14 * grid, 14 * grid)
-    own: dict[str, float] = {}
-
-    def timed(plan: str) -> float:
-        """Seconds of the plan's compressors, called again with what they were given, while their layers are there."""
-        taken = []
-
-        def again(layer, tokens, out) -> None:
-            compressor = parse_plan(plan)[layer]
-            taken.append(min(_seconds(partial(compressor, tokens)) for _ in range(rounds)))
-
-        with torch.no_grad(), compress(model, plan, observe=again):
-            model(**{name: value for name, value in inputs.items() if name != "labels"}, logits_to_keep=1)
-        return sum(taken)
-
-    for plan in tqdm(ZOO, desc="methods", disable=not progress, leave=False):
-        own[plan] = timed(plan)
-    prefills = prefill_times(model, inputs, ZOO, rounds, progress).set_index("plan")
-    step = step_times(model, [inputs], [], rounds, progress=progress).seconds.iloc[0]
-    rows = [
-        dict(
-            plan=plan,
-            tokens=float(np.mean(tokens_per_layer(plan, layers, grid * grid))),
-            own=own[plan],
-            prefill=own[plan] / prefills.seconds["none"],
-            step=own[plan] / step,
-            saved=1 - prefills.ratio[plan],
-        )
-        for plan in ZOO
-    ]
-    return pd.DataFrame(rows)
-
-
-def _seconds(task: Callable[[], object]) -> float:
-    start = now(torch.device("cpu"))
-    task()
-    return now(torch.device("cpu")) - start
-
-
-BEFORE_PROJECTOR = (
-    "random:0.25",
-    "avgpool:4",
-    "avgpool2d:2",
-    "downsample:0.25",
-    "kmeans:0.25",
-    "prumerge",
-    "prumerge+",
-)
-
-
-def tower_tokens(images: int, grid: int = 24, width: int = 1024) -> VisualTokens:
-    """Random features (images, grid^2, width), queries and keys, as a compressor at "vision" gets them."""
-    length, generator = grid * grid, torch.Generator().manual_seed(0)
-    hidden, query, key = (
-        torch.randn(*shape, width, generator=generator) for shape in ((images, length), (images,), (images, length + 1))
-    )
-    query = torch.cat([query[:, None], torch.randn(images, length, width, generator=generator)], dim=1)
-    heads = max(1, width // 64)
-    layers = {name: TowerLayer(query.clone(), key.clone(), heads) for name in ("last", "selected", "early")}
-    mask = torch.ones(images, length, dtype=torch.bool)
-    positions = torch.arange(length)[None, :, None].expand(images, -1, -1)
-    sides = torch.full((images, 2), grid)
-    return VisualTokens(hidden, mask, positions, sides, probe=TowerProbe(layers, length, True))
-
-
-def prumerge_loop(tokens: VisualTokens, plus: bool = False, neighbours: int = 32) -> list[Tensor]:
-    """PruMerge (``plus``: PruMerge+) word for word, image by image and token by token: (M, C) of each image. Slow."""
-    results = []
-    last = tokens.probe.layers["last"]
-    for x, query, keys in zip(tokens.hidden, last.query[:, 0], last.key, strict=True):
-        a = torch.softmax(torch.stack([query @ key for key in keys]) / math.sqrt(len(query)), 0)[-len(x) :]
-        keys, places = keys[-len(x) :], range(len(x))
-        low, high = np.percentile(a.numpy(), [25, 75])
-        ranked = sorted(places, key=lambda j: -a[j].item())
-        kept = ranked[: sum(value > high + 1.5 * (high - low) for value in a.tolist())]
-        if plus:
-            step = max(1, int(int(len(x) / max(1, len(kept))) / 3))
-            kept = kept + [j for j in places[::step] if j not in kept]
-        merged = []
-        for i in sorted(kept):
-            alike = {j: torch.dot(keys[i], keys[j]) / (keys[i].norm() * keys[j].norm()) for j in places if j != i}
-            nearest = sorted(alike, key=lambda j: -alike[j].item())[:neighbours]
-            merged.append(x[i] + sum(a[j] * x[j] for j in nearest))
-        if len(kept) < len(x):
-            merged.append(sum(a[j] * x[j] for j in places if j not in kept))
-        results.append(torch.stack(merged))
-    return results
-
-
-@torch.no_grad()
-def compressor_times(
-    images: int = 32,
-    tower_images: int = 4,
-    grid: int = 24,
-    width: int = 1024,
-    layers: int = 24,
-    rounds: int = 5,
-    progress: bool = True,
-) -> pd.DataFrame:
-    """Seconds of each compressor on a vision tower's output of ``images`` x ``grid``^2 tokens.
-
-    loop: how many times longer ``prumerge_loop`` takes on the same tokens (one round of it). tower: the compressor's
-    time over that of the forward pass of a CLIP ViT of this width and depth, both on ``tower_images`` images, the
-    median over rounds in which they ran in turn.
-    """
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    plans = {name: parse_plan(f"vision:{name}")["vision"] for name in BEFORE_PROJECTOR}
-    device, tokens, few = (
-        torch.device("cpu"),
-        tower_tokens(images, grid, width),
-        tower_tokens(tower_images, grid, width),
-    )
-    seconds = interleaved({name: partial(plan, tokens) for name, plan in plans.items()}, rounds, device, progress)
-
-    sizes = dict(hidden_size=width, intermediate_size=4 * width, num_attention_heads=max(1, width // 64))
-    config = CLIPVisionConfig(**sizes, num_hidden_layers=layers, image_size=14 * grid, patch_size=14)
-    tower, pixels = CLIPVisionModel(config).eval(), torch.randn(tower_images, 3, 14 * grid, 14 * grid)
-    tasks = {"tower": partial(tower, pixels)} | {name: partial(plan, few) for name, plan in plans.items()}
-    short = interleaved(tasks, rounds, device, progress)
-
-    table = pd.DataFrame({"compressor": list(plans), "seconds": np.median(seconds, axis=0)})
-    table["tokens_left"] = [plan(tokens).mask.sum(1).double().mean().item() for plan in plans.values()]
-    table["tower"] = np.median(short[:, 1:] / short[:, :1], axis=0)
-    table["loop"] = math.nan
-    for name, plus in (("prumerge", False), ("prumerge+", True)):
-        start = now(device)
-        prumerge_loop(tokens, plus)
-        row = table.compressor == name
-        table.loc[row, "loop"] = (now(device) - start) / table.seconds[row]
-    return table
-
-
-PREDICTED = ("single-stage", "three-stage", "four-stage-wider", "four-stage-deeper")
-
-
-def scheme_times(model, batches: Sequence[dict], rounds: int = 5, progress: bool = True) -> pd.DataFrame:
-    """Measured against predicted time of four schemes relative to no compression.
-
-    The speed is fitted to two of the measured steps, without compression and under the heaviest plan. Columns:
-    measured, predicted, error (of the prediction, as a share).
-    """
-    depth = len(find_parts(model).layers)
-    schemes = {name: SCHEMES[name].scaled(depth) for name in PREDICTED}
-    heaviest = schemes["three-stage"].stages[0].plan
-    plans = [stage.plan for scheme in schemes.values() for stage in scheme.stages]
-    steps = step_times(model, batches, plans, rounds, progress=progress).set_index("plan")
-    text, images, labelled = _sizes(model, batches)
-    told = cost_model(model.config)
-    costs = {plan: told.step(plan, text, images, labelled) for plan in steps.index}
-    known = ["none", heaviest]
-    speed = fit_speed([costs[plan] for plan in known], [steps.ratio[plan] for plan in known])
-    rows = []
-    for name, scheme in schemes.items():
-        measured = sum(stage.share * steps.ratio[stage.plan] for stage in scheme.stages)
-        predicted = sum(stage.share * speed.seconds(costs[stage.plan]) for stage in scheme.stages)
-        rows.append(dict(scheme=name, measured=measured, predicted=predicted, error=predicted / measured - 1))
-    return pd.DataFrame(rows).set_index("scheme")
-
-
-def recipe_times(sizes: Sizes, schemes: Mapping[str, Scheme], rounds: int = 5, progress: bool = True) -> pd.DataFrame:
-    """How many times faster each scheme is than no compression: tuning, align (projector alignment), and recipe, both
-    as often as LLaVA-1.5 does them; measured, and beside each what its FLOPs promise (``_promised``).
-
-    schemes: for ``sizes.layers`` layers. Alignment is on captions of CAPTION_TOKENS.
-    """
-    model, captions = sizes.model(), replace(sizes, text=CAPTION_TOKENS).inputs()
-    aligned = {name: scheme.align or Stage("none", 1) for name, scheme in schemes.items()}
-    stages = [stage for scheme in schemes.values() for stage in scheme.stages]
-    tuning = step_times(model, [sizes.inputs()], stages, rounds, progress=progress).set_index("plan")
-    align = step_times(model, [captions], list(aligned.values()), rounds, "align", progress).set_index("plan")
-    whole, rows = [CAPTIONS * align.seconds["none"], INSTRUCTIONS * tuning.seconds["none"]], []
-    for name, scheme in schemes.items():
-        row = {"scheme": name}
-        for ending, ratio in (("", "ratio"), ("_promised", "flops_ratio")):
-            tuned = sum(stage.share * tuning[ratio][str(stage)] for stage in scheme.stages)
-            first = aligned[name].share * align[ratio][str(aligned[name])]
-            both = (whole[0] * first + whole[1] * tuned) / sum(whole)
-            row |= {f"tuning{ending}": 1 / tuned, f"align{ending}": 1 / first, f"recipe{ending}": 1 / both}
-        rows.append(row)
-    return pd.DataFrame(rows)
 
 
 def embedded_batches(batch: int = 32, count: int = 2, name: str = "embedded") -> tuple:

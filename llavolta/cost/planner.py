@@ -23,6 +23,7 @@ from llavolta.train.build import visual_tokens
 from llavolta.train.models import load_processor, read_config, whole_path
 from llavolta.train.schemes import Scheme, Stage
 
+CAPTIONS, INSTRUCTIONS = 558_128, 665_298  # that LLaVA-1.5 is aligned and tuned on
 CAPTION_TOKENS = 20  # of a caption that LLaVA-1.5's projector is aligned on
 
 

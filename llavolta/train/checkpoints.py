@@ -74,7 +74,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def publish(staged: Path, target: Path) -> None:
-    """Flush the folder ``staged``, with the sizes of its files, and move it to ``target``, in place of what is there."""
+    """Write the sizes of the files in ``staged``, flush them, and move the folder to ``target``, in place of any."""
     (staged / SEAL).write_text(json.dumps(_sizes(staged)))
     for path in (*staged.rglob("*"), staged):
         _flush(path)

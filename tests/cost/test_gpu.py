@@ -5,10 +5,10 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
+from llavolta.cost.load import tiny_load
 
 from llavolta import bench, compress
 from llavolta.cost import gpu, gpu_report
-from llavolta.cost.load import tiny_load
 
 
 @pytest.fixture

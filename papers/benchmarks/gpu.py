@@ -1,11 +1,15 @@
-"""One GPU, measured at the shapes of LLaVA-1.5-7B in minutes: ``python -m llavolta.bench gpu`` (``make gpu``).
+"""One GPU, measured at the shapes of LLaVA-1.5-7B in minutes: ``python papers/benchmarks/gpu.py`` (``make gpu``).
 
 Random weights, nothing to download. Each part is saved as soon as it is done, in order of worth, so that a run that is
-cut off still counts. Ratios are of medians of rounds in which all variants ran in turn.
+cut off still counts. Ratios are of medians of rounds in which all variants ran in turn. ``--tiny`` runs the same on
+small shapes, also on a CPU.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
+import platform
 import re
 import subprocess
 import sys
@@ -15,27 +19,31 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+import transformers
 import yaml
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache
+from transformers import AutoModelForImageTextToText, DynamicCache
 from transformers.utils import is_flash_attn_2_available
 
 from llavolta.compression.families import find_parts
+from llavolta.compression.labelled import IGNORED
 from llavolta.compression.masks import cache_bytes
 from llavolta.compression.patch import compress
 from llavolta.compression.plan import parse_plan
 from llavolta.cost.bench import Sizes, interleaved, now
 from llavolta.cost.flops import cost_model
-from llavolta.cost.load import Load, tiny_load
+from llavolta.cost.references import reference_config
+from llavolta.errors import UserError
+from llavolta.paths import PAPERS, given_path
 from llavolta.train.config import TrainConfig
 from llavolta.train.models import set_trainable, spare_frozen_towers
 from llavolta.train.run import train
@@ -47,7 +55,75 @@ BY_PLACE = ("2:avgpool:4", "0:avgpool2d:2", "vision:avgpool2d:2", "1:avgpool:2;4
 BY_RANK = ("2:fastv:0.5", "2:pyramiddrop:0.5", "vision:prumerge+")
 
 
-# --- the parts; each gives a table ---
+@dataclass(frozen=True)
+class Load:
+    """What is measured.
+
+    config: of the model. text: text tokens an example, a third of them labelled. batch: examples of a training step;
+    prefill: of a prompt. long: pictures of an example with many, of ``long_batch`` a step. side: of the matrices whose
+    product is the card's peak. accumulated: batches of an optimizer step (8 of 16: the published batch of 128). steps:
+    of a real training run.
+    """
+
+    config: object
+    text: int = 180
+    batch: int = 16
+    prefill: tuple[int, ...] = (1, 16)
+    long: int = 5
+    long_batch: int = 4
+    accumulated: int = 8
+    new_tokens: int = 6
+    rounds: int = 5
+    side: int = 8192
+    steps: int = 40
+    runs: tuple[str, ...] = ("embedded", "small")
+    device: str = "cuda"
+    dtype: str = "bfloat16"
+
+    @cached_property
+    def model(self):
+        """The model, random weights in ``dtype`` on ``device``; the vision tower frozen."""
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            model = AutoModelForImageTextToText.from_config(self.config, dtype=getattr(torch, self.dtype))
+        set_trainable(model, "instruct")
+        return model
+
+    def inputs(self, batch: int, images: int = 1) -> dict:
+        """A batch of ``images`` pictures an example and then text, whose last third is labelled."""
+        vision, generator = self.config.vision_config, torch.Generator().manual_seed(0)
+        visual = images * self.config.image_seq_length
+        some = torch.randint(10, self.config.text_config.vocab_size - 100, (batch, self.text), generator=generator)
+        placeholders = torch.full((batch, visual), self.config.image_token_index)
+        ids = torch.cat([some[:, :1], placeholders, some[:, 1:]], dim=1)
+        labels = torch.full_like(ids, IGNORED)
+        labels[:, -self.text // 3 :] = ids[:, -self.text // 3 :]
+        shape = (batch * images, 3, vision.image_size, vision.image_size)
+        pixels = torch.randn(shape, generator=generator).to(getattr(torch, self.dtype))
+        made = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
+        return {name: value.to(self.device) for name, value in made.items()}
+
+    def flops(self, plan: str, batch: int, images: int = 1, **options) -> float:
+        """Of a step on ``inputs``; options: of CostModel.step."""
+        labelled = options.pop("labelled", -(-self.text // 3))
+        return batch * cost_model(self.config).step(plan, self.text, images, labelled, **options).total
+
+
+def full_load() -> Load:
+    """LLaVA-1.5-7B, 16 examples of a picture (576 tokens) and 180 text tokens a step."""
+    return Load(reference_config("llava-1.5-7b"))
+
+
+def tiny_load(device: str = "cpu") -> Load:
+    """The same at sizes that a CPU does in a minute."""
+    config = Sizes(width=64, layers=20, visual=16, vocabulary=200).model().config
+    small = dict(batch=2, prefill=(1, 2), long=2, long_batch=2, new_tokens=2, rounds=1, side=64, steps=4)
+    return Load(config, text=12, **small, runs=("embedded",), device=device)
+
+
+def card_name(device: str) -> str:
+    name = torch.cuda.get_device_name(device) if device != "cpu" else platform.machine()
+    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 def peaks(load: Load) -> pd.DataFrame:
@@ -411,3 +487,114 @@ def runs(load: Load) -> pd.DataFrame:
         row = dict(preset=preset, engine=engine or "none", seconds=seconds, steps_per_s=rate)
         rows.append(row | dict(first_loss=log[0]["loss"], last_loss=log[-1]["loss"]))
     return pd.DataFrame(rows)
+
+
+PARTS: dict[str, Callable[[Load], pd.DataFrame]] = {
+    "peaks": peaks,
+    "core": core,
+    "training": training,
+    "profile": profile,
+    "inference": inference,
+    "host_reads": host_reads,
+    "long": long,
+    "runs": runs,
+}
+
+
+def gpu_report(folder: Path, tiny: bool = False, parts: Sequence[str] = (), minutes: float = 8) -> int:
+    """Measure ``parts`` (default: all) one after the other; write gpu-<card>.md and .csv to ``folder`` after each.
+
+    tiny: small shapes, on the CPU where there is no GPU. A part that fails is reported and the next one begins; none
+    begins after ``minutes``. Returns the number of parts that failed, that found something wrong, or were left out.
+    """
+    if not tiny and not torch.cuda.is_available():  # before anything is written
+        raise UserError("there is no CUDA device to measure on; --tiny runs the same on small shapes on the CPU")
+    load = full_load() if not tiny else tiny_load("cuda" if torch.cuda.is_available() else "cpu")
+    unknown = set(parts) - set(PARTS)
+    if unknown:
+        raise UserError(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    name, start, tables, wrong = card_name(load.device), time.perf_counter(), {}, []
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in parts or PARTS:
+        began = time.perf_counter()
+        if began - start > 60 * minutes:
+            wrong.append(f"{part}: not begun, {minutes:g} minutes were over")
+            continue
+        try:
+            tables[part] = PARTS[part](load)
+        except Exception as error:  # whatever it is, the next part may still work
+            traceback.print_exc()
+            wrong.append(f"{part}: {type(error).__name__}: {str(error)[:300]}")
+        else:
+            if "ok" in tables[part] and not tables[part].ok.all():
+                wrong.append(f"{part}: {(~tables[part].ok).sum()} of {len(tables[part])} rows are not ok")
+            print(f"\n{part} ({time.perf_counter() - began:.0f} s)\n{tables[part].to_string(index=False)}", flush=True)
+        gc.collect()
+        if load.device != "cpu":
+            torch.cuda.empty_cache()
+        _write(folder / f"gpu-{name}", load, tiny, tables, wrong)
+    print(
+        "\n".join(["", *wrong] if wrong else ["", "all parts are done"]), f"\n{folder / f'gpu-{name}'}.md", flush=True
+    )
+    return len(wrong)
+
+
+TITLES = {name: part.__doc__.split("\n\n") for name, part in PARTS.items()}
+
+
+def _write(file: Path, load: Load, tiny: bool, tables: dict[str, pd.DataFrame], wrong: list[str]) -> None:
+    parts = [table.assign(part=part) for part, table in tables.items()]
+    if parts:
+        table = pd.concat(parts, ignore_index=True)
+        table[["part", *table.columns.drop("part")]].to_csv(file.with_suffix(".csv"), index=False, float_format="%.6g")
+    where = torch.cuda.get_device_name(load.device) if load.device != "cpu" else "a CPU"
+    lines = [
+        f"# Measured on {where}",
+        f"`python papers/benchmarks/gpu.py{' --tiny' if tiny else ''}`, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, {load.dtype}, random weights. Shapes: {_shapes(load)}.",
+    ]
+    peak = tables["peaks"].matmul_TFLOP_s[0] if "peaks" in tables else np.nan
+    for part, table in tables.items():
+        if "TFLOP_s" in table:
+            table = table.copy()
+            table.insert(table.columns.get_loc("TFLOP_s") + 1, "of_peak", table.TFLOP_s / peak)
+        text = [" ".join(paragraph.split()) for paragraph in TITLES[part]]
+        lines += [f"## {part}", *text, _markdown(table)]
+    lines += ["## What fell short", *[f"- {line}" for line in wrong]] if wrong else []
+    file.with_suffix(".md").write_text("\n\n".join(lines) + "\n")
+
+
+def _shapes(load: Load) -> str:
+    text, vision = load.config.text_config, load.config.vision_config
+    return (
+        f"decoder of {text.num_hidden_layers} layers of width {text.hidden_size}, tower of {vision.num_hidden_layers} "
+        f"layers of width {vision.hidden_size}, {load.config.image_seq_length} visual tokens a picture and {load.text} "
+        "text tokens an example"
+    )
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    def cell(value) -> str:
+        if isinstance(value, float):
+            return "" if np.isnan(value) else f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+        return str(value)
+
+    rows = [table.columns, ["---"] * len(table.columns), *(map(cell, row) for row in table.itertuples(index=False))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python papers/benchmarks/gpu.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=given_path, default=PAPERS / "benchmarks", help="of gpu-<card>.md and .csv")
+    parser.add_argument("--parts", nargs="+", default=[], help="some of them (default: all)")
+    parser.add_argument("--minutes", type=float, default=8, help="no part begins after so many")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, also on a CPU: whether it all works")
+    try:
+        return min(1, gpu_report(**vars(parser.parse_args(arguments))))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
