@@ -1,4 +1,4 @@
-"""Attention, keys and question at one layer, computed from its own weights for the rows asked for only."""
+"""Attention, keys and rows at one layer, computed from its own weights for the rows asked for only."""
 
 from __future__ import annotations
 
@@ -135,10 +135,6 @@ class LayerProbe:
         text = self.valid.clone()
         text.view(-1)[self.images[self.image_mask]] = False
         return text if self.labelled is None else text & ~self.labelled
-
-    def question(self) -> tuple[Tensor, Tensor]:
-        rows, mask = _compact(self._text())
-        return _take(self.here.hidden, rows), mask
 
     def row(self) -> Tensor:
         return self.images[:, 0] // self.valid.shape[1]
@@ -287,10 +283,10 @@ class TowerProbe:
         blocks = values[:, -patches:].unflatten(1, (side // merged, merged, side // merged, merged))
         return blocks.mean((2, 4)).flatten(1, 2)
 
-    def question(self):
+    def behind(self):
         raise ValueError("there is no question yet at 'vision'; use a decoder layer")
 
-    row = rotated_keys = behind = from_start = question
+    row = rotated_keys = from_start = behind
 
 
 def matmul_float32(a: Tensor, b: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class VisualTokens:
     frames: (I,) frames in the row, of equally many tokens, one after the other.
     size: (I, L) for how many tokens each stands as a key: see CompressedTokens; 1 at first.
     training: whether the model is in training mode.
-    probe: what computes ``attention``, ``keys`` and ``question`` when they are asked for. At "vision" there is no
+    probe: what computes ``attention``, ``keys`` and ``rows`` when they are asked for. At "vision" there is no
     decoder layer yet: attention and keys of the tower are all, for a compressor that needs "tower"; at layer 0 it has
     both.
     """
@@ -100,11 +100,6 @@ class VisualTokens:
             return self._tower().keys(layer or "last", per_head)
         return self._probe().keys(rotated)
 
-    @property
-    def question(self) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, Q, C) of each row's text, without answers where labels are given, and mask (B, Q)."""
-        return self._probe().question()
-
     def rows(self) -> tuple[Tensor, Tensor]:
         """Of the row of the batch that each picture stands in: hidden states (I, T, C) of all T tokens, and
         (I, T) bool, the text behind its last picture (all text where none is behind), without answers where labels are
@@ -140,11 +135,6 @@ class VisualTokens:
         """``hidden`` (..., C) under the language model's final norm."""
         return self._probe().norm(hidden)
 
-    @property
-    def row(self) -> Tensor:
-        """(I,) the row of the batch that each picture stands in."""
-        return self._probe().row()
-
     def _tower(self) -> TowerProbe:
         tower = self.probe if isinstance(self.probe, TowerProbe) else getattr(self.probe, "tower", None)
         if tower is None:
@@ -157,7 +147,7 @@ class VisualTokens:
     def _probe(self) -> LayerProbe | TowerProbe:
         if self.probe is None:
             raise ValueError(
-                "attention, keys, question and row exist at decoder layers; at 'vision' there are attention('class') "
+                "attention, keys and rows exist at decoder layers; at 'vision' there are attention('class') "
                 'and keys for a compressor that lists "tower" in needs'
             )
         return self.probe
