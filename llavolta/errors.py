@@ -11,7 +11,11 @@ class UserError(Exception):
     def __init__(self, message: object = ""):
         # torch raises a data-loading process's error anew, with that process's traceback for its message.
         text, mark = str(message), f"{type(self).__name__}: "
-        super().__init__(text.rsplit(mark, 1)[1].strip() if text.startswith("Caught ") and mark in text else message)
+        super().__init__(
+            text.rsplit(mark, 1)[1].strip()
+            if text.startswith("Caught ") and mark in text
+            else message
+        )
 
     def _render_traceback_(self) -> list[str]:  # IPython shows this instead of a traceback
         return [f"{type(self).__name__}: {self}"]

@@ -28,5 +28,9 @@ RUNS = DATA / "runs"
 PAPERS = (ROOT or Path.cwd()) / "papers"  # the pages that commands write
 TINY_LLAVA = ROOT / "data" / "tiny-llava" if ROOT else _SHIPPED / "tiny-llava"
 PUBLISHED = ROOT / "papers" / "llavolta" / "published.csv" if ROOT else _SHIPPED / "published.csv"
-NANO_TUNED = ROOT / "data" / "nano-tuned" if ROOT else _SHIPPED / "nano-tuned"  # its projector and adapters
-PICTURES = ROOT / "data" / "pictures" if ROOT else _SHIPPED / "pictures"  # drawings that scenes are made of
+NANO_TUNED = (
+    ROOT / "data" / "nano-tuned" if ROOT else _SHIPPED / "nano-tuned"
+)  # its projector and adapters
+PICTURES = (
+    ROOT / "data" / "pictures" if ROOT else _SHIPPED / "pictures"
+)  # drawings that scenes are made of

@@ -22,7 +22,10 @@ NOTES = re.compile(
 def quiet() -> Iterator[None]:
     """Without bars of transformers and without ``NOTES``; every other warning passes. Afterwards all is as it was."""
     of_transformers.get_verbosity()  # sets its handlers up
-    handlers, bars = [*logging.getLogger("transformers").handlers], of_transformers.is_progress_bar_enabled()
+    handlers, bars = (
+        [*logging.getLogger("transformers").handlers],
+        of_transformers.is_progress_bar_enabled(),
+    )
 
     def passes(record: logging.LogRecord) -> bool:
         return not NOTES.search(record.getMessage())

@@ -10,7 +10,13 @@ from torch import Tensor
 from transformers.masking_utils import create_masks_for_generate
 
 from llavolta.compression.families import Parts, has_3d_positions
-from llavolta.compression.masks import add_to_mask, is_flat, look_up_mask, sliding_window, whole_cache
+from llavolta.compression.masks import (
+    add_to_mask,
+    is_flat,
+    look_up_mask,
+    sliding_window,
+    whole_cache,
+)
 from llavolta.compression.rows import columns, positions_by_row
 from llavolta.compression.state import CachedRows, Pass
 from llavolta.errors import UnsupportedModel
@@ -27,8 +33,12 @@ class CacheBook:
 
     def __init__(self, parts: Parts):
         self.parts = parts
-        self._held: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # {layer of the plan: CachedRows}
-        self._left: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # keys as they were, see _rows_of_before
+        self._held: weakref.WeakKeyDictionary = (
+            weakref.WeakKeyDictionary()
+        )  # {layer of the plan: CachedRows}
+        self._left: weakref.WeakKeyDictionary = (
+            weakref.WeakKeyDictionary()
+        )  # keys as they were, see _rows_of_before
 
     def begin(self, state: Pass, inputs: dict) -> dict:
         """``inputs`` for a cache whose first layer is a compressed one: stock code takes lengths from that layer."""
@@ -45,7 +55,11 @@ class CacheBook:
             return self._with_whole_masks(state, inputs, max(rows.seen for rows in held.values()))
         first = held.get(0)
         state.seen = seen = state.past if first is None else first.seen
-        new, mask, positions = state.real.shape[1], inputs.get("attention_mask"), inputs.get("position_ids")
+        new, mask, positions = (
+            state.real.shape[1],
+            inputs.get("attention_mask"),
+            inputs.get("position_ids"),
+        )
         claimed = seen  # what the caller takes the cache to have seen
         if isinstance(mask, Tensor) and mask.dim() == 2:
             claimed = mask.shape[1] - new
@@ -78,12 +92,19 @@ class CacheBook:
         held = self._held.get(state.cache, {})
         if not held:
             return held
-        of_before = _rows_of_before(_last_keys(state.cache), *self._left[state.cache])  # held, so not empty
+        of_before = _rows_of_before(
+            _last_keys(state.cache), *self._left[state.cache]
+        )  # held, so not empty
         if of_before is not None:
             for segment, rows in held.items():
                 names = [f.name for f in fields(rows) if isinstance(getattr(rows, f.name), Tensor)]
-                held[segment] = replace(rows, **{name: getattr(rows, name)[of_before] for name in names})
-        gone = {rows.valid.shape[1] - state.cache.get_seq_length(segment) for segment, rows in held.items()}
+                held[segment] = replace(
+                    rows, **{name: getattr(rows, name)[of_before] for name in names}
+                )
+        gone = {
+            rows.valid.shape[1] - state.cache.get_seq_length(segment)
+            for segment, rows in held.items()
+        }
         seen = max(rows.seen for rows in held.values())
         if 0 not in held and not state.whole:
             gone.add(seen - state.past)
@@ -91,11 +112,18 @@ class CacheBook:
         if gone or count <= 0:
             return held  # as it was, or cropped in a way that ``note`` will name
         last = torch.arange(seen - count, seen, device=state.real.device)
-        if not all((rows.original[:, -count:] == last).all() & rows.valid[:, -count:].all() for rows in held.values()):
+        if not all(
+            (rows.original[:, -count:] == last).all() & rows.valid[:, -count:].all()
+            for rows in held.values()
+        ):
             return held
         for segment, rows in held.items():
             names = ("later", "original", "valid", *_OF_KEYS)
-            cut = {name: getattr(rows, name)[:, :-count] for name in names if getattr(rows, name) is not None}
+            cut = {
+                name: getattr(rows, name)[:, :-count]
+                for name in names
+                if getattr(rows, name) is not None
+            }
             held[segment] = replace(rows, seen=rows.seen - count, **cut)
         return held
 
@@ -105,7 +133,9 @@ class CacheBook:
         Models with several kinds of layers take each kind's mask sizes from its first layer, compressed or not.
         """
         state.past, state.seen, state.whole = seen, seen, True
-        like = torch.empty(*state.real.shape, 1, dtype=self.parts.decoder.dtype, device=state.real.device)
+        like = torch.empty(
+            *state.real.shape, 1, dtype=self.parts.decoder.dtype, device=state.real.device
+        )
         make = getattr(self.parts.top, "create_masks_for_generate", create_masks_for_generate)
         masks = make(
             config=self.parts.decoder.config,
@@ -121,7 +151,9 @@ class CacheBook:
         new, position_ids = state.real.shape[1], inputs.get("position_ids")
         if position_ids is None:
             if has_3d_positions(self.parts):
-                raise UnsupportedModel("with a plan at layer 0, pass the position_ids of the new tokens with the cache")
+                raise UnsupportedModel(
+                    "with a plan at layer 0, pass the position_ids of the new tokens with the cache"
+                )
             position_ids = torch.arange(seen, seen + new, device=state.real.device)[None]
         first = self._held.get(state.cache, {}).get(0)
         return {**inputs, "position_ids": position_ids - (0 if first is None else first.moved)}
@@ -130,7 +162,10 @@ class CacheBook:
         """Describe the rows of the cache that layers from ``segment`` on will hold after this pass."""
         length = state.real.shape[1]
         past = self._held.get(state.cache, {}).get(segment)
-        held, expected = state.cache.get_seq_length(segment), state.past if past is None else past.valid.shape[1]
+        held, expected = (
+            state.cache.get_seq_length(segment),
+            state.past if past is None else past.valid.shape[1],
+        )
         if held != expected:
             raise UnsupportedModel(
                 f"the cache holds {held} tokens at layer {segment}, not the {expected} that compress left there; "
@@ -169,13 +204,19 @@ class CacheBook:
                 continue
             like = state.real.new_full((batch, 0), rest, dtype=torch.float)
             before = like.new_full((batch, held), rest) if before is None else before
-            found[name] = torch.cat([before, like.new_full((batch, new), rest) if now is None else now], dim=1)
+            found[name] = torch.cat(
+                [before, like.new_full((batch, new), rest) if now is None else now], dim=1
+            )
         return found
 
     def _places(self, state: Pass) -> Tensor:
         """(B, T) positions of this pass's rows."""
         rows = state.rows
-        positions = positions_by_row(state.position_ids, len(state.real)) if rows is None else rows.positions
+        positions = (
+            positions_by_row(state.position_ids, len(state.real))
+            if rows is None
+            else rows.positions
+        )
         if positions.shape[-1] > 1:
             raise UnsupportedModel(
                 "attention is calibrated by the distance of two tokens, which this model's 3-D positions do not give; "
@@ -221,7 +262,9 @@ class CacheBook:
             key = torch.cat([before, query + state.past], dim=1)
             key_valid = torch.cat([before_valid, valid], dim=1)
             bias = self._bias(past, state, dtype)
-            key, key_valid, first = _sliding_cache(state.cache, number, mask, key, key_valid, valid.shape[1], state)
+            key, key_valid, first = _sliding_cache(
+                state.cache, number, mask, key, key_valid, valid.shape[1], state
+            )
             offset, flat = state.past - first, is_flat(self.parts.decoder)
             found = look_up_mask(mask, query, key - first, key_valid, offset, flat)
             if bias is not None:

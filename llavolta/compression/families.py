@@ -17,7 +17,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from llavolta.errors import UnsupportedModel
 
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # by modality, the argument with the raw pictures
+PIXELS = {
+    "image": "pixel_values",
+    "video": "pixel_values_videos",
+}  # by modality, the argument with the raw pictures
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,14 @@ class Pictures:
         mask = self.merge(self.mask[..., None].long())[..., 0].bool()
         count = mask.sum(1)
         row = torch.stack([torch.ones_like(count), count], dim=1)
-        grid, frames = torch.where(alike[:, None], self.grid[first], row), torch.where(alike, frames, 1)
-        rows, clip = self.merge(self.rows[..., None])[..., 0], torch.arange(len(count), device=count.device)
+        grid, frames = (
+            torch.where(alike[:, None], self.grid[first], row),
+            torch.where(alike, frames, 1),
+        )
+        rows, clip = (
+            self.merge(self.rows[..., None])[..., 0],
+            torch.arange(len(count), device=count.device),
+        )
         return Pictures(rows, mask, grid, clip, frames, has_clips=False)
 
     def merge(self, values: Tensor) -> Tensor:
@@ -93,7 +102,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether torch.compile wraps ``model`` or a part of it, as a new module or in place."""
-    return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
+    return any(
+        "_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()
+    )
 
 
 def find_parts(model: nn.Module) -> Parts:
@@ -108,15 +119,23 @@ def find_parts(model: nn.Module) -> Parts:
         if isinstance(token := getattr(config, f"{kind}_token_{suffix}", None), int)
     }
     if not ids:
-        raise UnsupportedModel(f"{name} has no visual tokens: its config names no image_token_id or video_token_id")
+        raise UnsupportedModel(
+            f"{name} has no visual tokens: its config names no image_token_id or video_token_id"
+        )
     decoder = model.get_decoder()
     layers, rotary = getattr(decoder, "layers", None), getattr(decoder, "rotary_emb", None)
     if not isinstance(layers, nn.ModuleList) or rotary is None:
-        raise UnsupportedModel(f"{name}: its decoder {type(decoder).__name__} has no .layers or no .rotary_emb")
+        raise UnsupportedModel(
+            f"{name}: its decoder {type(decoder).__name__} has no .layers or no .rotary_emb"
+        )
     base = model.base_model
     if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
-        raise UnsupportedModel(f"{name} takes no mm_encoder_outputs: its pictures do not enter as tokens of the text")
-    return Parts(model if base is not model else None, base, decoder, layers, rotary, ids, _projector(base))
+        raise UnsupportedModel(
+            f"{name} takes no mm_encoder_outputs: its pictures do not enter as tokens of the text"
+        )
+    return Parts(
+        model if base is not model else None, base, decoder, layers, rotary, ids, _projector(base)
+    )
 
 
 def _projector(base: nn.Module) -> nn.Module | None:
@@ -124,7 +143,9 @@ def _projector(base: nn.Module) -> nn.Module | None:
     projector = getattr(base, "multi_modal_projector", None)
     if projector is None or any(True for _ in projector.parameters(recurse=False)):
         return None
-    if getattr(projector, "merges_tokens", False) or hasattr(projector, "pixel_shuffle"):  # our own, Aya Vision's
+    if getattr(projector, "merges_tokens", False) or hasattr(
+        projector, "pixel_shuffle"
+    ):  # our own, Aya Vision's
         return None
     return projector
 
@@ -140,7 +161,11 @@ def _running(part: nn.Module) -> nn.Module:
     """The module that runs: where PEFT trains a part whole, its copy of it, not the original."""
     if not hasattr(part, "original_module"):
         return part
-    running = part.original_module if part.disable_adapters else part.modules_to_save[part.active_adapters[0]]
+    running = (
+        part.original_module
+        if part.disable_adapters
+        else part.modules_to_save[part.active_adapters[0]]
+    )
     return running  # pyright: ignore[reportReturnType]
 
 
@@ -157,7 +182,10 @@ class Roles:
         """Of a parameter, by its name in the unwrapped model: "projector", "tower" or "language"."""
         parameter = parameter.replace(".modules_to_save.default", "")  # PEFT's copy of a part
         for role in ("projector", "tower"):  # a merger stands within its tower
-            if any(parameter == name or parameter.startswith(f"{name}.") for name in getattr(self, role)):
+            if any(
+                parameter == name or parameter.startswith(f"{name}.")
+                for name in getattr(self, role)
+            ):
                 return role
         return "language"
 
@@ -174,7 +202,11 @@ def roles(model: nn.Module) -> Roles:
         for name, part in parts.base.named_children()
         if part is not parts.decoder and any(True for _ in part.parameters())
     ]
-    seeing = [name for name, part in beside if _stacks(part) and any(isinstance(m, _ConvNd) for m in part.modules())]
+    seeing = [
+        name
+        for name, part in beside
+        if _stacks(part) and any(isinstance(m, _ConvNd) for m in part.modules())
+    ]
     seeing = seeing or [name for name, part in beside if _stacks(part)]
     projector = [name for name, _ in beside if name not in seeing]
     if not projector:
@@ -215,14 +247,22 @@ def tower_attentions(parts: Parts, layers: Iterable[str | int]) -> dict[str | in
     for name, tower in towers(parts).items():
         stack = max(_stacks(tower), key=len)
         for layer, attentions in found.items():
-            number = round((len(stack) - 1) * 5 / 23) if layer == "early" else numbers.get(layer, layer)
+            number = (
+                round((len(stack) - 1) * 5 / 23) if layer == "early" else numbers.get(layer, layer)
+            )
             if not -len(stack) <= number < len(stack):
                 raise UnsupportedModel(f"{name} has {len(stack)} layers, no layer {number}")
             modules = stack[number].modules()
-            ready = (m for m in modules if hasattr(m, "q_proj") and hasattr(m, "k_proj") or hasattr(m, "qkv"))
+            ready = (
+                m
+                for m in modules
+                if hasattr(m, "q_proj") and hasattr(m, "k_proj") or hasattr(m, "qkv")
+            )
             attention = next(ready, None)
             if attention is None:
-                raise UnsupportedModel(f"{name}: no q_proj and k_proj in its layer {type(stack[number]).__name__}")
+                raise UnsupportedModel(
+                    f"{name}: no q_proj and k_proj in its layer {type(stack[number]).__name__}"
+                )
             attentions.append(attention)
     return found
 
@@ -232,7 +272,9 @@ def tower_heads(attention: nn.Module) -> int:
     for name in ("num_heads", "num_attention_heads"):
         if hasattr(attention, name):
             return getattr(attention, name)
-    raise UnsupportedModel(f"{type(attention).__name__} does not say how many heads it has; use avgpool or kmeans")
+    raise UnsupportedModel(
+        f"{type(attention).__name__} does not say how many heads it has; use avgpool or kmeans"
+    )
 
 
 def without_class_token(parts: Parts) -> list[str]:
@@ -241,7 +283,9 @@ def without_class_token(parts: Parts) -> list[str]:
     return [
         f"{name} ({type(tower).__name__})"
         for name, tower in towers(parts).items()
-        if known.isdisjoint(parameter.rpartition(".")[2] for parameter, _ in tower.named_parameters())
+        if known.isdisjoint(
+            parameter.rpartition(".")[2] for parameter, _ in tower.named_parameters()
+        )
     ]
 
 
@@ -269,11 +313,19 @@ def encode_pictures(base: nn.Module, args: tuple, kwargs: dict) -> dict:
     """
     names = inspect.signature(base.forward).parameters
     inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-    encoded = {kind: output for kind, output in (inputs.get("mm_encoder_outputs") or {}).items() if output is not None}
+    encoded = {
+        kind: output
+        for kind, output in (inputs.get("mm_encoder_outputs") or {}).items()
+        if output is not None
+    }
     for kind, pixels in PIXELS.items():
         if inputs.get(pixels) is not None and len(inputs[pixels]):
             encode = getattr(base, f"get_{kind}_features")
-            wanted = [name for name in inspect.signature(encode).parameters if inputs.get(name) is not None]
+            wanted = [
+                name
+                for name in inspect.signature(encode).parameters
+                if inputs.get(name) is not None
+            ]
             encoded[kind] = encode(**{name: inputs[name] for name in wanted}, return_dict=True)
             del inputs[pixels]
     return {**inputs, "mm_encoder_outputs": encoded} if encoded else inputs
@@ -283,12 +335,16 @@ def visual_tokens(parts: Parts, inputs: dict) -> dict[str, Tensor]:
     """(B, T) bool by modality: the placeholders that pictures fill. Without pictures they are ordinary tokens."""
     ids = inputs.get("input_ids")
     if ids is None:
-        raise UnsupportedModel("compress needs input_ids to find the visual tokens; pass them, not inputs_embeds")
+        raise UnsupportedModel(
+            "compress needs input_ids to find the visual tokens; pass them, not inputs_embeds"
+        )
     encoded = inputs.get("mm_encoder_outputs") or {}
     return {kind: ids == token for kind, token in parts.visual_ids.items() if kind in encoded}
 
 
-def find_pictures(base: nn.Module, visual: dict[str, Tensor], encoded: dict, positions: Tensor) -> Pictures:
+def find_pictures(
+    base: nn.Module, visual: dict[str, Tensor], encoded: dict, positions: Tensor
+) -> Pictures:
     """The pictures of a batch, in the order of their tokens.
 
     visual: (B, T) bool by modality, on the CPU, where all of this is computed: it is hundreds of small steps, and many
@@ -297,15 +353,21 @@ def find_pictures(base: nn.Module, visual: dict[str, Tensor], encoded: dict, pos
     A newline token at the end of each row of a high-resolution grid counts as the grid's last column. One that stands
     alone behind a picture is no part of it and stays, as text does.
     """
-    flat, start, lines, first = (torch.cat(part) for part in zip(*_marks(base, visual, encoded), strict=True))
+    flat, start, lines, first = (
+        torch.cat(part) for part in zip(*_marks(base, visual, encoded), strict=True)
+    )
     order = flat.argsort()
     flat, start, lines, first = flat[order], start[order], lines[order], first[order]
-    first |= torch.nn.functional.pad(flat[1:] != flat[:-1] + 1, (1, 0), value=True)  # text stands between
+    first |= torch.nn.functional.pad(
+        flat[1:] != flat[:-1] + 1, (1, 0), value=True
+    )  # text stands between
     start |= first
     device = positions.device
     positions = positions.reshape(-1, positions.shape[-1])
     positions = positions.cpu()[flat] if positions.shape[1] > 1 else positions[:0]
-    if positions.shape[1] > 1:  # (time, height, width): a new frame starts where the height falls back
+    if (
+        positions.shape[1] > 1
+    ):  # (time, height, width): a new frame starts where the height falls back
         start[1:] |= positions[1:, 1] < positions[:-1, 1]
 
     number = start.cumsum(0) - 1
@@ -315,20 +377,27 @@ def find_pictures(base: nn.Module, visual: dict[str, Tensor], encoded: dict, pos
     rows[mask] = flat
 
     def per_picture(values: Tensor, reduce: str) -> Tensor:
-        return values.new_zeros(len(count)).scatter_reduce(0, number, values, reduce, include_self=False)
+        return values.new_zeros(len(count)).scatter_reduce(
+            0, number, values, reduce, include_self=False
+        )
 
     height = per_picture(lines.long(), "sum")
     if positions.shape[1] > 1:
         height = per_picture(positions[:, 1], "amax") - per_picture(positions[:, 1], "amin") + 1
     side = count.double().sqrt().round().long()
     inner = (count - 1).double().sqrt().round().long()
-    lead = (side * side != count) & (inner * inner == count - 1) & _gives_frames(base)  # a class token
+    lead = (
+        (side * side != count) & (inner * inner == count - 1) & _gives_frames(base)
+    )  # a class token
     count, side = count - lead.long(), torch.where(lead, inner, side)
     height = torch.where(height > 0, height, torch.where(side * side == count, side, 1))
     height = torch.where((count % height == 0) & (height < count), height, 1)
     grid = torch.stack([height, count // height], dim=1)
     clip = first.cumsum(0)[start] - 1
-    found = (part.to(device, non_blocking=True) for part in (rows, mask, grid, clip, torch.ones_like(count)))
+    found = (
+        part.to(device, non_blocking=True)
+        for part in (rows, mask, grid, clip, torch.ones_like(count))
+    )
     return Pictures(*found, has_clips=bool(clip[-1] + 1 < len(clip)))
 
 
@@ -342,21 +411,35 @@ def _marks(base: nn.Module, visual: dict[str, Tensor], encoded: dict):
         features = [feature for feature in encoded[kind].pooler_output if len(feature)]
         lengths = [len(feature) for feature in features]
         if sum(lengths) != len(flat):
-            raise UnsupportedModel(f"the batch holds {len(flat)} {kind} tokens, but its {kind}s fill {sum(lengths)}")
-        starts, lines, kept = [], flat.new_zeros(len(flat), dtype=torch.bool), torch.ones_like(flat, dtype=torch.bool)
+            raise UnsupportedModel(
+                f"the batch holds {len(flat)} {kind} tokens, but its {kind}s fill {sum(lengths)}"
+            )
+        starts, lines, kept = (
+            [],
+            flat.new_zeros(len(flat), dtype=torch.bool),
+            torch.ones_like(flat, dtype=torch.bool),
+        )
         clips = []
         frame = _frame_tokens(base) if kind == "video" else None
         clip = base.config.video_seq_length if kind == "video" and _gives_frames(base) else None
-        clip = clip if clip and len(flat) % clip == 0 else len(flat)  # only text parts clips of another length
+        clip = (
+            clip if clip and len(flat) % clip == 0 else len(flat)
+        )  # only text parts clips of another length
         first = 0
         for feature, length in zip(features, lengths, strict=True):
             starts += range(first, first + length, frame or length)
-            clips += [first] if kind == "video" and (not _gives_frames(base) or first % clip == 0) else []
+            clips += (
+                [first]
+                if kind == "video" and (not _gives_frames(base) or first % clip == 0)
+                else []
+            )
             if newline is not None:
                 ends = (feature == newline.to(feature)).all(-1).cpu().nonzero().squeeze(1).tolist()
                 if len(ends) == 1:
                     kept[first + ends[0]] = False
-                elif ends:  # a base tile, then the grid of the others, each of its rows with a newline
+                elif (
+                    ends
+                ):  # a base tile, then the grid of the others, each of its rows with a newline
                     starts.append(first + ends[0] + 1 - (ends[1] - ends[0]))
                     lines[[first + end for end in ends]] = True
             first += length

@@ -15,7 +15,9 @@ class WatchedGeneration:
 
     def __init__(self, top: nn.Module, now: Now):
         self.top, self.now = top, now
-        self.own = {name: vars(top).get(name) for name in ("_prefill", "generate")}  # None: the class's
+        self.own = {
+            name: vars(top).get(name) for name in ("_prefill", "generate")
+        }  # None: the class's
         top._prefill = partial(_whole_prefill, top._prefill)
         top.generate = partial(self._generate, top.generate)
 
@@ -41,5 +43,7 @@ class WatchedGeneration:
 def _whole_prefill(stock, input_ids, generation_config, *args, **kwargs):
     """``generate``'s first pass, refused in chunks: a compressor must see a picture, and its question, whole."""
     if generation_config.prefill_chunk_size is not None:
-        raise UnsupportedModel("a prompt under compress() cannot be split into chunks; leave prefill_chunk_size out")
+        raise UnsupportedModel(
+            "a prompt under compress() cannot be split into chunks; leave prefill_chunk_size out"
+        )
     return stock(input_ids, generation_config, *args, **kwargs)

@@ -48,7 +48,9 @@ def give_back(output, back: Tensor | None, labelled: tuple[Tensor, Tensor] | Non
     else:
         hidden = last.gather(1, back[..., None].expand(-1, -1, last.shape[-1]))
 
-    def ends(states) -> bool:  # the hidden states of all layers, whose last entry is the one given back
+    def ends(
+        states,
+    ) -> bool:  # the hidden states of all layers, whose last entry is the one given back
         return isinstance(states, tuple) and len(states) > 0 and states[-1] is last
 
     if isinstance(output, tuple):

@@ -12,7 +12,11 @@ from llavolta.errors import UnsupportedModel
 def cache_bytes(cache) -> int:
     """Bytes of the keys and values in a transformers cache, over all layers."""
     layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-    return sum(part.numel() * part.element_size() for layer in layers for part in (layer.keys, layer.values))
+    return sum(
+        part.numel() * part.element_size()
+        for layer in layers
+        for part in (layer.keys, layer.values)
+    )
 
 
 def is_flat(decoder) -> bool:
@@ -54,7 +58,9 @@ def look_up_mask(mask, query: Tensor, key: Tensor, key_valid: Tensor, past: int,
     )
 
 
-def add_to_mask(mask, bias: Tensor, query: Tensor, key: Tensor, key_valid: Tensor, past: int, flat: bool) -> Tensor:
+def add_to_mask(
+    mask, bias: Tensor, query: Tensor, key: Tensor, key_valid: Tensor, past: int, flat: bool
+) -> Tensor:
     """The additive mask (B, 1, Q, K) of what ``mask`` (see look_up_mask) lets through, with ``bias`` (B, 1 or Q, K) on
     the logits. Raises UnsupportedModel for a backend that takes none."""
     if flat or hasattr(mask, "mask_mod"):
@@ -68,14 +74,19 @@ def add_to_mask(mask, bias: Tensor, query: Tensor, key: Tensor, key_valid: Tenso
         return torch.where(seen, bias[:, None], least)
     if mask.dtype == torch.bool:
         return torch.where(mask, bias[:, None], least)
-    return torch.where(mask > torch.finfo(mask.dtype).min / 2, mask + bias[:, None], mask).to(bias.dtype)
+    return torch.where(mask > torch.finfo(mask.dtype).min / 2, mask + bias[:, None], mask).to(
+        bias.dtype
+    )
 
 
 def _look_up_block_mask(mask, query: Tensor, key: Tensor, key_valid: Tensor):
     from torch.nn.attention.flex_attention import create_block_mask
 
     def seen(batch, head, row, column):
-        return mask.mask_mod(batch, head, query[batch, row], key[batch, column]) & key_valid[batch, column]
+        return (
+            mask.mask_mod(batch, head, query[batch, row], key[batch, column])
+            & key_valid[batch, column]
+        )
 
     size = {"B": query.shape[0], "H": None, "Q_LEN": query.shape[1], "KV_LEN": key.shape[1]}
     return create_block_mask(seen, **size, device=query.device, BLOCK_SIZE=mask.BLOCK_SIZE)
@@ -95,5 +106,8 @@ def whole_cache(cache, seen: int) -> Cache:
             layers[-1].cumulative_length = seen
         else:
             layers.append(DynamicLayer())
-            layers[-1].keys, layers[-1].is_initialized = torch.empty(1, 1, seen, 1, device="meta"), True
+            layers[-1].keys, layers[-1].is_initialized = (
+                torch.empty(1, 1, seen, 1, device="meta"),
+                True,
+            )
     return Cache(layers=layers)

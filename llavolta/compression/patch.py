@@ -42,7 +42,15 @@ from llavolta.compression.families import (
     visual_tokens,
 )
 from llavolta.compression.generation import WatchedGeneration
-from llavolta.compression.plan import VISION, Layer, Plan, PlanError, check_layers, format_plan, parse_plan
+from llavolta.compression.plan import (
+    VISION,
+    Layer,
+    Plan,
+    PlanError,
+    check_layers,
+    format_plan,
+    parse_plan,
+)
 from llavolta.compression.probe import LayerInput
 from llavolta.compression.state import Now, Pass
 from llavolta.compression.vision import BLENDED, DropMarked, TowerWatch, VisionStep
@@ -51,7 +59,9 @@ from llavolta.errors import UnsupportedModel
 Observer = Callable[[Layer, VisualTokens, CompressedTokens], None]
 
 _active: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_plain = torch.compiler.disable  # these steps depend on data, so the graph would break in them anyway
+_plain = (
+    torch.compiler.disable
+)  # these steps depend on data, so the graph would break in them anyway
 
 
 def compress(
@@ -100,7 +110,9 @@ def compress(
 class Compression:
     """The handle that ``compress`` returns: a context manager with ``remove()``. ``plan`` is the parsed plan."""
 
-    def __init__(self, model: nn.Module, plan, labelled_only: bool | None, prefix: nn.Module | None, observe):
+    def __init__(
+        self, model: nn.Module, plan, labelled_only: bool | None, prefix: nn.Module | None, observe
+    ):
         self.parts = find_parts(model)
         self._compiled = is_compiled(model)
         self.plan: Plan = check_layers(parse_plan(plan), len(self.parts.layers))
@@ -109,7 +121,11 @@ class Compression:
         before = working.pop(VISION, None)
         self._vision = None if before is None else VisionStep(before, self.parts, written, observe)
         self._steps: dict[int, list[Compressor]] = {layer: [c] for layer, c in working.items()}
-        self._tower = TowerWatch(working[0], self.parts) if 0 in working and "tower" in working[0].needs else None
+        self._tower = (
+            TowerWatch(working[0], self.parts)
+            if 0 in working and "tower" in working[0].needs
+            else None
+        )
         if before is not None:
             self._steps[0] = [DropMarked(before.contiguous), *self._steps.get(0, [])]
         if self._steps and (state := holds_state(self.parts)):
@@ -122,7 +138,9 @@ class Compression:
             self._check_3d(prefix)
         if prefix is not None:
             if 0 not in self._steps:
-                raise PlanError(f"plan {written!r} makes no room for a prefix at 'vision' or layer 0")
+                raise PlanError(
+                    f"plan {written!r} makes no room for a prefix at 'vision' or layer 0"
+                )
             self._steps[0][-1] = Prefixed(self._steps[0][-1], prefix)
         self._captured = {layer - 1 for layer, c in working.items() if "previous_layer" in c.needs}
         self._keeps_start = any("start" in c.needs for c in working.values())
@@ -132,7 +150,9 @@ class Compression:
         self._book = CacheBook(self.parts)
         self._hooks: list = []
         if self.parts.decoder in _active:
-            raise RuntimeError("this model is being compressed already; remove() the first handle or leave its block")
+            raise RuntimeError(
+                "this model is being compressed already; remove() the first handle or leave its block"
+            )
         if self._steps or self.labelled_only:
             try:
                 self._install()
@@ -160,7 +180,9 @@ class Compression:
         return f"compress({format_plan(self.plan)!r}{'' if self._hooks else ', not in force'})"
 
     def __reduce__(self):
-        raise UnsupportedModel("a model under compress() cannot be copied or pickled; remove() the handle first")
+        raise UnsupportedModel(
+            "a model under compress() cannot be copied or pickled; remove() the handle first"
+        )
 
     def __enter__(self) -> Compression:
         return self
@@ -184,7 +206,9 @@ class Compression:
             torch.compiler.reset()  # compiled code does not notice that hooks come or go
         if parts.top is not None:
             add(parts.top.register_forward_pre_hook(self._before_top, with_kwargs=True))
-            add(parts.top.register_forward_hook(self._after_top, with_kwargs=True, always_call=True))
+            add(
+                parts.top.register_forward_hook(self._after_top, with_kwargs=True, always_call=True)
+            )
         add(parts.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
         add(parts.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
         add(parts.decoder.register_forward_hook(self._after_decoder))
@@ -211,7 +235,12 @@ class Compression:
         self._now.forget()
         self._now.due = ("base", "decoder")
         self._now.labels = labels = kwargs.get("labels")
-        if labels is None or not self.labelled_only or not module.training or kwargs.get("shift_labels") is not None:
+        if (
+            labels is None
+            or not self.labelled_only
+            or not module.training
+            or kwargs.get("shift_labels") is not None
+        ):
             return None
         self._now.labelled, short = labelled.shorten_labels(labels)
         return args, {**kwargs, "labels": short}
@@ -245,7 +274,9 @@ class Compression:
     def _before_decoder(self, module, args, kwargs):
         given, now = kwargs.get("inputs_embeds"), self._now
         like = now.labels if now.state is None else now.state.real
-        self._now.enter("decoder", fits=given is not None and (like is None or given.shape[:2] == like.shape))
+        self._now.enter(
+            "decoder", fits=given is not None and (like is None or given.shape[:2] == like.shape)
+        )
         state, first = self._now.state, min(self._steps, default=0)
         deepstack = kwargs.get("deepstack_visual_embeds")
         if state is None or deepstack is None or len(deepstack) <= first:
@@ -284,15 +315,21 @@ class Compression:
         if number in self._steps:
             if state.has_pictures:
                 for compressor in self._steps[number]:
-                    at = LayerInput(module, hidden, state.rotary_of_rows(stock_rotary, self.parts.rotary))
+                    at = LayerInput(
+                        module, hidden, state.rotary_of_rows(stock_rotary, self.parts.rotary)
+                    )
                     hidden = self._shrink(compressor, number, at, state)
             if state.cache is not None:
                 self._book.note(number, state)
         if state.rows is not None:
             kwargs["position_embeddings"] = state.rotary_of_rows(stock_rotary, self.parts.rotary)
-            kwargs["position_ids"] = None  # the attention code takes gaps in them for packed sequences
+            kwargs["position_ids"] = (
+                None  # the attention code takes gaps in them for packed sequences
+            )
         if state.rows is not None or segment in state.cached:
-            kwargs["attention_mask"] = self._book.mask(stock_mask, segment, number, state, hidden.dtype)
+            kwargs["attention_mask"] = self._book.mask(
+                stock_mask, segment, number, state, hidden.dtype
+            )
         if number == 0 and self._keeps_start and state.has_pictures:
             at = LayerInput(module, hidden, kwargs.get("position_embeddings"))
             state.start = at, state.rows or state.first_rows(self.parts)
@@ -310,22 +347,34 @@ class Compression:
         if "tower" in compressor.needs:
             kinds = [state.by_kind[kind] for kind in PIXELS if kind in state.by_kind]
             features = [output.pooler_output for output in state.encoded.values()]
-            at_rows = dict(spread=rows.pictures.mask, rows=rows.pictures.rows, image_sizes=state.image_sizes)
+            at_rows = dict(
+                spread=rows.pictures.mask, rows=rows.pictures.rows, image_sizes=state.image_sizes
+            )
             if self._now.rows is not None:
                 at_rows["image_sizes"] = self._now.image_sizes
                 at_rows["times"] = len(state.real) // self._now.rows
             probe.tower = self._tower.probe(features, kinds=kinds, **at_rows)
         if "start" in compressor.needs:
             first, start = state.start or (at, rows)  # this is layer 0
-            probe.start = start.tokens(first.hidden, decoder.training, self._now.probe(first, start, probe.norm))
+            probe.start = start.tokens(
+                first.hidden, decoder.training, self._now.probe(first, start, probe.norm)
+            )
         tokens = rows.tokens(at.hidden, decoder.training, probe)
         where = f"compressor {compressor} at layer {number}"
         out, whole = check_output(compressor(tokens), tokens, where, compressor.may_empty)
         if compressor.may_empty and not bool(rows.text().any(1).all()):
-            raise UnsupportedModel(f"{where} would leave a row of pictures alone without any token; put text beside it")
-        if self._observe is not None and number in self._observed and not isinstance(compressor, DropMarked):
+            raise UnsupportedModel(
+                f"{where} would leave a row of pictures alone without any token; put text beside it"
+            )
+        if (
+            self._observe is not None
+            and number in self._observed
+            and not isinstance(compressor, DropMarked)
+        ):
             self._observe(number, tokens, out)
-        contiguous = compressor.contiguous and number == 0  # deeper, earlier layers have rotated keys by the places
+        contiguous = (
+            compressor.contiguous and number == 0
+        )  # deeper, earlier layers have rotated keys by the places
         hidden, state.rows, moved = rows.compressed(at.hidden, out, whole, number == 0, contiguous)
         state.moved = state.moved + moved
         return hidden

@@ -34,17 +34,23 @@ def parse_plan(plan: str | Mapping[Layer, Compressor] | None) -> Plan:
         entries = list(plan.items())
         for layer, compressor in entries:
             if not isinstance(compressor, Compressor):
-                raise PlanError(f"plan for layer {layer!r}: expected a Compressor, got {compressor!r}")
+                raise PlanError(
+                    f"plan for layer {layer!r}: expected a Compressor, got {compressor!r}"
+                )
     elif isinstance(plan, str):
         text = plan.strip()
         if text.lower() in ("none", ""):
             return {}
         entries = [_parse_entry(part.strip(), plan) for part in text.split(";")]
     else:
-        raise PlanError(f"a plan is text such as '2:avgpool:8', a dict or None, not {type(plan).__name__}")
+        raise PlanError(
+            f"a plan is text such as '2:avgpool:8', a dict or None, not {type(plan).__name__}"
+        )
     for layer, _ in entries:
         if layer != VISION and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
-            raise PlanError(f"plan {plan!r}: a layer is a whole number from 0, or 'vision', not {layer!r}")
+            raise PlanError(
+                f"plan {plan!r}: a layer is a whole number from 0, or 'vision', not {layer!r}"
+            )
     if len(dict(entries)) < len(entries):
         raise PlanError(f"plan {plan!r} names a layer twice; one compressor a layer")
     return dict(sorted(entries, key=_depth))
@@ -57,10 +63,14 @@ def _depth(entry: tuple[Layer, Compressor]) -> int:
 def _parse_entry(entry: str, plan: str) -> tuple[Layer, Compressor]:
     layer, *rest = (part.strip() for part in entry.split(":"))
     if not rest or not (layer == VISION or layer.lstrip("-").isdecimal()):
-        raise PlanError(f"cannot read {entry!r} in plan {plan!r}; write LAYER:COMPRESSOR:OPTION, as in '2:avgpool:8'")
+        raise PlanError(
+            f"cannot read {entry!r} in plan {plan!r}; write LAYER:COMPRESSOR:OPTION, as in '2:avgpool:8'"
+        )
     name, *options = rest
     if name not in COMPRESSORS:
-        raise PlanError(f"unknown compressor {name!r} in plan {plan!r}; known: {', '.join(sorted(COMPRESSORS))}")
+        raise PlanError(
+            f"unknown compressor {name!r} in plan {plan!r}; known: {', '.join(sorted(COMPRESSORS))}"
+        )
     kind = COMPRESSORS[name]
     names = [field.name for field in fields(kind)]
     try:
@@ -70,12 +80,18 @@ def _parse_entry(entry: str, plan: str) -> tuple[Layer, Compressor]:
             parsed = parse_options(name, options, ["calibration"])
             return layer if layer == VISION else int(layer), kind(**inside, **parsed)
         given = parse_options(name, options, names)
-        missing = [f.name for f in fields(kind) if f.name not in given and f.default is f.default_factory is MISSING]
+        missing = [
+            f.name
+            for f in fields(kind)
+            if f.name not in given and f.default is f.default_factory is MISSING
+        ]
         if missing:
             raise ValueError(f"{name} needs {', '.join(missing)}")
         return layer if layer == VISION else int(layer), kind(**given)
     except (TypeError, ValueError, OverflowError) as error:
-        raise PlanError(f"plan {plan!r}: {error}; options of {name}: {', '.join(names) or 'none'}") from None
+        raise PlanError(
+            f"plan {plan!r}: {error}; options of {name}: {', '.join(names) or 'none'}"
+        ) from None
 
 
 def parse_options(owner: str, options: list[str], names: list[str]) -> dict:
@@ -85,10 +101,14 @@ def parse_options(owner: str, options: list[str], names: list[str]) -> dict:
         key, equals, value = option.partition("=")
         if not equals:
             if place >= len(names):
-                raise ValueError(f"{owner!r} takes {len(names)} options ({', '.join(names)}), not more")
+                raise ValueError(
+                    f"{owner!r} takes {len(names)} options ({', '.join(names)}), not more"
+                )
             key, value = names[place], option
         if key not in names or key in given:
-            raise ValueError(f"option {key!r} of {owner!r} is unknown or given twice; options: {names}")
+            raise ValueError(
+                f"option {key!r} of {owner!r} is unknown or given twice; options: {names}"
+            )
         given[key] = _number_or_text(value)
     return given
 
@@ -112,7 +132,10 @@ def _number_or_text(value: str) -> int | float | bool | str:
 
 def format_plan(plan: Mapping[Layer, Compressor]) -> str:
     """The text that ``parse_plan`` reads back as ``plan``."""
-    return ";".join(f"{layer}:{compressor}" for layer, compressor in sorted(plan.items(), key=_depth)) or "none"
+    return (
+        ";".join(f"{layer}:{compressor}" for layer, compressor in sorted(plan.items(), key=_depth))
+        or "none"
+    )
 
 
 def check_layers(plan: Plan, num_layers: int) -> Plan:
@@ -144,7 +167,9 @@ def check_layers(plan: Plan, num_layers: int) -> Plan:
     return plan
 
 
-def tokens_per_layer(plan: str | Mapping[Layer, Compressor] | None, num_layers: int, num_tokens: int) -> list[float]:
+def tokens_per_layer(
+    plan: str | Mapping[Layer, Compressor] | None, num_layers: int, num_tokens: int
+) -> list[float]:
     """Visual tokens of one image of ``num_tokens`` tokens that each of ``num_layers`` layers works on."""
     plan = check_layers(parse_plan(plan), num_layers)
     counts, left = [], plan[VISION].num_tokens(num_tokens) if VISION in plan else num_tokens

@@ -50,16 +50,22 @@ class LayerProbe:
         if isinstance(query, Tensor):
             return self._attention_of(query, previous)
         if query not in ("last", "instruction"):
-            raise ValueError(f"query must be 'last' or 'instruction' at a decoder layer, not {query!r}")
+            raise ValueError(
+                f"query must be 'last' or 'instruction' at a decoder layer, not {query!r}"
+            )
         chosen = self._queries(query)
         rows, mask = _compact(chosen)
         weights = attention_rows(self._at(previous), rows, self.valid, self.sample)  # (B, Q, T)
-        weights = weights.masked_fill(~mask[..., None], 0).sum(1) / self._of_sample(chosen.long()).clamp(min=1)
+        weights = weights.masked_fill(~mask[..., None], 0).sum(1) / self._of_sample(
+            chosen.long()
+        ).clamp(min=1)
         return weights.reshape(-1)[self.images]
 
     def _at(self, previous: bool) -> LayerInput:
         if previous and self.before is None:
-            raise ValueError('the attention of the previous layer needs "previous_layer" in needs, and a layer above 0')
+            raise ValueError(
+                'the attention of the previous layer needs "previous_layer" in needs, and a layer above 0'
+            )
         return self.before if previous else self.here  # pyright: ignore[reportReturnType]
 
     def _attention_of(self, chosen: Tensor, previous: bool) -> Tensor:
@@ -69,14 +75,18 @@ class LayerProbe:
         rotary = tuple(part if len(part) == 1 else part[row] for part in at.rotary)
         at = LayerInput(at.layer, at.hidden[row], rotary)
         weights = attention_rows(at, rows, self.valid[row], self.sample[row])  # (I, Q, T)
-        weights = weights.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        weights = weights.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True).clamp(
+            min=1
+        )
         return weights.gather(1, self.images % self.valid.shape[1])
 
     def from_start(self, marks: Tensor) -> Tensor:
         """marks (I, T0) of the tokens at layer 0 of each picture's row -> (I, T) of those that are here."""
         before, here = (probe.index[probe.row()] for probe in (self.start.probe, self))
         there = self.start.probe.valid[self.start.probe.row()]
-        wide = marks.new_zeros(len(marks), 1 + max(int(before.max()), int(here.max())), dtype=torch.long)
+        wide = marks.new_zeros(
+            len(marks), 1 + max(int(before.max()), int(here.max())), dtype=torch.long
+        )
         wide = wide.scatter_reduce(1, before, (marks & there).long(), "amax").bool()
         return wide.gather(1, here) & self.valid[self.row()]
 
@@ -94,7 +104,9 @@ class LayerProbe:
         query, key = _split(self.here, "q"), _split(self.here, "k")  # (B, heads, T, d)
         column = torch.arange(self.valid.shape[1], device=self.valid.device)
         place = self.images % len(column)
-        upto = self.valid[row] & (column <= place.masked_fill(~self.image_mask, 0).amax(1, keepdim=True))  # (I, T)
+        upto = self.valid[row] & (
+            column <= place.masked_fill(~self.image_mask, 0).amax(1, keepdim=True)
+        )  # (I, T)
         weight = upto.float() / upto.sum(1, keepdim=True)
         mean = torch.einsum("ihtd,it->ihd", query[row].float(), weight)
         mean = mean.unflatten(1, (key.shape[1], -1))  # (I, key heads, query heads of each, d)
@@ -106,7 +118,9 @@ class LayerProbe:
     def rotated_keys(self) -> Tensor:
         """(B, T, D) of the layer before, with its rotation, of all rows, heads side by side."""
         if self.before is None:
-            raise ValueError('the keys of the previous layer need "previous_layer" in needs, and a layer above 0')
+            raise ValueError(
+                'the keys of the previous layer need "previous_layer" in needs, and a layer above 0'
+            )
         return _rotated(self.before, "k").transpose(1, 2).flatten(2)
 
     def behind(self) -> Tensor:
@@ -179,7 +193,10 @@ class TowerLayer:
         """(I, T) what each token gets from ``rows``, their mean: the softmax over all T tokens, of each head (and their
         mean) or of all heads as one of width D."""
         heads = self.heads if per_head else 1
-        query, key = self.query[:, rows].unflatten(-1, (heads, -1)), self.key.unflatten(-1, (heads, -1))
+        query, key = (
+            self.query[:, rows].unflatten(-1, (heads, -1)),
+            self.key.unflatten(-1, (heads, -1)),
+        )
         scale, given = key.shape[-1] ** -0.5, 0
         for head in range(heads):  # those of all T rows and heads at once would take much memory
             scores = matmul_float32(query[:, :, head], key[:, :, head].transpose(1, 2)) * scale
@@ -220,7 +237,11 @@ class TowerProbe:
         if self.made is not None:
             return self.made
         first = next(iter(self.layers.values()))
-        return len(first.key) * self.length if first.mask is None else int(first.mask.sum()) // self.unit
+        return (
+            len(first.key) * self.length
+            if first.mask is None
+            else int(first.mask.sum()) // self.unit
+        )
 
     @property
     def fits(self) -> bool:
@@ -235,15 +256,23 @@ class TowerProbe:
         total = first.key.shape[1]
         patches = total - self.class_token
         side, merged = round(patches**0.5), round((patches / self.length) ** 0.5)
-        blocks = side * side == patches and merged * merged * self.length == patches and side % merged == 0
+        blocks = (
+            side * side == patches
+            and merged * merged * self.length == patches
+            and side % merged == 0
+        )
         return self.length in (total, patches) or blocks
 
     @torch.no_grad()
     def attention(self, query: str, layer: str | int = "last", per_head: bool = False) -> Tensor:
         if query not in ("class", "received"):
-            raise ValueError(f"at 'vision' there is attention('class') or attention('received'), not {query!r}")
+            raise ValueError(
+                f"at 'vision' there is attention('class') or attention('received'), not {query!r}"
+            )
         if query == "class" and not self.class_token:
-            raise UnsupportedModel("the vision tower has no class token whose attention could rank patches")
+            raise UnsupportedModel(
+                "the vision tower has no class token whose attention could rank patches"
+            )
         rows = slice(0, 1) if query == "class" else slice(None)
         at = self._layer(layer)
         return self._per_token(at.attention(rows, per_head)[..., None], at.mask)[..., 0]
@@ -256,7 +285,9 @@ class TowerProbe:
 
     def _layer(self, name: str | int) -> TowerLayer:
         if name not in self.layers:
-            raise ValueError(f"layer {name!r} of the vision tower was not kept; list it in tower_layers")
+            raise ValueError(
+                f"layer {name!r} of the vision tower was not kept; list it in tower_layers"
+            )
         return self.layers[name]
 
     def _per_token(self, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -305,7 +336,9 @@ def _compact(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 def _take(values: Tensor, rows: Tensor) -> Tensor:
     """values (B or 1, T, C) at rows (B, Q) -> (B, Q, C)."""
-    return values.expand(len(rows), -1, -1).gather(1, rows[..., None].expand(-1, -1, values.shape[-1]))
+    return values.expand(len(rows), -1, -1).gather(
+        1, rows[..., None].expand(-1, -1, values.shape[-1])
+    )
 
 
 def attention_rows(at: LayerInput, rows: Tensor, valid: Tensor, sample: Tensor) -> Tensor:
@@ -317,7 +350,9 @@ def attention_rows(at: LayerInput, rows: Tensor, valid: Tensor, sample: Tensor) 
     scores = (query @ key[:, :, None].transpose(-1, -2)).float() * attention.scaling
     cap = getattr(attention, "attn_logit_softcapping", None)
     scores = torch.tanh(scores / cap) * cap if cap else scores
-    seen = (torch.arange(length, device=rows.device) <= rows[..., None]) & valid[:, None]  # (B, Q, T)
+    seen = (torch.arange(length, device=rows.device) <= rows[..., None]) & valid[
+        :, None
+    ]  # (B, Q, T)
     seen &= sample[:, None] == sample.gather(1, rows)[..., None]
     return scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1).mean((1, 2))
 
@@ -327,7 +362,9 @@ def _rotated(at: LayerInput, which: str, rows: Tensor | None = None) -> Tensor:
     attention = _attention_module(at.layer)
     rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
     if rotate is None:
-        raise UnsupportedModel(f"{type(attention).__name__}: no apply_rotary_pos_emb beside it to rotate queries with")
+        raise UnsupportedModel(
+            f"{type(attention).__name__}: no apply_rotary_pos_emb beside it to rotate queries with"
+        )
     cos, sin = at.rotary
     if rows is not None:
         cos, sin = (_take(values, rows) for values in (cos, sin))
@@ -352,7 +389,9 @@ def _attention_module(layer: nn.Module) -> nn.Module:
             f"{type(attention).__name__} rotates queries and keys in some layers only, so its attention scores cannot "
             "be computed from outside; use a compressor that needs none, such as avgpool"
         )
-    needed = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "head_dim", "scaling")]
+    needed = [
+        getattr(attention, name, None) for name in ("q_proj", "k_proj", "head_dim", "scaling")
+    ]
     if None in needed or not hasattr(layer, "input_layernorm"):
         raise UnsupportedModel(
             f"{type(layer).__name__} has no self_attn with q_proj and k_proj behind an input_layernorm, from which "

@@ -42,15 +42,25 @@ class Pass:
     past: int = 0  # tokens that the cache's first layer holds, as the stock masks count them
     seen: int = 0  # tokens that the cache was shown
     whole: bool = False  # whether the masks were made for a cache that holds every token
-    deepstack: dict[int, Tensor] = field(default_factory=dict)  # (visual tokens, C), due after a layer
+    deepstack: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # (visual tokens, C), due after a layer
     rotary: list[tuple[tuple, dict, object]] = field(default_factory=list)
     previous: LayerInput | None = None
     rows: Rows | None = None
-    masks: dict[tuple[int, int], object] = field(default_factory=dict)  # by layer of the plan and stock mask
-    cached: dict[int, CachedRows] = field(default_factory=dict)  # what the cache will hold, by layer of the plan
-    moved: Tensor | int = 0  # (B, 1) how far closing the gaps of this pass has moved its last token up
+    masks: dict[tuple[int, int], object] = field(
+        default_factory=dict
+    )  # by layer of the plan and stock mask
+    cached: dict[int, CachedRows] = field(
+        default_factory=dict
+    )  # what the cache will hold, by layer of the plan
+    moved: Tensor | int = (
+        0  # (B, 1) how far closing the gaps of this pass has moved its last token up
+    )
     image_sizes: Tensor | None = None  # (images, 2), where the model cuts them in tiles
-    start: tuple[LayerInput, Rows] | None = None  # what layer 0 works on, where a compressor will ask for it
+    start: tuple[LayerInput, Rows] | None = (
+        None  # what layer 0 works on, where a compressor will ask for it
+    )
 
     @classmethod
     def of_inputs(cls, inputs: dict, by_kind: dict[str, Tensor]) -> Pass:
@@ -60,7 +70,9 @@ class Pass:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             real = mask[:, -ids.shape[1] :].bool()
         encoded, cache = inputs.get("mm_encoder_outputs") or {}, inputs.get("past_key_values")
-        return cls(by_kind, encoded, real, mask is None, cache, image_sizes=inputs.get("image_sizes"))
+        return cls(
+            by_kind, encoded, real, mask is None, cache, image_sizes=inputs.get("image_sizes")
+        )
 
     @property
     def has_pictures(self) -> bool:
@@ -74,7 +86,12 @@ class Pass:
     def first_rows(self, parts: Parts) -> Rows:
         """What the rows stand for before any compressor."""
         ids = self.position_ids
-        if ids.dim() == 2 and is_flat(parts.decoder) and self.unmasked and bool((ids.diff(dim=1) < 0).any()):
+        if (
+            ids.dim() == 2
+            and is_flat(parts.decoder)
+            and self.unmasked
+            and bool((ids.diff(dim=1) < 0).any())
+        ):
             raise UnsupportedModel(
                 "flash attention tells packed samples apart by position_ids, which have gaps under compress(); use "
                 "sdpa or eager attention, or one sample a row"
@@ -91,7 +108,9 @@ class Pass:
         if id(stock) not in rows.rotary:
             call = next((call for call in self.rotary if call[2] is stock), None)
             if call is None:
-                raise UnsupportedModel("a decoder layer got rotary embeddings that its rotary_emb did not make")
+                raise UnsupportedModel(
+                    "a decoder layer got rotary embeddings that its rotary_emb did not make"
+                )
             args, kwargs, _ = call
             positions = rows.positions.permute(2, 0, 1)
             positions = positions if _position_ids(args, kwargs).dim() == 3 else positions[0]
@@ -135,7 +154,9 @@ class Now(threading.local):
         if self.prompt is not None:
             valid = valid & (index + state.seen < self.prompt)
         marks = (None, None) if self.labels is None else answer_marks(self.labels, index)
-        return LayerProbe(at, state.previous, valid, pictures.rows, pictures.mask, sample, *marks, norm, index)
+        return LayerProbe(
+            at, state.previous, valid, pictures.rows, pictures.mask, sample, *marks, norm, index
+        )
 
 
 def _position_ids(args: tuple, kwargs: dict) -> Tensor:

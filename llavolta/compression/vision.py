@@ -15,14 +15,18 @@ from transformers.vision_utils import get_vision_window_index
 
 from llavolta.compression.compressors import CompressedTokens, Compressor, VisualTokens, keep_tokens
 from llavolta.compression.compressors.base import check_output
-from llavolta.compression.families import Parts, tower_attentions, tower_heads, towers, without_class_token
+from llavolta.compression.families import (
+    Parts,
+    tower_attentions,
+    tower_heads,
+    towers,
+    without_class_token,
+)
 from llavolta.compression.plan import VISION
 from llavolta.compression.probe import TowerLayer, TowerProbe
 from llavolta.errors import UnsupportedModel
 
-BLENDED = (
-    "this model blends neighbouring tokens behind the projector, so 'vision' cannot drop any before it; use layer 0"
-)
+BLENDED = "this model blends neighbouring tokens behind the projector, so 'vision' cannot drop any before it; use layer 0"
 DROPPED = torch.nan  # marks the features of tokens that a compressor before the projector removed
 
 
@@ -64,7 +68,11 @@ class TowerWatch:
     """Notes queries and keys in the tower layers that a compressor lists, and makes a TowerProbe of them."""
 
     def __init__(self, compressor: Compressor, parts: Parts):
-        self.compressor, self.towers, self.base = compressor, list(towers(parts).values()), parts.base
+        self.compressor, self.towers, self.base = (
+            compressor,
+            list(towers(parts).values()),
+            parts.base,
+        )
         self.attentions = tower_attentions(parts, compressor.tower_layers)
         lacking = without_class_token(parts)
         self.class_token = not lacking
@@ -79,7 +87,11 @@ class TowerWatch:
         for layer, attentions in self.attentions.items():
             for attention in attentions:
                 if hasattr(attention, "qkv"):
-                    add(attention.register_forward_pre_hook(partial(self._note, (layer, "call")), with_kwargs=True))
+                    add(
+                        attention.register_forward_pre_hook(
+                            partial(self._note, (layer, "call")), with_kwargs=True
+                        )
+                    )
                     add(attention.qkv.register_forward_hook(partial(self._note, (layer, "qkv"))))
                 else:
                     for name in ("query", "key"):
@@ -121,11 +133,16 @@ class TowerWatch:
         known = known and all(a is b for a, b in zip(features, self._noted.features, strict=True))
         # The tower is called once for each modality; what is before that, an interrupted pass has left.
         calls = len(features)
-        noted = {where: held[-calls:] for where, held in self._noted.layers.items()} if known else {}
+        noted = (
+            {where: held[-calls:] for where, held in self._noted.layers.items()} if known else {}
+        )
         sizes = self._noted.sizes[-calls:]
         asked = self.attentions.items()
         if all((layer, "call") in noted for layer, _ in asked):
-            layers = {layer: _packed(noted[layer, "call"], noted[layer, "qkv"], of[0]) for layer, of in asked}
+            layers = {
+                layer: _packed(noted[layer, "call"], noted[layer, "qkv"], of[0])
+                for layer, of in asked
+            }
             unit, order = _merging(self.towers[0], torch.cat(sizes))
             probe = TowerProbe(layers, length, False, unit, order, spread)
         elif all((layer, "key") in noted for layer, _ in asked):
@@ -136,7 +153,11 @@ class TowerWatch:
                     "them together; give one kind a batch, or use a compressor that needs no attention of the tower"
                 )
             layers = {
-                layer: TowerLayer(torch.cat(noted[layer, "query"]), torch.cat(noted[layer, "key"]), tower_heads(of[0]))
+                layer: TowerLayer(
+                    torch.cat(noted[layer, "query"]),
+                    torch.cat(noted[layer, "key"]),
+                    tower_heads(of[0]),
+                )
                 for layer, of in asked
             }
             key = next(iter(layers.values())).key
@@ -149,7 +170,9 @@ class TowerWatch:
             if tiled and image_sizes is not None and len(features) == 1:
                 probe.pack = _packing(self.base, image_sizes, len(key))
             if tiled:
-                probe.made = 0 if probe.pack is None else len(probe.pack(key.new_zeros(len(key), length, 1)))
+                probe.made = (
+                    0 if probe.pack is None else len(probe.pack(key.new_zeros(len(key), length, 1)))
+                )
         else:
             raise UnsupportedModel(
                 f"{self.compressor} reads the vision tower, which did not work in this pass; give pixels, not features"
@@ -157,8 +180,15 @@ class TowerWatch:
         given = next(iter(layers.values())).key.shape[:2]
         if kinds is not None:
             source = _sources(kinds, times)
-            places = torch.cat([where.reshape(-1) for where in kinds]).view(len(kinds), -1).any(0).nonzero()[:, 0]
-            at = torch.searchsorted(places, rows[spread].cpu())  # a newline behind a picture is no part of it
+            places = (
+                torch.cat([where.reshape(-1) for where in kinds])
+                .view(len(kinds), -1)
+                .any(0)
+                .nonzero()[:, 0]
+            )
+            at = torch.searchsorted(
+                places, rows[spread].cpu()
+            )  # a newline behind a picture is no part of it
             probe.source = (source[at] if len(source) == len(places) else source).to(spread.device)
         if (images is not None and given[0] != images) or not probe.fits:
             reach, other = f"{images} x {length} reach the projector", "layer 0"
@@ -175,7 +205,9 @@ class TowerWatch:
 
 def _packed(calls: list[dict], outputs: list[Tensor], attention) -> TowerLayer:
     """Of a tower that takes the patches of all pictures in one row (Qwen's)."""
-    query, key, _ = torch.cat(outputs).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)  # (S, heads, d)
+    query, key, _ = (
+        torch.cat(outputs).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+    )  # (S, heads, d)
     plain = key
     if calls[0].get("position_embeddings") is not None:
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
@@ -198,7 +230,9 @@ def _merging(tower, sizes: Tensor) -> tuple[int, Tensor | None]:
     if not hasattr(tower, "window_size"):
         return unit, None
     options = dict(window_size=tower.window_size, patch_size=tower.patch_size)
-    index, _ = get_vision_window_index(sizes, spatial_merge_size=tower.spatial_merge_size, **options)
+    index, _ = get_vision_window_index(
+        sizes, spatial_merge_size=tower.spatial_merge_size, **options
+    )
     return unit, index.argsort()
 
 
@@ -207,7 +241,10 @@ def _tiles_of(base, image_sizes: Tensor, tiles: int) -> list[int] | None:
     patches = vars(sys.modules[type(base).__module__]).get("image_size_to_num_patches")
     if patches is None or not hasattr(base, "pack_image_features"):
         return None
-    grid = dict(grid_pinpoints=base.config.image_grid_pinpoints, patch_size=base.config.vision_config.image_size)
+    grid = dict(
+        grid_pinpoints=base.config.image_grid_pinpoints,
+        patch_size=base.config.vision_config.image_size,
+    )
     for counts in (
         [patches(image_size=each, **grid) for each in image_sizes],
         [1] * len(image_sizes),  # of several images in a sample some models cut none
@@ -230,7 +267,11 @@ def _packing(base, image_sizes: Tensor, tiles: int) -> Callable[[Tensor], Tensor
 
     def pack(values: Tensor) -> Tensor:
         newline = values.new_zeros(values.shape[-1])
-        return torch.cat(base.pack_image_features(values.split(counts), image_sizes, image_newline=newline, **given)[0])
+        return torch.cat(
+            base.pack_image_features(
+                values.split(counts), image_sizes, image_newline=newline, **given
+            )[0]
+        )
 
     return pack
 
@@ -255,7 +296,9 @@ def _sources(kinds: list[Tensor], times: int) -> Tensor:
 class _Now(threading.local):
     """Between the tower and what is behind the projector, in this thread."""
 
-    kept: tuple[CompressedTokens, int] | None = None  # what the projector works on, and how many tokens it was
+    kept: tuple[CompressedTokens, int] | None = (
+        None  # what the projector works on, and how many tokens it was
+    )
 
 
 class VisionStep:
@@ -278,18 +321,24 @@ class VisionStep:
     def shorten(self, hidden: Tensor, training: bool) -> Tensor:
         """hidden (I, L, D) of the tower -> (I, M, D), which the projector works on."""
         if hidden.dim() != 3:
-            raise UnsupportedModel(f"'vision' needs the projector to get (pictures, tokens, width), not {hidden.shape}")
+            raise UnsupportedModel(
+                f"'vision' needs the projector to get (pictures, tokens, width), not {hidden.shape}"
+            )
         images, length, _ = hidden.shape
         mask = torch.ones(images, length, dtype=torch.bool, device=hidden.device)
         positions = torch.arange(length, device=hidden.device)[None, :, None].expand(images, -1, -1)
         side = round(length**0.5)
-        grid = torch.tensor((side, side) if side * side == length else (1, length), device=hidden.device)
+        grid = torch.tensor(
+            (side, side) if side * side == length else (1, length), device=hidden.device
+        )
         probe = None if self.tower is None else self.tower.probe([hidden], length, images)
         tokens = VisualTokens(hidden, mask, positions, grid.expand(images, -1), training, probe)
         where = f"compressor {self.compressor} at 'vision'"
         out, _ = check_output(self.compressor(tokens), tokens, where)
         if out.size is not None or out.calibration is not None:
-            raise UnsupportedModel(f"{self.compressor} weighs tokens by what they stand for: use it from layer 0 on")
+            raise UnsupportedModel(
+                f"{self.compressor} weighs tokens by what they stand for: use it from layer 0 on"
+            )
         if self.observe is not None:
             self.observe(VISION, tokens, out)
         self._now.kept = out, length
@@ -299,9 +348,13 @@ class VisionStep:
         """The projector's output (I, M, C) -> (I, L, C) with each token at its anchor, DROPPED elsewhere."""
         (out, length), self._now.kept = self._now.kept, None  # pyright: ignore[reportGeneralTypeIssues]
         if output.shape[:2] != out.mask.shape:
-            raise UnsupportedModel("'vision' needs a projector that maps token by token; use layer 0, behind it")
+            raise UnsupportedModel(
+                "'vision' needs a projector that maps token by token; use layer 0, behind it"
+            )
         if (output.isnan() & out.mask[..., None]).any():  # else taken for DROPPED
-            raise FloatingPointError("the projector gave NaN; check its weights and the learning rate")
+            raise FloatingPointError(
+                "the projector gave NaN; check its weights and the learning rate"
+            )
         # Padding goes to a row to spare.
         index = out.anchor.masked_fill(~out.mask, length)[..., None].expand_as(output)
         rows = output.new_full((output.shape[0], length + 1, output.shape[2]), DROPPED)

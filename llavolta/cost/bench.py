@@ -57,7 +57,9 @@ def step_times(
     (default: float32, all but the tower trains). Returns one row per plan: seconds (median), ratio (the median
     over rounds of this plan's time over that of "none" in the same round), flops_ratio (what the FLOPs promise).
     """
-    stages = {str(plan): plan if isinstance(plan, Stage) else Stage(plan, 1) for plan in ["none", *plans]}
+    stages = {
+        str(plan): plan if isinstance(plan, Stage) else Stage(plan, 1) for plan in ["none", *plans]
+    }
     training, trained = model.training, [(p, p.requires_grad) for p in model.parameters()]
     own, name = getattr(unwrap(model), ISOLATOR, None), model.name_or_path
     options = dict(train_tower=config.train_tower, lora_rank=config.lora_rank) if config else {}
@@ -65,10 +67,14 @@ def step_times(
     adapted = model
     if config and config.lora_rank and phase == "instruct":
         adapted = with_adapters(model, config.changed(quantize=None), name)
-    precision = torch.autocast(model.device.type, torch.bfloat16, enabled=bool(config) and autocasts(config))
+    precision = torch.autocast(
+        model.device.type, torch.bfloat16, enabled=bool(config) and autocasts(config)
+    )
     try:
         with precision:
-            return _step_times(adapted, batches, stages, rounds, dict(phase=phase, **options), progress)
+            return _step_times(
+                adapted, batches, stages, rounds, dict(phase=phase, **options), progress
+            )
     finally:
         delattr(unwrap(model), ISOLATOR)
         if own is not None:
@@ -82,7 +88,9 @@ def step_times(
             parameter.requires_grad_(wanted)
 
 
-def _step_times(model, batches, stages: dict[str, Stage], rounds: int, trains: dict, progress: bool) -> pd.DataFrame:
+def _step_times(
+    model, batches, stages: dict[str, Stage], rounds: int, trains: dict, progress: bool
+) -> pd.DataFrame:
     add_isolator(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     device = next(model.parameters()).device
@@ -97,11 +105,19 @@ def _step_times(model, batches, stages: dict[str, Stage], rounds: int, trains: d
             optimizer.step()
             optimizer.zero_grad()
 
-    tasks = {name: partial(step, stage, False) for name, stage in stages.items() if name not in drawn}
-    tasks |= {choice.plan: partial(step, choice, False) for choices in drawn.values() for choice in choices}
+    tasks = {
+        name: partial(step, stage, False) for name, stage in stages.items() if name not in drawn
+    }
+    tasks |= {
+        choice.plan: partial(step, choice, False)
+        for choices in drawn.values()
+        for choice in choices
+    }
     slow = {name: f"slow step of {name}" for name, stage in stages.items() if stage.slow_every}
     tasks |= {slow[name]: partial(step, stages[name], True) for name in slow}
-    taken = pd.DataFrame(interleaved(tasks, rounds, device, progress) / len(batches), columns=list(tasks))
+    taken = pd.DataFrame(
+        interleaved(tasks, rounds, device, progress) / len(batches), columns=list(tasks)
+    )
     for name in slow:
         taken[name] += (taken[slow[name]] - taken[name]) / stages[name].slow_every
     for name, choices in drawn.items():
@@ -110,8 +126,14 @@ def _step_times(model, batches, stages: dict[str, Stage], rounds: int, trains: d
     text, images, labelled = example_sizes(model, batches)
     if not visual_tokens(unwrap(model).config):  # by the picture: all those of a batch count as one
         images = len(batches) / sum(len(batch["input_ids"]) for batch in batches)
-        trains = {**trains, "pictures": of_tower(next((b for b in batches if "pixel_values" in b), {})) or None}
-    costs = [cost_model(model.config).stage(stage, text, images, labelled, **trains) for stage in stages.values()]
+        trains = {
+            **trains,
+            "pictures": of_tower(next((b for b in batches if "pixel_values" in b), {})) or None,
+        }
+    costs = [
+        cost_model(model.config).stage(stage, text, images, labelled, **trains)
+        for stage in stages.values()
+    ]
     flops = np.array([sum(often * cost.total for often, cost in parts) for parts in costs])
     return pd.DataFrame(
         {
@@ -127,11 +149,16 @@ def example_sizes(model, batches) -> tuple[float, float, float]:
     """Text tokens, images and labelled rows per example, means over the batches; a clip counts as its frames."""
     examples = sum(len(batch["input_ids"]) for batch in batches)
     images = sum(len(batch.get("pixel_values", ())) for batch in batches)
-    images += sum(batch["pixel_values_videos"].shape[:2].numel() for batch in batches if "pixel_values_videos" in batch)
+    images += sum(
+        batch["pixel_values_videos"].shape[:2].numel()
+        for batch in batches
+        if "pixel_values_videos" in batch
+    )
     rows = sum(batch["input_ids"].numel() for batch in batches)
     placeholders = torch.tensor(list(find_parts(model).visual_ids.values()))
     visual = sum(
-        torch.isin(batch["input_ids"], placeholders.to(batch["input_ids"].device)).sum().item() for batch in batches
+        torch.isin(batch["input_ids"], placeholders.to(batch["input_ids"].device)).sum().item()
+        for batch in batches
     )
     labelled = sum((batch["labels"] != IGNORED).sum().item() for batch in batches)
     return (rows - visual) / examples, images / examples, labelled / examples
@@ -155,17 +182,30 @@ class Sizes:
 
     def model(self):
         """A LlavaForConditionalGeneration with random weights, made on ``device``."""
-        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+        from transformers import (
+            CLIPVisionConfig,
+            LlamaConfig,
+            LlavaConfig,
+            LlavaForConditionalGeneration,
+        )
 
         grid = math.isqrt(self.visual)
         if grid**2 != self.visual:
             raise ValueError(f"visual must be a square number of tokens, not {self.visual}")
-        tower = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+        tower = dict(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2
+        )
         heads = max(1, self.width // 64)
-        decoder = dict(hidden_size=self.width, intermediate_size=self.width * 11 // 4, num_attention_heads=heads)
+        decoder = dict(
+            hidden_size=self.width,
+            intermediate_size=self.width * 11 // 4,
+            num_attention_heads=heads,
+        )
         config = LlavaConfig(
             vision_config=CLIPVisionConfig(**tower, image_size=4 * grid, patch_size=4),
-            text_config=LlamaConfig(**decoder, num_hidden_layers=self.layers, vocab_size=self.vocabulary),
+            text_config=LlamaConfig(
+                **decoder, num_hidden_layers=self.layers, vocab_size=self.vocabulary
+            ),
             image_token_index=5,
             image_seq_length=self.visual,
             tie_word_embeddings=False,
@@ -177,17 +217,28 @@ class Sizes:
     def inputs(self) -> dict:
         """One batch: a beginning token, the picture's placeholders, text; labels on the last third of the text."""
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(10, self.vocabulary, (self.batch, self.visual + self.text), generator=generator)
+        ids = torch.randint(
+            10, self.vocabulary, (self.batch, self.visual + self.text), generator=generator
+        )
         ids[:, 1 : 1 + self.visual] = 5
         labels = torch.full_like(ids, IGNORED)
         labels[:, -self.text // 3 :] = ids[:, -self.text // 3 :]
         side = 4 * math.isqrt(self.visual)
-        pixels = torch.randn(self.batch, 3, side, side, generator=generator).to(getattr(torch, self.dtype))
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
+        pixels = torch.randn(self.batch, 3, side, side, generator=generator).to(
+            getattr(torch, self.dtype)
+        )
+        batch = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "labels": labels,
+            "pixel_values": pixels,
+        }
         return {name: value.to(self.device) for name, value in batch.items()}
 
 
-def interleaved(tasks: dict[str, Callable[[], object]], rounds: int, device: torch.device, progress: bool = True):
+def interleaved(
+    tasks: dict[str, Callable[[], object]], rounds: int, device: torch.device, progress: bool = True
+):
     """Seconds (rounds, tasks) of each task, the tasks in a new random order each round, after a round of warm-up."""
     names = list(tasks)
     seconds = np.zeros((rounds + 1, len(names)))
@@ -202,7 +253,9 @@ def interleaved(tasks: dict[str, Callable[[], object]], rounds: int, device: tor
 def step_report(sizes: Sizes, rounds: int = 5, progress: bool = True) -> dict[str, pd.DataFrame]:
     """Everything ``python -m llavolta.bench step`` prints: tables "step" and "prefill"."""
     half = sizes.layers // 2
-    plans = [f"{layer}:avgpool:{stride}" for layer, stride in ((2, 8), (half, 8), (2, 2), (half, 2))]
+    plans = [
+        f"{layer}:avgpool:{stride}" for layer, stride in ((2, 8), (half, 8), (2, 2), (half, 2))
+    ]
     plans = list(dict.fromkeys(plans))  # in a model of four layers two of them are the same
     model, batch = sizes.model(), sizes.inputs()
     step = step_times(model, [batch], plans, rounds, progress=progress)
@@ -213,7 +266,9 @@ def step_report(sizes: Sizes, rounds: int = 5, progress: bool = True) -> dict[st
 
 
 @torch.no_grad()
-def prefill_times(model, batch: dict, plans: Sequence[str], rounds: int = 5, progress: bool = True) -> pd.DataFrame:
+def prefill_times(
+    model, batch: dict, plans: Sequence[str], rounds: int = 5, progress: bool = True
+) -> pd.DataFrame:
     """Time of reading the prompt into a cache, and the bytes of the cache, relative to no compression."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     size: dict[str, int] = {}
@@ -225,7 +280,9 @@ def prefill_times(model, batch: dict, plans: Sequence[str], rounds: int = 5, pro
         size[plan] = cache_bytes(cache)
 
     plans = list(dict.fromkeys(["none", *plans]))
-    seconds = interleaved({plan: partial(prefill, plan) for plan in plans}, rounds, model.device, progress)
+    seconds = interleaved(
+        {plan: partial(prefill, plan) for plan in plans}, rounds, model.device, progress
+    )
     bytes_ = np.array([size[plan] for plan in plans])
     return pd.DataFrame(
         {
@@ -242,4 +299,6 @@ def embedded_batches(batch: int = 32, count: int = 2, name: str = "embedded") ->
     """(model, batches) of the embedded LLaVA, or of the model ``name``, and the first training scenes of its world."""
     model, processor = load_model(name)
     data, collate = LlavaData(WORLDS[HOMES.get(name, "digits")].train()), Collator(processor)
-    return model, [collate([data[i] for i in range(k * batch, (k + 1) * batch)]) for k in range(count)]
+    return model, [
+        collate([data[i] for i in range(k * batch, (k + 1) * batch)]) for k in range(count)
+    ]

@@ -81,7 +81,9 @@ class LayerSizes:
     inner: int
 
 
-def step_cost(config, plan="none", text_tokens: float = 64, images: float = 1, **options) -> StepCost:
+def step_cost(
+    config, plan="none", text_tokens: float = 64, images: float = 1, **options
+) -> StepCost:
     """The cost of one training step per example of the model that ``config`` describes: see CostModel.step."""
     return cost_model(config).step(plan, text_tokens, images, **options)
 
@@ -106,11 +108,17 @@ class CostModel:
     def __init__(self, config):
         self.config = config
         try:
-            with init_empty_weights(include_buffers=False):  # shapes without memory; what buffers hold is needed
+            with init_empty_weights(
+                include_buffers=False
+            ):  # shapes without memory; what buffers hold is needed
                 # Eager attention consists of matrix products, which can be counted.
-                self._model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
+                self._model = AutoModelForImageTextToText.from_config(
+                    config, attn_implementation="eager"
+                )
         except ValueError as error:
-            raise UnsupportedModel(f"no vision-language model for {type(config).__name__}: {error}") from None
+            raise UnsupportedModel(
+                f"no vision-language model for {type(config).__name__}: {error}"
+            ) from None
         self._parts = parts = find_parts(self._model)
         text = config.get_text_config()
         self.width, heads = text.hidden_size, text.num_attention_heads
@@ -170,30 +178,52 @@ class CostModel:
             projector=Passes(reaching * projector.forward, reaching * projector.backward),
             linear=linear,
             attention=attention,
-            head=_passes(2 * self._head * rows, phase, trains=not lora_rank),  # LoRA leaves the head as it is
+            head=_passes(
+                2 * self._head * rows, phase, trains=not lora_rank
+            ),  # LoRA leaves the head as it is
         )
 
     def stage(
-        self, stage: Stage, text_tokens: float = 64, images: float = 1, labelled: float | None = None, **options
+        self,
+        stage: Stage,
+        text_tokens: float = 64,
+        images: float = 1,
+        labelled: float | None = None,
+        **options,
     ) -> list[tuple[float, StepCost]]:
         """(share of the steps, cost per example) of all that the steps of ``stage`` compute; options: of ``step``."""
         rows = text_tokens / 4 if labelled is None else labelled
         pictures = images * len(options.get("visual") or [0])
         return [
-            (p.share, self.step(p.plan, text_tokens + p.prefix * pictures, images, rows, **(options | phase)))
+            (
+                p.share,
+                self.step(
+                    p.plan, text_tokens + p.prefix * pictures, images, rows, **(options | phase)
+                ),
+            )
             for p in stage.passes
             for phase in [{} if p.trains else {"phase": "forward"}]
         ]
 
     def lengths(
-        self, plan="none", text_tokens: float = 64, images: float = 1, visual: list[int] | None = None
+        self,
+        plan="none",
+        text_tokens: float = 64,
+        images: float = 1,
+        visual: list[int] | None = None,
     ) -> list[float]:
         """Tokens of one example at each decoder layer; see ``step``."""
-        counts = [tokens_per_layer(plan, len(self.layers), count) for count in visual or [self.visual]]
+        counts = [
+            tokens_per_layer(plan, len(self.layers), count) for count in visual or [self.visual]
+        ]
         return [text_tokens + images * sum(pictures) for pictures in zip(*counts, strict=True)]
 
     def decoder(
-        self, lengths: list[float], phase: str = "instruct", checkpointing: bool = False, lora_rank: int = 0
+        self,
+        lengths: list[float],
+        phase: str = "instruct",
+        checkpointing: bool = False,
+        lora_rank: int = 0,
     ) -> tuple[Passes, Passes]:
         """(linear, attention) of decoder layers that work on ``lengths`` tokens, a number a layer."""
         sized = list(zip(self.layers, lengths, strict=True))
@@ -205,7 +235,10 @@ class CostModel:
             adapters = sum(2 * lora_rank * layer.sides * length for layer, length in sized)
             first = Passes(linear + adapters, first.backward + 2 * adapters)
         second = Passes(attention, 0.0 if phase == "forward" else 2 * attention)
-        return tuple(Passes(part.forward, part.backward, part.forward if again else 0.0) for part in (first, second))
+        return tuple(
+            Passes(part.forward, part.backward, part.forward if again else 0.0)
+            for part in (first, second)
+        )
 
     def _own(
         self,
@@ -260,15 +293,28 @@ class CostModel:
         except (ValueError, TypeError, IndexError, RuntimeError, AttributeError) as error:
             raise UnsupportedModel(f"{problem} ({type(error).__name__}: {error})") from None
 
-    def _encoder(self, pictures: dict, train_projector: bool, train_tower: bool) -> tuple[Passes, Passes, int, Seen]:
+    def _encoder(
+        self, pictures: dict, train_projector: bool, train_tower: bool
+    ) -> tuple[Passes, Passes, int, Seen]:
         """(tower, projector, visual tokens, shapes) of ``pictures``: counted once for each shape, and grid, of them."""
-        key = train_projector, train_tower, *((name, _shape(value)) for name, value in sorted(pictures.items()))
+        key = (
+            train_projector,
+            train_tower,
+            *((name, _shape(value)) for name, value in sorted(pictures.items())),
+        )
         if key not in self._encoded:
-            forward, inside, backward, tokens, seen = self._run(pictures, train_projector, train_tower)
+            forward, inside, backward, tokens, seen = self._run(
+                pictures, train_projector, train_tower
+            )
             behind = backward
             if train_tower:  # then the projector passes a gradient on
                 behind = self._run(pictures, train_projector, False, passes_on=True)[2]
-            self._encoded[key] = Passes(forward - inside, backward - behind), Passes(inside, behind), tokens, seen
+            self._encoded[key] = (
+                Passes(forward - inside, backward - behind),
+                Passes(inside, behind),
+                tokens,
+                seen,
+            )
         return self._encoded[key]
 
     def _run(
@@ -282,7 +328,9 @@ class CostModel:
         except (NotImplementedError, RuntimeError):
             return self._run_on("cpu", *how)
 
-    def _run_on(self, device: str, pictures: dict, train_projector: bool, train_tower: bool, passes_on: bool):
+    def _run_on(
+        self, device: str, pictures: dict, train_projector: bool, train_tower: bool, passes_on: bool
+    ):
         base = copy.deepcopy(self._encoder_alone)
         projector = _projector(base)
         for parameter in base.parameters():
@@ -293,20 +341,29 @@ class CostModel:
             for module in base.modules():
                 for name, old in module._parameters.items():
                     if old is not None:
-                        module._parameters[name] = nn.Parameter(torch.zeros(old.shape), old.requires_grad)
+                        module._parameters[name] = nn.Parameter(
+                            torch.zeros(old.shape), old.requires_grad
+                        )
         else:
             base.to(device)
-        inputs = {name: value.to(device) if value.is_floating_point() else value for name, value in pictures.items()}
+        inputs = {
+            name: value.to(device) if value.is_floating_point() else value
+            for name, value in pictures.items()
+        }
         marks: list[int] = []
         shapes: dict[str, tuple[int, ...]] = {}
         for name, module, before in self._watched(base, projector):
             module.register_forward_hook(partial(_note_shape, shapes, name, before))
         with NoProducts(), FlopCounterMode(display=False) as counter:
             if projector is not None:
-                projector.register_forward_pre_hook(lambda *_: marks.append(-counter.get_total_flops()))
+                projector.register_forward_pre_hook(
+                    lambda *_: marks.append(-counter.get_total_flops())
+                )
                 projector.register_forward_hook(lambda *_: marks.append(counter.get_total_flops()))
                 if passes_on:
-                    projector.register_forward_pre_hook(lambda _, args: (args[0].detach().requires_grad_(), *args[1:]))
+                    projector.register_forward_pre_hook(
+                        lambda _, args: (args[0].detach().requires_grad_(), *args[1:])
+                    )
             with torch.set_grad_enabled(train_projector or train_tower or passes_on):
                 encoded = encode_pictures(base, (), inputs).get("mm_encoder_outputs", {})
             forward = counter.get_total_flops()
@@ -314,15 +371,23 @@ class CostModel:
             if not features:
                 raise UnsupportedModel("the pictures hold no pixel_values or pixel_values_videos")
             # What reaches the decoder: the features, and those for its later layers (deep-stack).
-            deep = tree_leaves([getattr(output, "deepstack_features", None) for output in encoded.values()])
-            reaching = [feature for feature in [*features, *deep] if feature is not None and feature.requires_grad]
+            deep = tree_leaves(
+                [getattr(output, "deepstack_features", None) for output in encoded.values()]
+            )
+            reaching = [
+                feature
+                for feature in [*features, *deep]
+                if feature is not None and feature.requires_grad
+            ]
             if reaching:
                 sum(feature.sum() for feature in reaching).backward()
         tokens = sum(len(feature) for feature in features)
         seen = Seen(shapes.get("tower", ())[:2], shapes.get("projector", ()))
         return forward, sum(marks), counter.get_total_flops() - forward, tokens, seen
 
-    def _watched(self, base: nn.Module, projector: nn.Module | None) -> list[tuple[str, nn.Module, bool]]:
+    def _watched(
+        self, base: nn.Module, projector: nn.Module | None
+    ) -> list[tuple[str, nn.Module, bool]]:
         """Modules of ``base`` whose input (True) or output shows the shapes of Seen."""
         watched = [] if projector is None else [("projector", projector, True)]
         try:
@@ -341,7 +406,9 @@ class CostModel:
 
     # --- memory ---
 
-    def activation_bytes(self, lengths: list[float], element: int = 2, checkpointing: bool = False) -> float:
+    def activation_bytes(
+        self, lengths: list[float], element: int = 2, checkpointing: bool = False
+    ) -> float:
         """Bytes that the decoder keeps for the backward pass of one example with ``lengths`` tokens, a number a layer.
 
         For layers of Llama's make (two norms, gated MLP) with attention that keeps no map (sdpa, flash). element: bytes
@@ -350,23 +417,44 @@ class CostModel:
         """
         norm = 4 + 2 * element  # its input in float32, its result before and after the weight
         kept = [
-            length * (2 * norm * self.width + 8 + element * (3 * s.queries + 2 * s.keys + 4 * s.inner) + 4 * s.heads)
+            length
+            * (
+                2 * norm * self.width
+                + 8
+                + element * (3 * s.queries + 2 * s.keys + 4 * s.inner)
+                + 4 * s.heads
+            )
             for s, length in zip(self.layers, lengths, strict=True)
         ]
-        return sum(length * self.width * element for length in lengths) + max(kept) if checkpointing else sum(kept)
+        return (
+            sum(length * self.width * element for length in lengths) + max(kept)
+            if checkpointing
+            else sum(kept)
+        )
 
     def cache_bytes(self, lengths: list[float], element: int = 2) -> float:
         """Bytes of the key-value cache of one example whose layers hold ``lengths`` tokens."""
-        return sum(2 * layer.keys * length * element for layer, length in zip(self.layers, lengths, strict=True))
+        return sum(
+            2 * layer.keys * length * element
+            for layer, length in zip(self.layers, lengths, strict=True)
+        )
 
     def state_bytes(
-        self, phase: str = "instruct", train_tower: bool = False, lora_rank: int = 0, element: int = 2
+        self,
+        phase: str = "instruct",
+        train_tower: bool = False,
+        lora_rank: int = 0,
+        element: int = 2,
     ) -> dict[str, int]:
         """Bytes of "weights", "gradients" and "optimizer" (AdamW's moments, and a master copy where element < 4)."""
-        adapters = lora_rank * sum(layer.sides for layer in self.layers) if phase == "instruct" else 0
+        adapters = (
+            lora_rank * sum(layer.sides for layer in self.layers) if phase == "instruct" else 0
+        )
         trained = 0 if phase == "forward" else self.parameters["projector"]
         if phase == "instruct":
-            trained += (adapters or self.parameters["decoder"]) + train_tower * self.parameters["tower"]
+            trained += (adapters or self.parameters["decoder"]) + train_tower * self.parameters[
+                "tower"
+            ]
         return {
             "weights": element * (sum(self.parameters.values()) + adapters),
             "gradients": element * trained,
@@ -374,7 +462,9 @@ class CostModel:
         }
 
 
-def _note_shape(shapes: dict, name: str, before: bool, module: nn.Module, args: tuple, output) -> None:
+def _note_shape(
+    shapes: dict, name: str, before: bool, module: nn.Module, args: tuple, output
+) -> None:
     shape = tuple((args[0] if before else output).shape)
     shapes[name] = shape if len(shape) == 3 else (1, *shape)
 
@@ -390,7 +480,9 @@ class NoProducts(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         if any(isinstance(x, Tensor) and x.is_meta for x in args):
             return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs or {}))
+        args, kwargs = tree_map(
+            lambda x: x.to("meta") if isinstance(x, Tensor) else x, (args, kwargs or {})
+        )
         return tree_map(lambda x: _zeros(x) if isinstance(x, Tensor) else x, func(*args, **kwargs))
 
 
@@ -418,7 +510,9 @@ def _passes(forward: float, phase: str, trains: bool) -> Passes:
 def _layer_sizes(layer: nn.Module, heads: int) -> LayerSizes:
     maps = [module for module in layer.modules() if isinstance(module, nn.Linear)]
     if any(parameter.dim() > 2 for parameter in layer.parameters()):
-        raise UnsupportedModel(f"{type(layer).__name__} holds experts; its cost depends on the tokens")
+        raise UnsupportedModel(
+            f"{type(layer).__name__} holds experts; its cost depends on the tokens"
+        )
     return LayerSizes(
         linear=sum(module.weight.numel() for module in maps),
         sides=sum(module.in_features + module.out_features for module in maps),
@@ -432,7 +526,12 @@ def _layer_sizes(layer: nn.Module, heads: int) -> LayerSizes:
 def _projector(base: nn.Module) -> nn.Module | None:
     found = dict(base.named_modules())
     return next(
-        (found[name] for name in ("multi_modal_projector", "connector", "visual.merger") if name in found), None
+        (
+            found[name]
+            for name in ("multi_modal_projector", "connector", "visual.merger")
+            if name in found
+        ),
+        None,
     )
 
 

@@ -61,7 +61,9 @@ class Speed:
     def of_gpu(cls, gpu: str, utilisation: float, count: int = 1) -> Speed:
         """``count`` GPUs that reach the share ``utilisation`` (0 to 1) of their peak."""
         if gpu not in GPUS:
-            raise PlannerError(f"unknown GPU {gpu!r}; known: {', '.join(GPUS)}; or measure the speed of your own")
+            raise PlannerError(
+                f"unknown GPU {gpu!r}; known: {', '.join(GPUS)}; or measure the speed of your own"
+            )
         if not 0 < utilisation <= 1 or count < 1:
             raise PlannerError(
                 f"utilisation must be above 0 and at most 1, GPUs at least 1, not {utilisation}, {count}"
@@ -71,7 +73,9 @@ class Speed:
 
     def seconds(self, cost: StepCost) -> float:
         attention = cost.attention.total
-        return self.fixed + (cost.total - attention) * self.per_linear + attention * self.per_attention
+        return (
+            self.fixed + (cost.total - attention) * self.per_linear + attention * self.per_attention
+        )
 
 
 def fit_speed(costs: Sequence[StepCost], seconds: Sequence[float]) -> Speed:
@@ -81,10 +85,16 @@ def fit_speed(costs: Sequence[StepCost], seconds: Sequence[float]) -> Speed:
     time with them.
     """
     if not len(costs) or len(costs) != len(seconds) or min(seconds) <= 0:
-        raise PlannerError(f"{len(costs)} steps need as many measured times above 0, not {list(seconds)}")
+        raise PlannerError(
+            f"{len(costs)} steps need as many measured times above 0, not {list(seconds)}"
+        )
     attention = np.array([cost.attention.total for cost in costs])
     rest = np.array([cost.total for cost in costs]) - attention
-    columns = [rest + attention] if len(costs) == 1 else [rest, attention, np.ones(len(costs))][: len(costs)]
+    columns = (
+        [rest + attention]
+        if len(costs) == 1
+        else [rest, attention, np.ones(len(costs))][: len(costs)]
+    )
     scale = [column.max() for column in columns]
     weight = 1 / np.asarray(seconds)  # errors relative to the time
     found, _ = nnls(np.stack(columns, 1) / scale * weight[:, None], np.ones(len(costs)))
@@ -110,21 +120,41 @@ def scheme_table(
     recipe_ratio, the time of both together. step: text_tokens, images, checkpointing, ... of CostModel.step.
     """
     plain = model.step("none", **step)
-    align = {**step, "text_tokens": CAPTION_TOKENS, "images": 1, "lora_rank": 0, "labelled": None, "phase": "align"}
+    align = {
+        **step,
+        "text_tokens": CAPTION_TOKENS,
+        "images": 1,
+        "lora_rank": 0,
+        "labelled": None,
+        "phase": "align",
+    }
     rows = []
     for name, scheme in schemes.items():
-        costs = [(stage.share * often, cost) for stage in scheme.stages for often, cost in model.stage(stage, **step)]
+        costs = [
+            (stage.share * often, cost)
+            for stage in scheme.stages
+            for often, cost in model.stage(stage, **step)
+        ]
         flops = sum(share * cost.total for share, cost in costs)
         seconds = sum(share * speed.seconds(cost) for share, cost in costs)
         layers, visual = len(model.layers), model.tokens_of(step.get("pictures"))
-        tokens = sum(stage.share * sum(stage.tokens_per_layer(layers, visual)) for stage in scheme.stages)
+        tokens = sum(
+            stage.share * sum(stage.tokens_per_layer(layers, visual)) for stage in scheme.stages
+        )
         hours = seconds * examples / 3600
-        row = dict(scheme=name, ratio=layers * visual / tokens, pflops=flops * examples / 1e15, hours=hours)
+        row = dict(
+            scheme=name, ratio=layers * visual / tokens, pflops=flops * examples / 1e15, hours=hours
+        )
         row |= dict(flops_ratio=flops / plain.total, time_ratio=seconds / speed.seconds(plain))
         if captions:
             first = scheme.align or Stage("none", 1)
-            aligned = sum(often * speed.seconds(cost) for often, cost in model.stage(first, **align))
-            before, once = captions * first.share * aligned, captions * speed.seconds(model.step("none", **align))
+            aligned = sum(
+                often * speed.seconds(cost) for often, cost in model.stage(first, **align)
+            )
+            before, once = (
+                captions * first.share * aligned,
+                captions * speed.seconds(model.step("none", **align)),
+            )
             ratio = (before + examples * seconds) / (once + examples * speed.seconds(plain))
             row |= dict(align_hours=before / 3600, recipe_ratio=ratio)
         rows.append(row if price is None else {**row, "price": hours * gpus * price})
@@ -157,20 +187,30 @@ def memory_table(
     """Per plan, GB of one GPU: weights, gradients and optimizer shared by ``gpus`` (ZeRO-3), activations of ``batch``
     examples, and the key-value cache that one example needs at inference. bfloat16, master weights in float32."""
     trained = model.state_bytes("instruct", train_tower, lora_rank)
-    states, visual = {part: size / gpus / 1e9 for part, size in trained.items()}, [model.tokens_of(pictures)]
+    states, visual = (
+        {part: size / gpus / 1e9 for part, size in trained.items()},
+        [model.tokens_of(pictures)],
+    )
     rows = []
     for plan in plans:
         lengths = model.lengths(plan, text_tokens, images, visual)
         activations = batch * model.activation_bytes(lengths, checkpointing=checkpointing) / 1e9
         total = sum(states.values()) + activations
         cache = model.cache_bytes(lengths) / 1e9
-        rows.append(dict(plan=plan, **states, activations=activations, total=total, cache_per_example=cache))
+        rows.append(
+            dict(plan=plan, **states, activations=activations, total=total, cache_per_example=cache)
+        )
     return pd.DataFrame(rows).set_index("plan")
 
 
 def published_hours() -> dict[str, float]:
     """Training hours of LLaVA-1.5-7B that LLaVolta reports, by scheme."""
-    table = pd.read_csv(PUBLISHED).query("claim == 'training time' and unit == 'hours'").set_index("quantity").value
+    table = (
+        pd.read_csv(PUBLISHED)
+        .query("claim == 'training time' and unit == 'hours'")
+        .set_index("quantity")
+        .value
+    )
     baseline, staged = table["LLaVA-1.5-7B without compression"], table["four-stage scheme"]
     return {"single-stage": float(baseline), "four-stage-wider": float(staged)}
 
@@ -187,7 +227,10 @@ class Subject:
 
 
 def subject(
-    model: str, data: str | None = None, images: str | None = None, size: tuple[int, int] = (640, 480)
+    model: str,
+    data: str | None = None,
+    images: str | None = None,
+    size: tuple[int, int] = (640, 480),
 ) -> Subject:
     """Of a name in REFERENCES, or of a Hugging Face folder or hub name, whose processor then counts ``data``, too.
 

@@ -113,7 +113,9 @@ def _probe(parts: Parts, layer: int, pictures: list[int], mask: Tensor, text: in
     )
     places, valid = torch.arange(length)[None], torch.ones(1, length, dtype=torch.bool)
     norm = _weightless(parts.decoder.norm) if hasattr(parts.decoder, "norm") else None
-    return LayerProbe(here, before, valid, rows, mask, torch.zeros_like(places), norm=norm, index=places)
+    return LayerProbe(
+        here, before, valid, rows, mask, torch.zeros_like(places), norm=norm, index=places
+    )
 
 
 def _tower(compressor: Compressor, parts: Parts, images: int, seen: Seen) -> _Tower:

@@ -24,11 +24,19 @@ class Reference:
 
 
 def _llava_1_5() -> tf.LlavaConfig:
-    vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
-    text = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+    vision = dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16
+    )
+    text = dict(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    )
     return tf.LlavaConfig(
-        vision_config=tf.CLIPVisionConfig(**vision, image_size=336, patch_size=14, projection_dim=768),
-        text_config=tf.LlamaConfig(**text, vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5),
+        vision_config=tf.CLIPVisionConfig(
+            **vision, image_size=336, patch_size=14, projection_dim=768
+        ),
+        text_config=tf.LlamaConfig(
+            **text, vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5
+        ),
         image_token_index=32000,
         image_seq_length=576,
         vision_feature_layer=-2,
@@ -47,24 +55,49 @@ _QWEN2_7B = dict(
 
 
 def _qwen2_5_vl() -> tf.Qwen2_5_VLConfig:
-    rotary = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
-    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, window_size=112)
+    rotary = {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [16, 24, 24],
+        }
+    }
+    vision = dict(
+        depth=32,
+        hidden_size=1280,
+        intermediate_size=3420,
+        num_heads=16,
+        patch_size=14,
+        window_size=112,
+    )
     vision |= dict(out_hidden_size=3584, fullatt_block_indexes=[7, 15, 23, 31])
     text = {**_QWEN2_7B, **rotary, "vocab_size": 152064}
     return tf.Qwen2_5_VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=False)
 
 
 def _qwen3_vl() -> tf.Qwen3VLConfig:
-    rotary = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}}
-    text = dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32)
+    rotary = {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [24, 20, 20],
+        }
+    }
+    text = dict(
+        hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32
+    )
     text |= dict(num_key_value_heads=8, head_dim=128, vocab_size=151936, **rotary)
     vision = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, patch_size=16)
-    vision |= dict(out_hidden_size=4096, num_position_embeddings=2304, deepstack_visual_indexes=[8, 16, 24])
+    vision |= dict(
+        out_hidden_size=4096, num_position_embeddings=2304, deepstack_visual_indexes=[8, 16, 24]
+    )
     return tf.Qwen3VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=False)
 
 
 def _internvl3() -> tf.InternVLConfig:
-    vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+    vision = dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16
+    )
     return tf.InternVLConfig(
         vision_config=tf.InternVLVisionConfig(
             **vision, image_size=[448, 448], patch_size=[14, 14], attention_bias=True
@@ -78,8 +111,12 @@ def _internvl3() -> tf.InternVLConfig:
 
 
 def _smolvlm() -> tf.SmolVLMConfig:
-    vision = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    text = dict(hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15)
+    vision = dict(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+    )
+    text = dict(
+        hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15
+    )
     return tf.SmolVLMConfig(
         vision_config=tf.SmolVLMVisionConfig(**vision, image_size=512, patch_size=16),
         text_config=tf.LlamaConfig(**text, num_key_value_heads=5, vocab_size=49280, pad_token_id=2),
@@ -94,9 +131,13 @@ _ONEVISION_GRID = [[384 * rows, 384 * columns] for rows in range(1, 7) for colum
 
 
 def _llava_onevision() -> tf.LlavaOnevisionConfig:
-    vision = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=26, num_attention_heads=16)
+    vision = dict(
+        hidden_size=1152, intermediate_size=4304, num_hidden_layers=26, num_attention_heads=16
+    )
     return tf.LlavaOnevisionConfig(
-        vision_config=tf.SiglipVisionConfig(**vision, image_size=384, patch_size=14, vision_use_head=False),
+        vision_config=tf.SiglipVisionConfig(
+            **vision, image_size=384, patch_size=14, vision_use_head=False
+        ),
         text_config=tf.Qwen2Config(**_QWEN2_7B, vocab_size=152000),
         image_token_index=151646,
         video_token_index=151647,
@@ -112,19 +153,29 @@ REFERENCES = {
         "Qwen/Qwen2.5-VL-7B-Instruct",
         _qwen2_5_vl,
         "Qwen2VLImageProcessor",
-        dict(patch_size=14, merge_size=2, size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}),
+        dict(
+            patch_size=14,
+            merge_size=2,
+            size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+        ),
     ),
     "qwen3-vl-8b": Reference(
         "Qwen/Qwen3-VL-8B-Instruct",
         _qwen3_vl,
         "Qwen2VLImageProcessor",
-        dict(patch_size=16, merge_size=2, size={"shortest_edge": 64 * 64, "longest_edge": 4096 * 4096}),
+        dict(
+            patch_size=16,
+            merge_size=2,
+            size={"shortest_edge": 64 * 64, "longest_edge": 4096 * 4096},
+        ),
     ),
     "internvl3-8b": Reference(
         "OpenGVLab/InternVL3-8B-hf",
         _internvl3,
         "GotOcr2ImageProcessor",
-        dict(size={"height": 448, "width": 448}, crop_to_patches=True, min_patches=1, max_patches=12),
+        dict(
+            size={"height": 448, "width": 448}, crop_to_patches=True, min_patches=1, max_patches=12
+        ),
     ),
     "smolvlm-500m": Reference(
         "HuggingFaceTB/SmolVLM-500M-Instruct",
@@ -144,7 +195,9 @@ REFERENCES = {
 
 def reference(name: str) -> Reference:
     if name not in REFERENCES:
-        raise UnsupportedModel(f"no reference configuration {name!r}; there are {', '.join(REFERENCES)}")
+        raise UnsupportedModel(
+            f"no reference configuration {name!r}; there are {', '.join(REFERENCES)}"
+        )
     return REFERENCES[name]
 
 

@@ -19,23 +19,37 @@ from llavolta.worlds import model_path
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llavolta.data", description=__doc__)
-    check = parser.add_subparsers(required=True).add_parser("check", help="name every bad entry of a data set")
-    check.add_argument(
-        "file", type=given_path, help="JSON, JSON Lines, Parquet, or a folder of Parquet or of a saved data set"
+    check = parser.add_subparsers(required=True).add_parser(
+        "check", help="name every bad entry of a data set"
     )
-    check.add_argument("folder", nargs="?", type=given_path, help="of the pictures; default: that of FILE")
-    check.add_argument("--workers", type=int, help="threads that decode pictures; default: one a core")
+    check.add_argument(
+        "file",
+        type=given_path,
+        help="JSON, JSON Lines, Parquet, or a folder of Parquet or of a saved data set",
+    )
+    check.add_argument(
+        "folder", nargs="?", type=given_path, help="of the pictures; default: that of FILE"
+    )
+    check.add_argument(
+        "--workers", type=int, help="threads that decode pictures; default: one a core"
+    )
     check.add_argument(
         "--model",
         help="folder or hub name of the model, whose tokenizer must know the words and processor read the images",
     )
-    check.add_argument("--ignore", action="append", default=[], metavar="KEY", help="take this key as not there")
     check.add_argument(
-        "--json", action="store_true", help='print one object, {"entries": n, "bad": {index: reason}, ...}'
+        "--ignore", action="append", default=[], metavar="KEY", help="take this key as not there"
+    )
+    check.add_argument(
+        "--json",
+        action="store_true",
+        help='print one object, {"entries": n, "bad": {index: reason}, ...}',
     )
     options = parser.parse_args(arguments)
     try:
-        bad = find_bad(options.file, options.folder, options.workers, fresh=True, ignore=options.ignore)
+        bad = find_bad(
+            options.file, options.folder, options.workers, fresh=True, ignore=options.ignore
+        )
         index = read_index(options.file, options.ignore)
         entries = len(index.start)
         if options.model and len(bad) < entries:
@@ -52,13 +66,23 @@ def main(arguments: list[str] | None = None) -> int:
         found = {"entries": entries, "bad": bad, **counts, "unread": index.unread}
         print(json.dumps(found | ({"words": strange} if options.model else {}), indent=1))
     else:
-        print("\n".join([*bad.values(), *([strange] if strange else []), f"{len(bad)} of {entries} entries are bad"]))
+        print(
+            "\n".join(
+                [
+                    *bad.values(),
+                    *([strange] if strange else []),
+                    f"{len(bad)} of {entries} entries are bad",
+                ]
+            )
+        )
         print(
             "of the others, {images} have images, {videos} videos, {text} text alone; of their answers, {learned} are "
             "learned, {unlearned} are not".format(**counts)
         )
         if index.unread:
-            print(f"keys that are not read: {', '.join(f'{key} ({n})' for key, n in index.unread.items())}")
+            print(
+                f"keys that are not read: {', '.join(f'{key} ({n})' for key, n in index.unread.items())}"
+            )
         if not options.model:
             print("words were not checked against a tokenizer; --model NAME does", file=sys.stderr)
     return int(bool(bad or strange))
@@ -78,7 +102,10 @@ def _refused(options: argparse.Namespace, bad: dict[int, str]) -> dict[int, str]
     try:
         processor = load_processor(read_config(options.model), whole_path(options.model))
     except (ConfigError, OSError, ValueError) as error:
-        print(f"note: the sizes of images were not checked, as there is no processor ({error})", file=sys.stderr)
+        print(
+            f"note: the sizes of images were not checked, as there is no processor ({error})",
+            file=sys.stderr,
+        )
         return {}
     return find_too_long(data, Collator(processor, max_length=sys.maxsize))
 
@@ -90,7 +117,9 @@ def _strange_words(options: argparse.Namespace, bad: dict[int, str]) -> str | No
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path(options.model))
     except (OSError, ValueError) as error:
-        raise DataError(f"no tokenizer of {options.model!r} ({str(error).splitlines()[0]})") from None
+        raise DataError(
+            f"no tokenizer of {options.model!r} ({str(error).splitlines()[0]})"
+        ) from None
     try:
         check_words(_good(options, bad).texts(), tokenizer, options.file.name)
     except DataError as error:

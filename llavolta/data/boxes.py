@@ -11,7 +11,9 @@ from llavolta.data.llava import LlavaData
 SAMPLE = 500  # entries that are looked at, evenly over the data set
 _SHARE = r"\s*(?:0?\.\d+|[01](?:\.0*)?)\s*"
 SHARES = re.compile(rf"\[(?=[^\]]*\.)(?:{_SHARE},){{3}}{_SHARE}\]")  # such as [0.6, 0.4, 0.9, 0.6]
-PLACES = re.compile(r"\bbbox_2d\b|\bpoint_2d\b|<\|box_start\|>|<box>|<points? ")  # of Qwen, InternVL, Molmo
+PLACES = re.compile(
+    r"\bbbox_2d\b|\bpoint_2d\b|<\|box_start\|>|<box>|<points? "
+)  # of Qwen, InternVL, Molmo
 
 
 def box_notes(data: LlavaData, pad_to_square: bool | None) -> list[str]:

@@ -11,7 +11,9 @@ from jinja2 import TemplateError
 
 from llavolta.errors import DataError
 
-REWRITES = "the chat template writes a turn otherwise than the same turn later; give one that only appends"
+REWRITES = (
+    "the chat template writes a turn otherwise than the same turn later; give one that only appends"
+)
 
 
 def render(processor, messages: list[dict], **options) -> str:
@@ -51,7 +53,9 @@ def _control(processor, template: str, vocabulary: int) -> re.Pattern:
     named = {value for value in values if isinstance(value, str)}
     added = (token for token in tokenizer.added_tokens_decoder.values() if len(token.content) > 1)
     control = [
-        token.content for token in added if token.content in named or token.special and token.content in template
+        token.content
+        for token in added
+        if token.content in named or token.special and token.content in template
     ]
     return re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
 
@@ -60,7 +64,10 @@ def _with_texts(message: dict, change: Callable[[str], str]) -> dict:
     content = message["content"]
     if isinstance(content, str):
         return {**message, "content": change(content)}
-    parts = [{**part, "text": change(part["text"])} if part["type"] == "text" else part for part in content]
+    parts = [
+        {**part, "text": change(part["text"])} if part["type"] == "text" else part
+        for part in content
+    ]
     return {**message, "content": parts}
 
 
@@ -74,7 +81,10 @@ def split_at(processor, messages: list[dict], role: str, **options) -> list[str]
     mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
     turns = [_marked(message, mark) if message["role"] == role else message for message in messages]
     pieces = render(processor, turns, **options).split(mark)
-    if len(pieces) != 2 * sum(message["role"] == role for message in messages) + 1 or "".join(pieces) != text:
+    if (
+        len(pieces) != 2 * sum(message["role"] == role for message in messages) + 1
+        or "".join(pieces) != text
+    ):
         raise DataError(REWRITES)
     return pieces
 
@@ -110,17 +120,23 @@ def write(processor, messages: list[dict], ask: bool = False) -> tuple[str, list
     text, spans = pieces[0], []
     if len(pieces) == 1:
         return text, spans
-    first = next(number for number, message in enumerate(messages) if message["role"] == "assistant")
+    first = next(
+        number for number, message in enumerate(messages) if message["role"] == "assistant"
+    )
     # Turns are alike: what stands around the first answer stands around all. So the work grows with the turns alone.
     before = render(processor, messages[:first], add_generation_prompt=True)
     after = render(processor, messages[: first + 1])
     lead, behind = text[len(before) :], after[len(text) + len(pieces[1]) :]
-    alike = all(piece.endswith(lead) for piece in pieces[:-1:2]) and all(p.startswith(behind) for p in pieces[2::2])
+    alike = all(piece.endswith(lead) for piece in pieces[:-1:2]) and all(
+        p.startswith(behind) for p in pieces[2::2]
+    )
     if not (alike and text.startswith(before) and "".join(pieces).startswith(after)):
         raise DataError(REWRITES)
     tokenizer = processor.tokenizer
     eos, end = tokenizer.eos_token or "", behind.rstrip()
-    added = "" if end.endswith((*tokenizer.get_added_vocab(), eos)) else eos  # else it would never learn to stop
+    added = (
+        "" if end.endswith((*tokenizer.get_added_vocab(), eos)) else eos
+    )  # else it would never learn to stop
     answers = (message for message in messages if message["role"] == "assistant")
     for message, answer, rest in zip(answers, pieces[1::2], pieces[2::2], strict=True):
         start = len(text) - len(lead)
@@ -150,7 +166,9 @@ def special(processor, text: str) -> dict:
     return {"add_special_tokens": False} if begin and text.startswith(begin) else {}
 
 
-def encode(processor, texts: Sequence[str], images: list[list], videos: list[list], padding_side: str):
+def encode(
+    processor, texts: Sequence[str], images: list[list], videos: list[list], padding_side: str
+):
     """Returns the processor's batch of rendered ``texts``, padded.
 
     Args:
@@ -163,7 +181,9 @@ def encode(processor, texts: Sequence[str], images: list[list], videos: list[lis
         DataError: The processor reads no video.
     """
     if videos and not hasattr(processor, "video_processor"):
-        raise DataError(f"{type(processor).__name__} reads no video; train a model that does, or drop them")
+        raise DataError(
+            f"{type(processor).__name__} reads no video; train a model that does, or drop them"
+        )
     visual = {"images": images if any(images) else None} | ({"videos": videos} if videos else {})
     padding = dict(padding=True, padding_side=padding_side, return_tensors="pt")
     return processor(text=list(texts), **visual, **padding, **special(processor, texts[0]))

@@ -24,7 +24,9 @@ from llavolta.data.llava import LlavaData
 from llavolta.errors import DataError
 
 RARE = "\ua66e \U00013000"  # letters that no vocabulary of words holds
-QUESTION = len('{"from":"human","value":""},{"from":"gpt","value":""},')  # bytes of a file beside its text, at least
+QUESTION = len(
+    '{"from":"human","value":""},{"from":"gpt","value":""},'
+)  # bytes of a file beside its text, at least
 MAY_BE_UNKNOWN = 0.01  # of a file's words
 
 
@@ -78,18 +80,28 @@ def find_bad(
     index = read_index(file, ignore)
     saved = kept_path(file, "json", folder.resolve(), *sorted(ignore))
     version = [*index.version, Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES]
-    bad, media, todo = (None if fresh else _read_findings(saved, version, folder)) or (dict(index.bad), {}, None)
+    bad, media, todo = (None if fresh else _read_findings(saved, version, folder)) or (
+        dict(index.bad),
+        {},
+        None,
+    )
     if todo is not None and not todo:
         return bad
     if len(index.bad) < len(index.start):
         data = LlavaData(file, folder, skip=(), ignore=ignore)
-        entries = np.arange(len(data)) if todo is None else np.flatnonzero(np.isin(data.rows, list(todo)))
+        entries = (
+            np.arange(len(data)) if todo is None else np.flatnonzero(np.isin(data.rows, list(todo)))
+        )
         parts, seen = np.array_split(entries, -(-len(entries) // 64)), {}
         with (
             ThreadPoolExecutor(workers or os.cpu_count()) as pool,
-            tqdm(total=len(entries), desc=f"checking {file.name}", unit="entry", disable=not progress) as bar,
+            tqdm(
+                total=len(entries), desc=f"checking {file.name}", unit="entry", disable=not progress
+            ) as bar,
         ):
-            for part, (found, looked) in zip(parts, pool.map(partial(_look_at, data), parts), strict=True):
+            for part, (found, looked) in zip(
+                parts, pool.map(partial(_look_at, data), parts), strict=True
+            ):
                 bad |= found
                 for path, stamp, row in looked:
                     rows = seen.setdefault(path, [stamp, []])[1]
@@ -103,7 +115,9 @@ def find_bad(
     return bad
 
 
-def _read_findings(saved: Path, version: list, folder: Path) -> tuple[dict[int, str], dict[str, list], set[int]] | None:
+def _read_findings(
+    saved: Path, version: list, folder: Path
+) -> tuple[dict[int, str], dict[str, list], set[int]] | None:
     """What an earlier check saved of entries whose files are as they were; None if there is nothing of use.
 
     Returns:
@@ -115,9 +129,24 @@ def _read_findings(saved: Path, version: list, folder: Path) -> tuple[dict[int, 
         if found["version"] != version:
             return None
         media = found["media"]
-        changed = {row for path, (stamp, rows) in media.items() if stamp != _stamp(folder, path) for row in rows}
-        return {int(row): why for row, why in found["bad"].items() if int(row) not in changed}, media, changed
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or damaged; it is made again
+        changed = {
+            row
+            for path, (stamp, rows) in media.items()
+            if stamp != _stamp(folder, path)
+            for row in rows
+        }
+        return (
+            {int(row): why for row, why in found["bad"].items() if int(row) not in changed},
+            media,
+            changed,
+        )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # none, or damaged; it is made again
         return None
 
 
@@ -130,7 +159,9 @@ def _stamp(folder: Path, path: str) -> list[int] | None:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
-def _look_at(data: LlavaData, part: np.ndarray) -> tuple[dict[int, str], list[tuple[str, list[int] | None, int]]]:
+def _look_at(
+    data: LlavaData, part: np.ndarray
+) -> tuple[dict[int, str], list[tuple[str, list[int] | None, int]]]:
     """The bad entries of ``part``, and the path and stamp of each of its files, taken before it is read."""
     bad, seen = {}, []
     for index in part:
@@ -150,7 +181,13 @@ def count_entries(index: Index, bad: Collection[int]) -> dict[str, int]:
     good = np.setdiff1d(np.arange(len(index.start)), list(bad))
     text, images, videos = np.bincount(index.medium[good], minlength=3).tolist()
     learned, unlearned = (int(turns[good].sum()) for turns in (index.learned, index.unlearned))
-    return {"images": images, "videos": videos, "text": text, "learned": learned, "unlearned": unlearned}
+    return {
+        "images": images,
+        "videos": videos,
+        "text": text,
+        "learned": learned,
+        "unlearned": unlearned,
+    }
 
 
 def find_too_long(data: LlavaData, collate: Collator, progress: bool = True) -> dict[int, str]:

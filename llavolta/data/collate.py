@@ -16,7 +16,12 @@ from llavolta.data.llava import Example
 from llavolta.errors import DataError
 
 IGNORED = -100
-REFUSALS = (ValueError, ArithmeticError, LookupError, RuntimeError)  # what processors raise of sizes
+REFUSALS = (
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    RuntimeError,
+)  # what processors raise of sizes
 
 
 @dataclass
@@ -36,8 +41,12 @@ class Collator:
     always_picture: bool = False
 
     def __call__(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        texts, spans = zip(*(self._write(example.messages, example.name) for example in examples), strict=True)
-        images = [example.images for example in examples]  # some processors check their number text by text
+        texts, spans = zip(
+            *(self._write(example.messages, example.name) for example in examples), strict=True
+        )
+        images = [
+            example.images for example in examples
+        ]  # some processors check their number text by text
         videos = [frames for example in examples for frames in example.videos]
         try:
             encoded = chat.encode(self.processor, texts, images, videos, padding_side="right")
@@ -48,26 +57,40 @@ class Collator:
                 for image in example.images:
                     self.picture_tokens(image.size, len(example.images) == 1, example.name)
             if videos and len(examples) == 1:
-                raise DataError(f"{examples[0].name}: {self._refusal('its video', error)}") from None
+                raise DataError(
+                    f"{examples[0].name}: {self._refusal('its video', error)}"
+                ) from None
             raise
         ids = encoded["input_ids"]
         placeholder = torch.isin(ids, self._placeholders)
         labels = torch.full_like(ids, IGNORED)
         for row, example in enumerate(examples):
-            offsets = self.offsets(ids[row], encoded["attention_mask"][row], texts[row], example.name)
-            labels[row] = torch.where(chat.within(texts[row], spans[row], offsets), ids[row], IGNORED)
+            offsets = self.offsets(
+                ids[row], encoded["attention_mask"][row], texts[row], example.name
+            )
+            labels[row] = torch.where(
+                chat.within(texts[row], spans[row], offsets), ids[row], IGNORED
+            )
             self._check_length(example.name, placeholder[row], labels[row] != IGNORED)
         keep = min(ids.shape[1], self.max_length)
         batch = {"input_ids": ids[:, :keep], "attention_mask": encoded["attention_mask"][:, :keep]}
         others = {
-            key: value[:, :keep] if getattr(value, "shape", None) == ids.shape else value  # such as token_type_ids
+            key: value[:, :keep]
+            if getattr(value, "shape", None) == ids.shape
+            else value  # such as token_type_ids
             for key, value in encoded.items()
             if key not in batch
         }
         batch |= {"labels": labels[:, :keep], **others}
-        return self.with_black(batch, "image") if self.always_picture and not any(images) and not videos else batch
+        return (
+            self.with_black(batch, "image")
+            if self.always_picture and not any(images) and not videos
+            else batch
+        )
 
-    def offsets(self, ids: torch.Tensor, attention_mask: torch.Tensor, text: str, name: str) -> torch.Tensor:
+    def offsets(
+        self, ids: torch.Tensor, attention_mask: torch.Tensor, text: str, name: str
+    ) -> torch.Tensor:
         """Returns from where to where in ``text`` each token goes: (T, 2), -1 where the processor wrote it.
 
         Args:
@@ -81,7 +104,9 @@ class Collator:
         """
         written, places = self._tokenize(text)
         is_text = ~torch.isin(written, self._written_placeholders)
-        columns = (~torch.isin(ids, self._placeholders) & attention_mask.bool()).nonzero().squeeze(1)
+        columns = (
+            (~torch.isin(ids, self._placeholders) & attention_mask.bool()).nonzero().squeeze(1)
+        )
         found = _placed(ids[columns].tolist(), written.tolist(), is_text.tolist())
         if found is None:
             raise DataError(f"{name}: the processor rewrote the text; its parts cannot be found")
@@ -91,7 +116,9 @@ class Collator:
 
     def _tokenize(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens (T,) of a rendered text as the tokenizer alone reads it, and their offsets (T, 2) in it."""
-        plain = self.processor.tokenizer(text, return_offsets_mapping=True, **chat.special(self.processor, text))
+        plain = self.processor.tokenizer(
+            text, return_offsets_mapping=True, **chat.special(self.processor, text)
+        )
         return torch.tensor(plain["input_ids"]), torch.tensor(plain["offset_mapping"]).view(-1, 2)
 
     def _write(self, messages: list[dict], name: str) -> tuple[str, list[tuple[int, int]]]:
@@ -111,7 +138,9 @@ class Collator:
         visual = {"images": [black]} if medium == "image" else {"videos": [[black]]}
         row = self.processor(text=[token], **visual, return_tensors="pt")
         if row["input_ids"].shape[1] > self.max_length:
-            raise DataError(f"max_length {self.max_length} is less than a picture's visual tokens; raise it")
+            raise DataError(
+                f"max_length {self.max_length} is less than a picture's visual tokens; raise it"
+            )
         row["labels"] = torch.full_like(row["input_ids"], IGNORED)
         padding = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORED}
         shape, joined = batch["input_ids"].shape, dict(batch)
@@ -122,7 +151,10 @@ class Collator:
             both = batch[key], value.to(batch[key].device)
             if batch[key].shape == shape:
                 length = max(len(part[0]) for part in both)
-                both = (F.pad(part, (0, length - len(part[0])), value=padding.get(key, 0)) for part in both)
+                both = (
+                    F.pad(part, (0, length - len(part[0])), value=padding.get(key, 0))
+                    for part in both
+                )
             joined[key] = torch.cat(list(both))
         return joined
 
@@ -140,24 +172,35 @@ class Collator:
     def _written_placeholders(self) -> torch.Tensor:
         """The ids of what stands for a picture or a clip in the chat template's text."""
         tokens = (getattr(self.processor, f"{medium}_token", None) for medium in MEDIA)
-        return torch.tensor([self.processor.tokenizer.convert_tokens_to_ids(token) for token in tokens if token])
+        return torch.tensor(
+            [self.processor.tokenizer.convert_tokens_to_ids(token) for token in tokens if token]
+        )
 
     def _check_length(self, name: str, placeholder: torch.Tensor, answers: torch.Tensor) -> None:
         """placeholder, answers: (T,) whether a token is visual, and whether it is labelled."""
         if placeholder[self.max_length :].any():
-            raise DataError(f"{name}: max_length {self.max_length} cuts off visual tokens; raise it")
+            raise DataError(
+                f"{name}: max_length {self.max_length} cuts off visual tokens; raise it"
+            )
         if not answers[1 : self.max_length].any():
-            raise DataError(f"{name}: no answer is left within max_length {self.max_length}; raise it")
+            raise DataError(
+                f"{name}: no answer is left within max_length {self.max_length}; raise it"
+            )
 
     def check_room(self, messages: list[dict], name: str, counts: Sequence[int]) -> None:
         """Raise DataError, naming the entry ``name``, if ``max_length`` cuts off one of its pictures, which become
         ``counts`` tokens each, or all of its answers."""
         text, spans = self._write(messages, name)
         written, places = self._tokenize(text)
-        placeholder, answers = torch.isin(written, self._written_placeholders), chat.within(text, spans, places)
+        placeholder, answers = (
+            torch.isin(written, self._written_placeholders),
+            chat.within(text, spans, places),
+        )
         times = torch.ones_like(written)
         times[placeholder] = torch.tensor(list(counts), dtype=times.dtype)
-        self._check_length(name, placeholder.repeat_interleave(times), answers.repeat_interleave(times))
+        self._check_length(
+            name, placeholder.repeat_interleave(times), answers.repeat_interleave(times)
+        )
 
     def text_tokens(self, messages: list[dict]) -> int:
         """Tokens of a conversation without its pictures."""
@@ -182,7 +225,9 @@ class Collator:
         counts = {self.picture_tokens(size) for size in ((64, 64), (640, 480), (300, 900))}
         return counts.pop() if len(counts) == 1 else None
 
-    def picture_tokens(self, size: tuple[int, int], alone: bool = True, name: str = "an entry") -> int:
+    def picture_tokens(
+        self, size: tuple[int, int], alone: bool = True, name: str = "an entry"
+    ) -> int:
         """Visual tokens of a picture of ``size`` (width, height); LLaVA-OneVision cuts it into tiles only if it is the
         only one of its conversation. Raises DataError, naming the entry ``name``, for a size that the processor
         refuses, as Qwen-VL's does one that is 200 times as long as wide."""
@@ -190,11 +235,15 @@ class Collator:
             number = 1 if alone else 2
             pictures = [[Image.new("RGB", size)] * number]
             try:
-                row = self.processor(text=[self.processor.image_token * number], images=pictures, return_tensors="pt")
+                row = self.processor(
+                    text=[self.processor.image_token * number], images=pictures, return_tensors="pt"
+                )
             except REFUSALS as error:
                 what = f"an image of {size[0]} x {size[1]} pixels"
                 raise DataError(f"{name}: {self._refusal(what, error)}") from None
-            self._counts[size, alone] = int(torch.isin(row["input_ids"], self._placeholders).sum()) // number
+            self._counts[size, alone] = (
+                int(torch.isin(row["input_ids"], self._placeholders).sum()) // number
+            )
         return self._counts[size, alone]
 
     def _refusal(self, what: str, error: Exception) -> str:

@@ -16,12 +16,30 @@ from urllib.parse import unquote
 from llavolta.errors import DataError
 
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-SPEAKERS = {role: speaker for speaker, role in ROLES.items()} | {speaker: speaker for speaker in ROLES}
-MEDIA = {"image": "<image>", "video": "<video>"}  # an entry's key, and what stands for it in the text
+SPEAKERS = {role: speaker for speaker, role in ROLES.items()} | {
+    speaker: speaker for speaker in ROLES
+}
+MEDIA = {
+    "image": "<image>",
+    "video": "<video>",
+}  # an entry's key, and what stands for it in the text
 MARKS = ("<bbox>", "<ref-object>")  # ms-swift's, which it fills from an entry's 'objects'
 PLACEHOLDER = re.compile("<(image|video)>")
-READ = {"id", "image", "video", "conversations", "types", "objects"}  # keys of an entry in LLaVA's form
-LEARNED = ("learn", "loss", "weight", "train", "trainable")  # of a turn: whether its answer is learned
+READ = {
+    "id",
+    "image",
+    "video",
+    "conversations",
+    "types",
+    "objects",
+}  # keys of an entry in LLaVA's form
+LEARNED = (
+    "learn",
+    "loss",
+    "weight",
+    "train",
+    "trainable",
+)  # of a turn: whether its answer is learned
 
 # Keys that change what is trained, and that nothing reads: refused, unless the user ignores them.
 OF_ENTRIES = (
@@ -30,19 +48,42 @@ OF_ENTRIES = (
 )
 OF_TURNS = (
     *("function_call", "loss_scale", "reasoning", "reasoning_content", "thinking", "tool_calls"),
-    *("fps", "max_pixels", "min_pixels", "nframes", "resized_height", "resized_width", "video_end", "video_start"),
+    *(
+        "fps",
+        "max_pixels",
+        "min_pixels",
+        "nframes",
+        "resized_height",
+        "resized_width",
+        "video_end",
+        "video_start",
+    ),
 )
-HARMLESS = (None, "", "[]", "{}", [], {}, True)  # values under which such a key changes nothing; 1 is True
+HARMLESS = (
+    None,
+    "",
+    "[]",
+    "{}",
+    [],
+    {},
+    True,
+)  # values under which such a key changes nothing; 1 is True
 _TURNS = "this form is not read; write each as two turns of 'messages', a user's and an assistant's"
 OTHER_FORMS = {
-    ("chosen",): "pairs of preferences are not read; keep the chosen answer as the last turn of 'messages'",
+    (
+        "chosen",
+    ): "pairs of preferences are not read; keep the chosen answer as the last turn of 'messages'",
     ("instruction", "output"): _TURNS,  # Alpaca
     ("query", "response"): _TURNS,
     ("question", "answer"): _TURNS,
 }
-_UNREAD = re.compile("(image|img|picture|photo|video|clip|frame)s?(_?(base64|byte|file|list|name|path|url)s?)?_?[0-9]*")
+_UNREAD = re.compile(
+    "(image|img|picture|photo|video|clip|frame)s?(_?(base64|byte|file|list|name|path|url)s?)?_?[0-9]*"
+)
 _STILLS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
-_BASE64 = re.compile("(iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/\\s]{50,}={0,2}\\s*")  # PNG, JPEG, GIF, WebP
+_BASE64 = re.compile(
+    "(iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/\\s]{50,}={0,2}\\s*"
+)  # PNG, JPEG, GIF, WebP
 _ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+://")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -86,7 +127,9 @@ def read_entry(entry: object, name: str, ignore: Collection[str] = ()) -> dict:
     turns = [_turn(turn, name, ignore) for turn in turns]
     if system := entry.pop("system", None):
         if not isinstance(system, str) or any(turn["from"] == "system" for turn in turns):
-            raise DataError(f"{name}: 'system' must be a text beside turns of which none is a system's")
+            raise DataError(
+                f"{name}: 'system' must be a text beside turns of which none is a system's"
+            )
         turns.insert(0, {"from": "system", "value": [("words", system)]})
     asked = _check_order(turns, name)
     named = {medium for medium in MEDIA if medium in entry or f"{medium}s" in entry}
@@ -98,7 +141,9 @@ def read_entry(entry: object, name: str, ignore: Collection[str] = ()) -> dict:
     entry["conversations"] = turns
     text = text_of(entry)
     if not _is_text(text):
-        raise DataError(f"{name}: the text holds half a character (a lone surrogate) and is damaged")
+        raise DataError(
+            f"{name}: the text holds half a character (a lone surrogate) and is damaged"
+        )
     mark = next((mark for mark in MARKS if mark in text), None)
     if mark and any(entry.get(medium) for medium in MEDIA):
         raise DataError(
@@ -106,8 +151,12 @@ def read_entry(entry: object, name: str, ignore: Collection[str] = ()) -> dict:
             "write the box or name itself into the text, in the form of the model's family"
         )
     types = entry.get("types")
-    if types and not (isinstance(types, list) and len(types) == asked and all(map(_is_text, types))):
-        raise DataError(f"{name}: 'types' must name a type for each of the {asked} questions, not {short(types)}")
+    if types and not (
+        isinstance(types, list) and len(types) == asked and all(map(_is_text, types))
+    ):
+        raise DataError(
+            f"{name}: 'types' must name a type for each of the {asked} questions, not {short(types)}"
+        )
     return entry
 
 
@@ -130,7 +179,9 @@ def form_of(keys: Collection[str]) -> str | None:
     """
     found = [key for key in ("conversations", "messages", "texts", "completion") if key in keys]
     if len(found) > 1 and found[1] == "messages":
-        raise DataError("has both 'messages' and 'conversations'; take one out, or ignore it (ignore_keys)")
+        raise DataError(
+            "has both 'messages' and 'conversations'; take one out, or ignore it (ignore_keys)"
+        )
     for marks, form in OTHER_FORMS.items():
         if set(marks) <= set(keys) and ("chosen" in marks or not found):
             raise DataError(f"has {' and '.join(map(repr, marks))}: {form}")
@@ -154,8 +205,16 @@ def _turns(entry: dict, name: str) -> tuple[list, bool]:
     if form == "completion":
         turns = _prompt_and_completion(entry.pop("prompt"), turns, name)
     elif form == "texts":  # FineVision
-        pairs = turns if isinstance(turns, list) and all(isinstance(pair, dict) for pair in turns) else []
-        turns = [{"role": role, "content": pair.get(role)} for pair in pairs for role in ("user", "assistant")]
+        pairs = (
+            turns
+            if isinstance(turns, list) and all(isinstance(pair, dict) for pair in turns)
+            else []
+        )
+        turns = [
+            {"role": role, "content": pair.get(role)}
+            for pair in pairs
+            for role in ("user", "assistant")
+        ]
     if not isinstance(turns, list) or not turns:
         keys = f"; it has {', '.join(map(str, entry))}" if form is None and entry else ""
         raise DataError(f"{name} has no 'conversations' list nor 'messages'{keys}")
@@ -166,41 +225,66 @@ def _prompt_and_completion(prompt: object, completion: object, name: str) -> lis
     """As TRL learns them: of the completion alone."""
     roles = {"user": prompt, "assistant": completion}
     asked, answered = (
-        [{"role": role, "content": said}] if isinstance(said, str) else said for role, said in roles.items()
+        [{"role": role, "content": said}] if isinstance(said, str) else said
+        for role, said in roles.items()
     )
-    if not all(isinstance(said, list) and all(isinstance(turn, dict) for turn in said) for said in (asked, answered)):
+    if not all(
+        isinstance(said, list) and all(isinstance(turn, dict) for turn in said)
+        for said in (asked, answered)
+    ):
         raise DataError(f"{name}: 'prompt' and 'completion' must each be a text or a list of turns")
-    return [turn | {"loss": False} if turn.get("role") == "assistant" else turn for turn in asked] + answered
+    return [
+        turn | {"loss": False} if turn.get("role") == "assistant" else turn for turn in asked
+    ] + answered
 
 
 def _turn(turn: object, name: str, ignore: Collection[str]) -> dict:
     """``value`` becomes parts: ("words", text) that may hold placeholders, or as of ``_part``."""
     others = turn if isinstance(turn, dict) else {}
-    if len(others) == 2 and isinstance(others.get("value"), str) and others.get("from") in ("human", "gpt"):
-        return {"from": turn["from"], "value": [("words", turn["value"])]}  # nearly all: this takes most of the time
-    others = {key: value for key, value in others.items() if value is not None and key not in ignore}
+    if (
+        len(others) == 2
+        and isinstance(others.get("value"), str)
+        and others.get("from") in ("human", "gpt")
+    ):
+        return {
+            "from": turn["from"],
+            "value": [("words", turn["value"])],
+        }  # nearly all: this takes most of the time
+    others = {
+        key: value for key, value in others.items() if value is not None and key not in ignore
+    }
     speaker = others.pop("from", None) or others.pop("role", None)
     content = others.pop("value", None)
     content = others.pop("content", None) if content is None else content
     speaker = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
     if speaker is None or not isinstance(content, (str, list)):
-        raise DataError(f"{name}: each turn needs 'from' (human or gpt) and 'value' (text), not {short(turn)}")
+        raise DataError(
+            f"{name}: each turn needs 'from' (human or gpt) and 'value' (text), not {short(turn)}"
+        )
     if others:
         marks = {key: others.pop(key) for key in LEARNED if key in others}
         for key, value in marks.items():
             if value not in (0, 1) or value and speaker != "gpt":
-                raise DataError(f"{name}: {key!r} of a turn is {short(value)}; it may be 0 or 1, and 1 only of answers")
+                raise DataError(
+                    f"{name}: {key!r} of a turn is {short(value)}; it may be 0 or 1, and 1 only of answers"
+                )
         _refuse(others, OF_TURNS, name, False)
         if speaker == "gpt" and not all(marks.values()):
             others["learn"] = False
-    parts = [("words", content)] if isinstance(content, str) else [_part(part, name, ignore) for part in content]
+    parts = (
+        [("words", content)]
+        if isinstance(content, str)
+        else [_part(part, name, ignore) for part in content]
+    )
     return {**others, "from": speaker, "value": parts}
 
 
 def _part(part: object, name: str, ignore: Collection[str]) -> tuple[str, object]:
     """("text", text), or a medium and what stands there: its file, its number in the entry, or None for the next."""
     if not isinstance(part, dict):
-        raise DataError(f"{name}: a part of a turn must be an object with 'type' and 'text', not {short(part)}")
+        raise DataError(
+            f"{name}: a part of a turn must be an object with 'type' and 'text', not {short(part)}"
+        )
     part = {key: value for key, value in part.items() if value is not None and key not in ignore}
     kind = part.get("type") or next((key for key in ("text", *MEDIA) if key in part), None)
     kind = str(kind).removeprefix("input_").removeprefix("output_").removesuffix("_url")
@@ -208,7 +292,9 @@ def _part(part: object, name: str, ignore: Collection[str]) -> tuple[str, object
         return "text", part["text"]
     index = part.get("index")
     if kind not in MEDIA or not isinstance(index, int | None):
-        raise DataError(f"{name}: a part of a turn must be a text, an image or a video, not {short(part)}")
+        raise DataError(
+            f"{name}: a part of a turn must be a text, an image or a video, not {short(part)}"
+        )
     _refuse(part, OF_TURNS, name, True)
     return kind, index if _source(part, kind) is None else content_of(part, kind, name)
 
@@ -218,7 +304,9 @@ def _check_order(turns: list[dict], name: str) -> int:
     speakers = [turn["from"] for turn in turns if turn["from"] != "system"]
     asked = len(speakers) // 2
     if not asked or speakers != ["human", "gpt"] * asked:
-        raise DataError(f"{name}: the turns must alternate human, gpt, human, gpt, ..., not {speakers[:6]}")
+        raise DataError(
+            f"{name}: the turns must alternate human, gpt, human, gpt, ..., not {speakers[:6]}"
+        )
     if all(turn.get("learn") is False for turn in turns if turn["from"] == "gpt"):
         raise DataError(f"{name}: none of its answers is to be learned; take the entry out")
     return asked
@@ -228,7 +316,12 @@ def _refuse(found: dict, keys: Collection[str], name: str, has_media: bool) -> N
     """Raise DataError for what ``found`` says about the training and nothing follows, and for images nothing reads."""
     refused = [key for key in keys if key in found and found[key] not in HARMLESS]
     for key in found:
-        if found[key] and isinstance(key, str) and _UNREAD.fullmatch(key) and (not has_media or key[-1].isdigit()):
+        if (
+            found[key]
+            and isinstance(key, str)
+            and _UNREAD.fullmatch(key)
+            and (not has_media or key[-1].isdigit())
+        ):
             refused.append(key)
     if refused:
         raise DataError(
@@ -247,7 +340,9 @@ def _media(entry: dict, medium: str, name: str) -> list[str | bytes | Cell]:
     ]
     lists = [files for files in lists if files] or [[]]
     if lists[0] != lists[-1]:
-        raise DataError(f"{name} has both {medium!r} and '{medium}s'; take one out, or ignore it (ignore_keys)")
+        raise DataError(
+            f"{name} has both {medium!r} and '{medium}s'; take one out, or ignore it (ignore_keys)"
+        )
     return lists[0]
 
 
@@ -264,9 +359,13 @@ def content_of(item: object, medium: str, name: str) -> str | bytes | Cell:
     if isinstance(item, (bytes, Cell)):
         return item
     if medium == "video" and (isinstance(item, list) or str(item).lower().endswith(_STILLS)):
-        raise DataError(f"{name}: 'video' lists frames ({short(item)}); make them one clip (ffmpeg), or give 'images'")
+        raise DataError(
+            f"{name}: 'video' lists frames ({short(item)}); make them one clip (ffmpeg), or give 'images'"
+        )
     if not isinstance(item, str) or not item.strip() or not _is_text(item):
-        raise DataError(f"{name}: {medium!r} must be a path, a list of paths, or a file's content, not {short(item)}")
+        raise DataError(
+            f"{name}: {medium!r} must be a path, a list of paths, or a file's content, not {short(item)}"
+        )
     if item.startswith("data:") or _BASE64.fullmatch(item):
         try:
             return base64.b64decode(item.rpartition(",")[2])
@@ -275,11 +374,15 @@ def content_of(item: object, medium: str, name: str) -> str | bytes | Cell:
     if item.startswith("file://"):
         return unquote(item.removeprefix("file://"))
     if _ADDRESS.match(item):
-        raise DataError(f"{name}: {medium} {short(item)} is on the web; fetch it (curl -O) and give the file's path")
+        raise DataError(
+            f"{name}: {medium} {short(item)} is on the web; fetch it (curl -O) and give the file's path"
+        )
     return item
 
 
-def _place(turns: list, entry: dict, given: dict, named: set[str], of_roles: bool, name: str) -> None:
+def _place(
+    turns: list, entry: dict, given: dict, named: set[str], of_roles: bool, name: str
+) -> None:
     """Write a placeholder for each image and clip into ``turns``, and the files in that order into ``entry``.
 
     Where a part stands for an image, the word <image> in a text part is a word.
@@ -310,20 +413,27 @@ def _place(turns: list, entry: dict, given: dict, named: set[str], of_roles: boo
                     value = value.replace(mark, f"< {medium}>")
                 turn["value"][number] = kind, value
             if turn["from"] != "human" and len(places) > before:
-                raise DataError(f"{name} has {mark} in an answer or a system message; {medium}s belong to questions")
+                raise DataError(
+                    f"{name} has {mark} in an answer or a system message; {medium}s belong to questions"
+                )
         if of_roles and not places:
             first = next(turn for turn in turns if turn["from"] == "human")
             first["value"].insert(0, (medium, f"{placeholder}\n" * len(files)))
             places = [None] * len(files)
         numbers = {place for place in places if isinstance(place, int)}
         if numbers and (None in places or numbers != set(range(len(files)))):
-            raise DataError(f"{name} has {len(files)} {medium}s and parts with the indices {sorted(numbers)}")
+            raise DataError(
+                f"{name} has {len(files)} {medium}s and parts with the indices {sorted(numbers)}"
+            )
         if not numbers and places.count(None) != len(files):
             raise DataError(
                 f"{name} has {places.count(None)} {mark} placeholders for {len(files)} {medium}s; they must be equal"
             )
         rest = iter(files)
-        files = [next(rest) if place is None else files[place] if isinstance(place, int) else place for place in places]
+        files = [
+            next(rest) if place is None else files[place] if isinstance(place, int) else place
+            for place in places
+        ]
         if entry.get(medium) not in (files, files[0]):
             entry[medium] = files
 
@@ -337,7 +447,9 @@ def _check_words(turns: list[dict], medium: str, named: bool, name: str) -> None
     mark = MEDIA[medium]
     parts = [part for turn in turns if turn["from"] == "human" for part in turn["value"]]
     text = "\n".join(value for kind, value in parts if kind not in MEDIA)
-    if mark in text and (named or re.search(rf"(?m)^\s*{mark}", text) and f"</{medium}>" not in text):
+    if mark in text and (
+        named or re.search(rf"(?m)^\s*{mark}", text) and f"</{medium}>" not in text
+    ):
         raise DataError(
             f"{name} has a place for {'an image' if medium == 'image' else 'a video'}, {mark}, and no {medium}; name "
             f"its file in {medium!r}, or write < {medium}> if it is a word"

@@ -48,11 +48,15 @@ def find_file(folder: Path, path: str, name: str, medium: str = "image") -> Path
         if os.path.isfile(full):
             return Path(full)
     if "://" in path:
-        raise DataError(f"{name}: {medium} {path!r} is an address; download it and give its path in {folder}")
+        raise DataError(
+            f"{name}: {medium} {path!r} is an address; download it and give its path in {folder}"
+        )
     above = next((part for part in Path(full).parents if os.path.isfile(part)), None)
     if above and (kind := kind_of(above)):
         raise DataError(f"{name}: no {medium} {path!r}, as {above} is {kind}")
-    raise DataError(f"{name}: no {medium} {path!r} in {folder}; check the {medium} folder or fetch the file")
+    raise DataError(
+        f"{name}: no {medium} {path!r} in {folder}; check the {medium} folder or fetch the file"
+    )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -109,7 +113,9 @@ def open_image(
     try:
         with Image.open(full, formats=FORMATS) as opened:
             if Image.MAX_IMAGE_PIXELS and opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels are too many")
+                raise Image.DecompressionBombError(
+                    f"{opened.width} x {opened.height} pixels are too many"
+                )
             if eighth:
                 opened.draft("RGB", (1, 1))
             image = to_rgb(opened)
@@ -121,10 +127,14 @@ def open_image(
 def _unreadable(file: Path | io.BytesIO, path: str, name: str, error: Exception) -> DataError:
     if kind := kind_of(file.getvalue() if isinstance(file, io.BytesIO) else file):
         return DataError(f"{name}: image {path!r} is {kind}, or drop the entry")
-    return DataError(f"{name}: image {path!r} cannot be read ({error}); fetch it again or drop the entry")
+    return DataError(
+        f"{name}: image {path!r} cannot be read ({error}); fetch it again or drop the entry"
+    )
 
 
-def open_video(folder: Path, path: str, name: str, frames: int, content: bytes | None = None) -> list[Image.Image]:
+def open_video(
+    folder: Path, path: str, name: str, frames: int, content: bytes | None = None
+) -> list[Image.Image]:
     """``frames`` frames of the clip at ``path`` below ``folder``, or of the file's ``content``; see video.read_frames.
     Raises DataError."""
     clip = find_file(folder, path, name, "video") if content is None else content
@@ -147,7 +157,11 @@ def padding_colour(processor) -> tuple[int, int, int]:
 
 
 def image_size(
-    folder: Path, path: str, name: str, pad: tuple[int, int, int] | None = None, content: bytes | None = None
+    folder: Path,
+    path: str,
+    name: str,
+    pad: tuple[int, int, int] | None = None,
+    content: bytes | None = None,
 ) -> tuple[int, int]:
     """(width, height) of a picture as ``open_image`` gives it, from the head of its file. Raises DataError."""
     full = find_file(folder, path, name) if content is None else io.BytesIO(content)

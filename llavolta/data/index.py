@@ -25,7 +25,9 @@ from llavolta.errors import DataError
 from llavolta.paths import DATA
 
 CACHE = DATA / "cache" / "llava"
-KEPT_FROM = 1 << 25  # bytes of a data file whose index is kept: a smaller one is indexed in a second
+KEPT_FROM = (
+    1 << 25
+)  # bytes of a data file whose index is kept: a smaller one is indexed in a second
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class Index:
     learned: np.ndarray  # answers with a label
     unlearned: np.ndarray  # answers without one
     bad: dict[int, str]
-    unread: dict[str, int]  # keys of entries and turns that are taken for notes: how many entries have each
+    unread: dict[
+        str, int
+    ]  # keys of entries and turns that are taken for notes: how many entries have each
     version: list[int]  # of the file: bytes and time
 
 
@@ -51,13 +55,18 @@ def read_index(file: Path, ignore: Collection[str] = ()) -> Index:
     """
     table = is_table(file)
     if not table and not file.is_file():
-        raise DataError(f"no data file {file}; give the path of a JSON list of conversations, or of a Parquet file")
+        raise DataError(
+            f"no data file {file}; give the path of a JSON list of conversations, or of a Parquet file"
+        )
     version, kept = file_version(file), kept_path(file, "npz", *sorted(ignore))
     if kept.exists() and not table:
         try:
             with kept.open("rb") as source, np.load(source) as archive:
                 held = dict(archive)
-            words = {"bad": read_reasons(held["bad"].item()), "unread": json.loads(held["unread"].item())}
+            words = {
+                "bad": read_reasons(held["bad"].item()),
+                "unread": json.loads(held["unread"].item()),
+            }
             index = Index(**{**held, **words, "version": held["version"].tolist()})
             if index.version == version:
                 return index
@@ -66,7 +75,10 @@ def read_index(file: Path, ignore: Collection[str] = ()) -> Index:
     index = _scan_index(file, _rows(file, version) if table else _elements(file), version, ignore)
     if version[0] >= KEPT_FROM and not table:
         archive = io.BytesIO()
-        np.savez(archive, **{**vars(index), "bad": json.dumps(index.bad), "unread": json.dumps(index.unread)})
+        np.savez(
+            archive,
+            **{**vars(index), "bad": json.dumps(index.bad), "unread": json.dumps(index.unread)},
+        )
         keep(kept, archive.getvalue())
     return index
 
@@ -92,24 +104,36 @@ def _elements(file: Path) -> Iterator[tuple[int, int, object]]:
     except WrongFormat as error:
         raise DataError(f"{file} {error}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file} is not JSON that holds a list ({error}); the download may be cut off") from None
+        raise DataError(
+            f"{file} is not JSON that holds a list ({error}); the download may be cut off"
+        ) from None
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error})") from None
 
 
-def _scan_index(file: Path, entries: Iterable, version: list[int], ignore: Collection[str]) -> Index:
+def _scan_index(
+    file: Path, entries: Iterable, version: list[int], ignore: Collection[str]
+) -> Index:
     numbers, bad, unread = array("q"), {}, Counter()
     for row, (start, stop, entry) in enumerate(entries):
         about = [0] * 5
         try:
             entry = read_entry(entry, f"{file.name} entry {row}", ignore)
             text, turns = text_of(entry), entry["conversations"]
-            stop = stop or len(text.encode()) + 32 * len(turns)  # a table's: as JSON has it, with a turn's keys
+            stop = stop or len(text.encode()) + 32 * len(
+                turns
+            )  # a table's: as JSON has it, with a turn's keys
             images, videos = len(media_paths_of(entry)), len(media_paths_of(entry, "video"))
             unlearned = sum(not turn.get("learn", True) for turn in turns)
             learned = sum(turn["from"] == "gpt" for turn in turns) - unlearned
             words = text.count(" ") + text.count("\n") + 1
-            about = [2 if videos else 1 if images else 0, images + videos, words, learned, unlearned]
+            about = [
+                2 if videos else 1 if images else 0,
+                images + videos,
+                words,
+                learned,
+                unlearned,
+            ]
             unread.update(unread_keys(entry))
         except DataError as error:
             bad[row] = str(error)
@@ -128,7 +152,11 @@ def _scan_index(file: Path, entries: Iterable, version: list[int], ignore: Colle
 def file_version(file: str | Path | int) -> list[int]:
     """What changes when a file, or one that a table is read from, does."""
     parts = choose_split(file)[0] if isinstance(file, Path) and is_table(file) else [file]
-    parts = [own for part in parts for own in (part.iterdir() if isinstance(part, Path) and part.is_dir() else [part])]
+    parts = [
+        own
+        for part in parts
+        for own in (part.iterdir() if isinstance(part, Path) and part.is_dir() else [part])
+    ]
     stats = [os.stat(part) for part in sorted(parts)]
     return [sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)]
 
@@ -144,7 +172,9 @@ def _code() -> str:
 
 def kept_path(file: Path, suffix: str, *more: object) -> Path:
     """Where something about ``file`` (and ``more``) is kept, as this code finds it."""
-    key = hashlib.sha256(repr([str(part) for part in (file.resolve(), *more, _code())]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        repr([str(part) for part in (file.resolve(), *more, _code())]).encode()
+    ).hexdigest()[:16]
     return CACHE / f"{file.stem}-{key}.{suffix}"
 
 
@@ -156,7 +186,10 @@ def keep(kept: Path, content: bytes) -> None:
         part.write_bytes(content)
         part.replace(kept)
     except OSError as error:
-        print(f"note: {kept} cannot be kept ({error}); it will be made again next time", file=sys.stderr)
+        print(
+            f"note: {kept} cannot be kept ({error}); it will be made again next time",
+            file=sys.stderr,
+        )
 
 
 def read_reasons(text: str) -> dict[int, str]:

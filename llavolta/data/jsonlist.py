@@ -12,7 +12,9 @@ from typing import TextIO
 from llavolta.data.kinds import kind_of
 
 LONGEST = 1 << 23  # characters of an element; a longer one means a broken file
-_OPENING = re.compile(r"\ufeff?[ \t\n\r]*(?:\[[ \t\n\r]*(\]?)|(?=\{))")  # maybe behind a byte-order mark
+_OPENING = re.compile(
+    r"\ufeff?[ \t\n\r]*(?:\[[ \t\n\r]*(\]?)|(?=\{))"
+)  # maybe behind a byte-order mark
 _AFTER = re.compile(r"[ \t\n\r]*([,\]])[ \t\n\r]*")
 _AFTER_LINE = re.compile(r"[ \t\r]*(?:\n[ \t\n\r]*|\Z)")
 
@@ -34,7 +36,9 @@ def scan(file: Path) -> Iterator[tuple[int, int, object]]:
         head = source.read(4)
         if head[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in head:
             raise WrongFormat("is UTF-16; save it as UTF-8")
-    with file.open(encoding="utf-8", newline="\n") as source:  # newlines as they are: bytes are counted
+    with file.open(
+        encoding="utf-8", newline="\n"
+    ) as source:  # newlines as they are: bytes are counted
         text = _read(source)
         opening = _OPENING.match(text)
         if not opening:
@@ -49,7 +53,9 @@ def scan(file: Path) -> Iterator[tuple[int, int, object]]:
             try:
                 element, stop = decode(text, at)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{error.msg} at byte {byte + _bytes(text, at, error.pos)}") from None
+                raise ValueError(
+                    f"{error.msg} at byte {byte + _bytes(text, at, error.pos)}"
+                ) from None
             start, byte = byte, byte + _bytes(text, at, stop)
             after = (_AFTER_LINE if lines else _AFTER).match(text, stop)
             alone = lines and start == opening.end() and (not after or after.end() == len(text))
@@ -57,7 +63,9 @@ def scan(file: Path) -> Iterator[tuple[int, int, object]]:
                 raise WrongFormat("holds one object; write a list of conversations, or one a line")
             yield start, byte, element
             if not after:
-                raise ValueError(f"no {'end of the line' if lines else 'comma or end of the list'} at byte {byte}")
+                raise ValueError(
+                    f"no {'end of the line' if lines else 'comma or end of the list'} at byte {byte}"
+                )
             at, byte = after.end(), byte + after.end() - stop
             closed = at == len(text) if lines else after[1] == "]"
         if text[at:].strip() or _read(source).strip():

@@ -83,11 +83,15 @@ class LlavaData(Dataset):
                 f"'python -m llavolta.data check {self.file}' names them, 'bad_entries: skip' trains without them"
             )
         self.skipped = sorted({*bad, *(skip or ())})
-        self.rows = np.setdiff1d(np.arange(len(self.index.start)), self.skipped)  # entries of the file
+        self.rows = np.setdiff1d(
+            np.arange(len(self.index.start)), self.skipped
+        )  # entries of the file
         if not len(self.rows):
             reasons = {**(skip if isinstance(skip, dict) else {}), **bad}
             first = f"; the first: {next(iter(reasons.values()))}" if reasons else ""
-            raise DataError(f"{self.file}: all of its {len(self.index.start)} entries are bad{first}")
+            raise DataError(
+                f"{self.file}: all of its {len(self.index.start)} entries are bad{first}"
+            )
         self.medium, self.lengths = self.index.medium[self.rows], self.index.lengths[self.rows]
         self.has_image = self.medium > 0
 
@@ -115,7 +119,9 @@ class LlavaData(Dataset):
         found = content_of(self.table.content(int(self.rows[index]), path), medium, name)
         return (found, None) if isinstance(found, str) else (f"in {path.column}", found)
 
-    def picture(self, index: int, path: str | bytes | Cell, name: str, eighth: bool = False) -> Image.Image:
+    def picture(
+        self, index: int, path: str | bytes | Cell, name: str, eighth: bool = False
+    ) -> Image.Image:
         """The picture at ``path`` of an entry, which ``name`` names; see images.open_image."""
         path, content = self._found(index, path, name)
         return open_image(self.folder, path, name, None if eighth else self.pad, eighth, content)
@@ -160,7 +166,11 @@ class LlavaData(Dataset):
         """Of each image and clip of an entry: its path below the folder, or what to call it and its content."""
         entry = self.entry(index)
         name = self._name(index, entry)
-        return [self._found(index, path, name, medium) for medium in MEDIA for path in media_paths_of(entry, medium)]
+        return [
+            self._found(index, path, name, medium)
+            for medium in MEDIA
+            for path in media_paths_of(entry, medium)
+        ]
 
     def questions(self) -> Iterator[dict]:
         """Every turn as a question of its own: index (of the entry), turn (among its questions), type, question,
@@ -180,7 +190,9 @@ class LlavaData(Dataset):
                 "question": PLACEHOLDER.sub("", plain_text(entry, asked["value"])).strip(),
                 "answer": answered["value"],
             }
-            for turn, (asked, answered, kind) in enumerate(zip(turns[::2], turns[1::2], types, strict=True))
+            for turn, (asked, answered, kind) in enumerate(
+                zip(turns[::2], turns[1::2], types, strict=True)
+            )
             if answered.get("learn", True)
         ]
 

@@ -17,7 +17,13 @@ class GroupedSampler(Sampler[int]):
     """
 
     def __init__(self, lengths: np.ndarray, medium: np.ndarray, batch: int, seed: int):
-        self.lengths, self.medium, self.batch, self.seed, self.epoch = lengths, medium, batch, seed, 0
+        self.lengths, self.medium, self.batch, self.seed, self.epoch = (
+            lengths,
+            medium,
+            batch,
+            seed,
+            0,
+        )
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -30,7 +36,9 @@ class GroupedSampler(Sampler[int]):
         batches, rest = [], []
         for wanted in (1, 2, 0):
             chosen = rng.permutation(np.flatnonzero(self.medium == wanted))
-            mega = self.batch * 50  # sort by length only within some 50 batches, so that epochs differ
+            mega = (
+                self.batch * 50
+            )  # sort by length only within some 50 batches, so that epochs differ
             for start in range(0, len(chosen), mega):
                 part = chosen[start : start + mega]
                 part = part[np.argsort(-self.lengths[part], kind="stable")]

@@ -28,15 +28,24 @@ class TokenStatistics:
 def token_statistics(data: LlavaData, collate: Collator, sample: int = SAMPLE) -> TokenStatistics:
     """Counted on at most ``sample`` entries, the same each time; of a picture only the head of its file is read."""
     texts, images, counts = [], [], {}
-    for index in np.unique(np.linspace(0, len(data) - 1, min(sample, len(data))).astype(int)).tolist():
+    for index in np.unique(
+        np.linspace(0, len(data) - 1, min(sample, len(data))).astype(int)
+    ).tolist():
         entry = data.entry(index)
-        sizes = [data.picture_size(index, path, data._name(index, entry)) for path in media_paths_of(entry)]
+        sizes = [
+            data.picture_size(index, path, data._name(index, entry))
+            for path in media_paths_of(entry)
+        ]
         texts.append(collate.text_tokens(chat_messages(entry)))
         images.append(len(sizes))
         for size in sizes:
             alone = len(sizes) == 1
-            counts.setdefault(size, []).append(collate.fixed_picture_tokens or collate.picture_tokens(size, alone))
-    every = np.concatenate([np.asarray(found) for found in counts.values()]) if counts else np.zeros(1)
+            counts.setdefault(size, []).append(
+                collate.fixed_picture_tokens or collate.picture_tokens(size, alone)
+            )
+    every = (
+        np.concatenate([np.asarray(found) for found in counts.values()]) if counts else np.zeros(1)
+    )
     mean = float(every.mean())
     nearest = min(counts, key=lambda size: abs(counts[size][0] - mean), default=None)
     return TokenStatistics(len(data), float(np.mean(texts)), float(np.mean(images)), mean, nearest)

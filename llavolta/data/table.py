@@ -14,12 +14,18 @@ from llavolta.data.entries import MEDIA, Cell, form_of
 from llavolta.errors import DataError
 
 _SHARD = re.compile("(.+)-[0-9]{5}-of-[0-9]{5}")
-_SPLIT = re.compile("(?:.*[-._ ])?(train|validation|valid|val|dev|test|eval)(?:ing|uation)?(?:[-._ 0-9].*)?")
+_SPLIT = re.compile(
+    "(?:.*[-._ ])?(train|validation|valid|val|dev|test|eval)(?:ing|uation)?(?:[-._ 0-9].*)?"
+)
 
 
 def is_table(file: Path) -> bool:
     """Whether ``file`` is a Parquet file, a folder of these, one that ``save_to_disk`` made, or a split of such."""
-    return file.suffix == ".parquet" or bool(_splits(file) or _split_of_parent(file)) or _is_saved(file)
+    return (
+        file.suffix == ".parquet"
+        or bool(_splits(file) or _split_of_parent(file))
+        or _is_saved(file)
+    )
 
 
 def _is_saved(folder: Path) -> bool:
@@ -51,8 +57,12 @@ def choose_split(file: Path) -> tuple[list[Path], str | None]:
         return next(iter(splits.values()), [file]), None
     names = ", ".join(name or "files of no split" for name in splits)
     if "train" not in splits:
-        raise DataError(f"{file} holds several splits ({names}) and none is 'train'; give {file}/NAME")
-    return splits["train"], f"of {file}, with the splits {names}, 'train' is read; {file}/NAME reads another"
+        raise DataError(
+            f"{file} holds several splits ({names}) and none is 'train'; give {file}/NAME"
+        )
+    return splits[
+        "train"
+    ], f"of {file}, with the splits {names}, 'train' is read; {file}/NAME reads another"
 
 
 class Table:
@@ -65,17 +75,25 @@ class Table:
         parts, _ = choose_split(file)
         try:
             saved = len(parts) == 1 and parts[0].is_dir()
-            rows = datasets.load_from_disk(parts[0]) if saved else datasets.Dataset.from_parquet(list(map(str, parts)))
+            rows = (
+                datasets.load_from_disk(parts[0])
+                if saved
+                else datasets.Dataset.from_parquet(list(map(str, parts)))
+            )
         except Exception as error:  # whatever Arrow makes of a damaged file
             why = next(iter(str(error).splitlines()), type(error).__name__)
-            raise DataError(f"{file} cannot be read as a table ({why}); the download may be cut off") from None
+            raise DataError(
+                f"{file} cannot be read as a table ({why}); the download may be cut off"
+            ) from None
         try:
             form = form_of(rows.column_names)
         except DataError as error:
             raise DataError(f"{file} {error}") from None
         if form is None:
             columns = ", ".join(rows.column_names)
-            raise DataError(f"{file} has no column 'messages' nor 'conversations'; it has {columns}")
+            raise DataError(
+                f"{file} has no column 'messages' nor 'conversations'; it has {columns}"
+            )
         self.rows = rows.with_format("arrow")
 
     def __len__(self) -> int:
@@ -86,7 +104,8 @@ class Table:
         one = self.rows[row : row + 1]
         cells = {name: one.column(name)[0] for name in one.column_names}
         return {
-            name: _outline(cell, name) if name.rstrip("s") in MEDIA else cell.as_py() for name, cell in cells.items()
+            name: _outline(cell, name) if name.rstrip("s") in MEDIA else cell.as_py()
+            for name, cell in cells.items()
         }
 
     def content(self, row: int, cell: Cell) -> object:
@@ -106,7 +125,11 @@ def _outline(value, column: str, place: tuple[int, ...] = ()) -> object:
     kind = value.type
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return [_outline(one, column, (*place, number)) for number, one in enumerate(value.values)]
-    inside = [kind.field(number).type for number in range(kind.num_fields)] if types.is_struct(kind) else [kind]
+    inside = (
+        [kind.field(number).type for number in range(kind.num_fields)]
+        if types.is_struct(kind)
+        else [kind]
+    )
     if any(types.is_binary(one) or types.is_large_binary(one) for one in inside):
         return Cell(column, place)
     return value.as_py()

@@ -50,8 +50,17 @@ def read_frames(path: str | Path | bytes, count: int, name: str | None = None) -
         if found != total:  # some packets hold no frame of their own
             kept, _ = _decode(path, frame_places(found, count))
         return [kept[place] for place in frame_places(found, count)]
-    except (OSError, ValueError, LookupError, MemoryError) as error:  # PyAV's errors are of these kinds
-        why = f"is {kind}, or" if (kind := kind_of(path)) else f"cannot be read ({error}); fetch it again or"
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        MemoryError,
+    ) as error:  # PyAV's errors are of these kinds
+        why = (
+            f"is {kind}, or"
+            if (kind := kind_of(path))
+            else f"cannot be read ({error}); fetch it again or"
+        )
         raise DataError(f"{name} {why} drop the entry") from None
 
 
@@ -74,7 +83,9 @@ def _decode(path: str | Path | bytes, places: list[int]) -> tuple[dict[int, Imag
             if number in places:
                 _check_size(frame.width, frame.height)
                 kept[number] = frame.to_image()
-                if frame.rotation:  # of a phone that was held upright, as a player turns it: degrees to the left
+                if (
+                    frame.rotation
+                ):  # of a phone that was held upright, as a player turns it: degrees to the left
                     kept[number] = kept[number].rotate(frame.rotation, expand=True)
     return kept, number + 1
 
@@ -85,7 +96,10 @@ def _open(path: str | Path | bytes):
     container = av.open(io.BytesIO(path) if isinstance(path, bytes) else str(path), options=OPENING)
     try:
         if not container.streams.video:
-            raise ValueError("it has no video, only " + (", ".join({s.type for s in container.streams}) or "nothing"))
+            raise ValueError(
+                "it has no video, only "
+                + (", ".join({s.type for s in container.streams}) or "nothing")
+            )
         stream = container.streams.video[0]
         _check_size(stream.width, stream.height)
         stream.thread_type = "NONE" if stream.width * stream.height < 1 << 16 else "AUTO"
@@ -135,7 +149,9 @@ class NoVideos(VideoProcessorMixin):
             raise AttributeError(name) from None
 
     def __call__(self, *args, **kwargs):
-        raise DataError("this model's clips are read by torchvision, which is not installed; pip install torchvision")
+        raise DataError(
+            "this model's clips are read by torchvision, which is not installed; pip install torchvision"
+        )
 
     def to_dict(self) -> dict:
         return dict(self.settings)

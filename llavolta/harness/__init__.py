@@ -10,7 +10,16 @@ Only plugin.py imports lmms-eval.
 
 # lmms-eval's names of the papers' benchmarks; those for a server write the files that it takes.
 TASKS = (
-    *("gqa", "vqav2_val", "vizwiz_vqa_val", "scienceqa_img", "textvqa_val", "pope", "mme", "mmbench_en_dev_static"),
+    *(
+        "gqa",
+        "vqav2_val",
+        "vizwiz_vqa_val",
+        "scienceqa_img",
+        "textvqa_val",
+        "pope",
+        "mme",
+        "mmbench_en_dev_static",
+    ),
     *("mmbench_cn_dev", "seedbench", "llava_in_the_wild", "mmvet", "activitynetqa"),
     *("vqav2_test", "vizwiz_vqa_test", "mmbench_en_test", "mmbench_cn_test"),
 )

@@ -28,7 +28,9 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 STAGE_I = "2:avgpool:8"  # of a model of 32 layers
 
 
-def embedded(model: str | None, output: Path, plans: list[str] | None, limit: int, batch_size: int = 64) -> None:
+def embedded(
+    model: str | None, output: Path, plans: list[str] | None, limit: int, batch_size: int = 64
+) -> None:
     """Evaluate a model on the digits by lmms-eval and by ``llavolta.studies``; HarnessError unless all answers agree.
 
     plans: without, and the paper's "2:avgpool:8" scaled to the model's depth, unless given.
@@ -43,12 +45,28 @@ def embedded(model: str | None, output: Path, plans: list[str] | None, limit: in
     for number, plan in enumerate(plans):
         start, folder = time.perf_counter(), output / f"plan-{number}"
         cache = OFFLINE | {"LMMS_EVAL_DATASETS_CACHE": str(output / "cache")}
-        table = run(model, list(DIGITS), folder, plan, batch_size, include=output / "tasks", environment=cache)
+        table = run(
+            model,
+            list(DIGITS),
+            folder,
+            plan,
+            batch_size,
+            include=output / "tasks",
+            environment=cache,
+        )
         samples = pd.DataFrame([sample for task in DIGITS for sample in read_samples(folder, task)])
-        own = evaluate(study.model, study.processor, study.data, plan, limit, batch_size, progress=False).iloc[order]
+        own = evaluate(
+            study.model, study.processor, study.data, plan, limit, batch_size, progress=False
+        ).iloc[order]
         compare(samples, own)
-        print(f"\nplan {plan}: {len(own)} answers agree with llavolta.studies, accuracy {own.correct.mean():.1%}")
-        print(table[["task", "metric", "value", "questions"]].to_string(index=False, float_format="{:.4f}".format))
+        print(
+            f"\nplan {plan}: {len(own)} answers agree with llavolta.studies, accuracy {own.correct.mean():.1%}"
+        )
+        print(
+            table[["task", "metric", "value", "questions"]].to_string(
+                index=False, float_format="{:.4f}".format
+            )
+        )
         print(f"{time.perf_counter() - start:.0f} s; result files in {folder}", flush=True)
 
 
@@ -72,7 +90,9 @@ def compare(samples: pd.DataFrame, own: pd.DataFrame) -> None:
         )
     right = samples.apply(_verdict, axis=1).to_numpy()
     if (right != own.correct.to_numpy()).any():
-        raise HarnessError(f"{(right != own.correct.to_numpy()).sum()} answers are scored differently by lmms-eval")
+        raise HarnessError(
+            f"{(right != own.correct.to_numpy()).sum()} answers are scored differently by lmms-eval"
+        )
 
 
 def _text(answer) -> str:
@@ -89,10 +109,14 @@ def _verdict(sample: pd.Series) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llavolta.harness", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("run", help="tasks of lmms-eval with any checkpoint and plan; exits with 1 on failure")
+    runs = commands.add_parser(
+        "run", help="tasks of lmms-eval with any checkpoint and plan; exits with 1 on failure"
+    )
     runs.add_argument("--model", required=True, help="folder or hub name")
     runs.add_argument(
-        "--tasks", required=True, help=f"lmms-eval's names, with commas between; the papers': {', '.join(TASKS)}"
+        "--tasks",
+        required=True,
+        help=f"lmms-eval's names, with commas between; the papers': {', '.join(TASKS)}",
     )
     runs.add_argument("--output", required=True, type=given_path, help="a new folder")
     runs.add_argument("--plan", default="none")
@@ -100,17 +124,35 @@ def main(arguments: list[str] | None = None) -> int:
     runs.add_argument("--processes", type=int, default=1, help="on this machine, one a GPU")
     runs.add_argument("--include", type=given_path, help="a folder of further task files")
     runs.add_argument("--limit", type=int, help="the first so many questions a task")
-    runs.add_argument("--model-args", nargs="*", default=[], metavar="NAME=VALUE", help="such as pad_to_square=true")
-    video = commands.add_parser("video", help="make tasks of MSVD-QA or MSRVTT-QA from the published files")
+    runs.add_argument(
+        "--model-args",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="such as pad_to_square=true",
+    )
+    video = commands.add_parser(
+        "video", help="make tasks of MSVD-QA or MSRVTT-QA from the published files"
+    )
     video.add_argument("task", choices=list(CLIP_NAMES))
-    video.add_argument("questions", type=given_path, help="test_qa.json, or test_q.json with --answers")
+    video.add_argument(
+        "questions", type=given_path, help="test_qa.json, or test_q.json with --answers"
+    )
     video.add_argument("--answers", type=given_path, help="test_a.json")
     video.add_argument("--videos", type=given_path, required=True, help="folder of the clips")
-    video.add_argument("--output", type=given_path, required=True, help="folder for the task files, for --include")
-    local = commands.add_parser("embedded", help="the embedded model on the digits, compared with llavolta.studies")
+    video.add_argument(
+        "--output", type=given_path, required=True, help="folder for the task files, for --include"
+    )
+    local = commands.add_parser(
+        "embedded", help="the embedded model on the digits, compared with llavolta.studies"
+    )
     local.add_argument("--model", help="a trained folder instead of the embedded one")
-    local.add_argument("--output", type=given_path, default=RUNS / "eval", help="an earlier one there is replaced")
-    local.add_argument("--plans", nargs="+", help=f"none, and {STAGE_I} scaled to the model's depth, unless given")
+    local.add_argument(
+        "--output", type=given_path, default=RUNS / "eval", help="an earlier one there is replaced"
+    )
+    local.add_argument(
+        "--plans", nargs="+", help=f"none, and {STAGE_I} scaled to the model's depth, unless given"
+    )
     local.add_argument("--limit", type=int, default=600, help="the first so many of 1200 questions")
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")

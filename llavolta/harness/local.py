@@ -31,21 +31,34 @@ def shipped(task_file: str) -> str:
     """The path of one of lmms-eval's task files, such as "pope/pope.yaml". Raises HarnessError."""
     spec = importlib.util.find_spec("lmms_eval")
     if spec is None:
-        raise HarnessError("lmms-eval is not installed here; 'make eval' sets up .venv-eval, which has it")
+        raise HarnessError(
+            "lmms-eval is not installed here; 'make eval' sets up .venv-eval, which has it"
+        )
     return str(Path(spec.submodule_search_locations[0]) / "tasks" / task_file)
 
 
-def write_task(folder: Path, name: str, task_file: str, split: str, rows: list[dict], **changes) -> None:
+def write_task(
+    folder: Path, name: str, task_file: str, split: str, rows: list[dict], **changes
+) -> None:
     """Write the task ``name`` to ``folder``: lmms-eval's ``task_file`` over ``rows`` instead of its hub data.
 
     rows: entries of the benchmark's own data set; pictures as PIL images under "image". split: that the task reads.
     changes: other keys of the task file to replace.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = datasets.Image() if isinstance(rows[0]["image"], Image.Image) else datasets.List(datasets.Image())
+    pictures = (
+        datasets.Image()
+        if isinstance(rows[0]["image"], Image.Image)
+        else datasets.List(datasets.Image())
+    )
     table = datasets.Dataset.from_list([{**row, "image": _encode(row["image"])} for row in rows])
     table.cast_column("image", pictures).to_parquet(folder / f"{name}.parquet")
-    task = {"include": shipped(task_file), "task": name, "dataset_path": "parquet", "dataset_name": None}
+    task = {
+        "include": shipped(task_file),
+        "task": name,
+        "dataset_path": "parquet",
+        "dataset_name": None,
+    }
     task |= {"dataset_kwargs": {"data_files": {split: f"{name}.parquet"}}, **changes}
     (folder / f"{name}.yaml").write_text(json.dumps(task, indent=1))  # JSON is YAML
 
@@ -58,7 +71,9 @@ def _encode(image: Image.Image | list[Image.Image]) -> dict | list[dict]:
     return {"bytes": file.getvalue(), "path": None}
 
 
-def write_digits(folder: Path, data: LlavaData, limit: int | None = None, max_new_tokens: int = 4) -> list[int]:
+def write_digits(
+    folder: Path, data: LlavaData, limit: int | None = None, max_new_tokens: int = 4
+) -> list[int]:
     """The digits questions of ``data`` as tasks (see DIGITS); returns their numbers in ``data.questions()``, in order.
 
     Every question belongs to one task. The order is that of the tasks, then of the questions in each.
@@ -70,7 +85,9 @@ def write_digits(folder: Path, data: LlavaData, limit: int | None = None, max_ne
         numbers = [number for number, question in enumerate(questions) if question["type"] in kinds]
         rows = [_row(task, number, questions[number], data) for number in numbers]
         if task == "gqa_digits":  # GQA's own processing fetches the pictures from the hub
-            write_task(folder, task, "gqa/gqa.yaml", "testdev", rows, process_docs=None, **options, **BARE)
+            write_task(
+                folder, task, "gqa/gqa.yaml", "testdev", rows, process_docs=None, **options, **BARE
+            )
         elif task == "vqav2_digits":
             write_task(folder, task, "vqav2/vqav2_val.yaml", "validation", rows, **options, **BARE)
         else:
@@ -85,13 +102,36 @@ def _row(task: str, number: int, question: dict, data: LlavaData) -> dict:
     name = data.entry(question["index"])["id"]
     text, answer = question["question"], question["answer"]
     if task == "gqa_digits":
-        return {"id": str(number), "imageId": name, "question": text, "answer": answer, "image": image}
+        return {
+            "id": str(number),
+            "imageId": name,
+            "question": text,
+            "answer": answer,
+            "image": image,
+        }
     if task == "vqav2_digits":
-        ten = [{"answer": answer, "answer_confidence": "yes", "answer_id": place} for place in range(1, 11)]
-        shared = {"question_type": question["type"], "answer_type": "number", "multiple_choice_answer": answer}
-        return {"question_id": number, "image_id": question["index"], "question": text, **shared} | {
+        ten = [
+            {"answer": answer, "answer_confidence": "yes", "answer_id": place}
+            for place in range(1, 11)
+        ]
+        shared = {
+            "question_type": question["type"],
+            "answer_type": "number",
+            "multiple_choice_answer": answer,
+        }
+        return {
+            "question_id": number,
+            "image_id": question["index"],
+            "question": text,
+            **shared,
+        } | {
             "answers": ten,
             "image": image,
         }
-    shared = {"id": str(number), "question_id": str(number), "image_source": name, "category": "random"}
+    shared = {
+        "id": str(number),
+        "question_id": str(number),
+        "image_source": name,
+        "category": "random",
+    }
     return {**shared, "question": text, "answer": answer, "image": image}

@@ -27,7 +27,12 @@ from llavolta.studies.opening import trained_padding
 from llavolta.train.models import load_model
 
 MAX_NEW_TOKENS = 1024  # of tasks that name no limit
-IGNORED_OPTIONS = ("temperature", "top_p", "do_sample", "image_aspect_ratio")  # of sampling, and of LLaVA's own code
+IGNORED_OPTIONS = (
+    "temperature",
+    "top_p",
+    "do_sample",
+    "image_aspect_ratio",
+)  # of sampling, and of LLaVA's own code
 
 
 class Llavolta(lmms):
@@ -55,7 +60,9 @@ class Llavolta(lmms):
     ):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise UserError(f"batch_size must be a whole number from 1, not {batch_size!r}; 'auto' is not supported")
+            raise UserError(
+                f"batch_size must be a whole number from 1, not {batch_size!r}; 'auto' is not supported"
+            )
         self.plan = format_plan(parse_plan(plan))
         self.batch_size = int(batch_size)
         self.frames = frames
@@ -75,7 +82,10 @@ class Llavolta(lmms):
         with compress(self.model, self.plan):
             for batch in self._batches(requests):
                 options = batch[0].args[1]
-                asked = [(text, self._look(see, *doc)) for text, _, see, *doc in (request.args for request in batch)]
+                asked = [
+                    (text, self._look(see, *doc))
+                    for text, _, see, *doc in (request.args for request in batch)
+                ]
                 answers += self._answer(asked, options)
         self._log(answers, started)
         return answers
@@ -104,13 +114,20 @@ class Llavolta(lmms):
         lmms-eval takes the choice of the smallest value: a loss, whatever the method is called.
         """
         with compress(self.model, self.plan), torch.no_grad():
-            return [self._likelihood(*request.args) for request in tqdm(requests, disable=self.rank != 0)]
+            return [
+                self._likelihood(*request.args)
+                for request in tqdm(requests, disable=self.rank != 0)
+            ]
 
     def _likelihood(self, text, continuation, see, *doc) -> tuple[float, bool]:
-        answer = (continuation if isinstance(continuation, str) else continuation(self._doc(*doc))).strip()
+        answer = (
+            continuation if isinstance(continuation, str) else continuation(self._doc(*doc))
+        ).strip()
         looks = self._look(see, *doc)
         if any(isinstance(look, list) for look in looks):
-            raise UserError("likelihoods of answers about clips are not supported; use a task that generates")
+            raise UserError(
+                "likelihoods of answers about clips are not supported; use a task that generates"
+            )
         answered = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
         messages = [*chat_of(_plain(text, looks), looks), answered]
         batch = Collator(self.processor, max_length=1_000_000)([Example(messages, looks, str(doc))])
@@ -124,7 +141,9 @@ class Llavolta(lmms):
     def _batches(self, requests) -> Iterator[list]:
         """Runs of requests with the same options, cut to the batch size."""
         with tqdm(total=len(requests), desc="answering", disable=self.rank != 0) as progress:
-            for _, run in groupby(requests, key=lambda request: json.dumps(request.args[1], sort_keys=True)):
+            for _, run in groupby(
+                requests, key=lambda request: json.dumps(request.args[1], sort_keys=True)
+            ):
                 run = list(run)
                 for start in range(0, len(run), self.batch_size):
                     yield run[start : start + self.batch_size]
@@ -133,18 +152,24 @@ class Llavolta(lmms):
     def _answer(self, asked: list[tuple[str, list]], options: dict) -> list[str]:
         options = dict(options)
         if options.get("do_sample"):
-            raise UserError("the task asks for sampled answers (do_sample); llavolta decodes greedily")
+            raise UserError(
+                "the task asks for sampled answers (do_sample); llavolta decodes greedily"
+            )
         until = options.pop("until", None) or []
         length = options.pop("max_new_tokens", MAX_NEW_TOKENS)
         options = {name: value for name, value in options.items() if name not in IGNORED_OPTIONS}
-        batch = prompts(self.model, self.processor, [(_plain(text, looks), looks) for text, looks in asked])
+        batch = prompts(
+            self.model, self.processor, [(_plain(text, looks), looks) for text, looks in asked]
+        )
         answers = self._decode(greedy(self.model, self.processor, batch, length, **options), batch)
         for stop in [until] if isinstance(until, str) else until:
             answers = [answer.split(stop)[0] if stop else answer for answer in answers]
         return answers
 
     def _decode(self, ids, batch) -> list[str]:
-        return self.processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return self.processor.batch_decode(
+            ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+        )
 
     def _doc(self, number, task, split) -> dict:
         return self.task_dict[task][split][number]
@@ -159,16 +184,22 @@ class Llavolta(lmms):
             if isinstance(visual, Image.Image):
                 looks.append(pad_to_square(to_rgb(visual), self.pad))
             elif isinstance(visual, str):
-                clip = [pad_to_square(frame, self.pad) for frame in read_frames(visual, self.frames)]
+                clip = [
+                    pad_to_square(frame, self.pad) for frame in read_frames(visual, self.frames)
+                ]
                 looks += [clip] if getattr(self.processor, "video_processor", None) else clip
             else:
-                raise UserError(f"the task shows a {type(visual).__name__}; only pictures and paths of clips are known")
+                raise UserError(
+                    f"the task shows a {type(visual).__name__}; only pictures and paths of clips are known"
+                )
         return looks
 
     def _log(self, answers: list[str], started: float) -> None:
         """Time and tokens, into the result file's "throughput"."""
         seconds = time.perf_counter() - started
-        tokens = sum(map(len, self.processor.tokenizer(answers, add_special_tokens=False)["input_ids"]))
+        tokens = sum(
+            map(len, self.processor.tokenizer(answers, add_special_tokens=False)["input_ids"])
+        )
         log_metrics(seconds, tokens, tokens / seconds, {"num_requests": len(answers)})
 
 

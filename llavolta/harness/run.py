@@ -47,18 +47,42 @@ def run(
         require_judge(", ".join(judged))
     output.mkdir(parents=True, exist_ok=True)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launch if processes > 1 else []), "-m", "lmms_eval", "--model", "llavolta"]
+    command = [
+        sys.executable,
+        *(launch if processes > 1 else []),
+        "-m",
+        "lmms_eval",
+        "--model",
+        "llavolta",
+    ]
     command += ["--model_args", ",".join([f"pretrained={model}", f"plan={plan}", *model_args])]
-    command += ["--tasks", ",".join(tasks), "--batch_size", str(batch_size), "--output_path", str(output)]
-    command += ["--log_samples", "--verbosity", "DEBUG"]  # at any other verbosity a failure exits with 0
+    command += [
+        "--tasks",
+        ",".join(tasks),
+        "--batch_size",
+        str(batch_size),
+        "--output_path",
+        str(output),
+    ]
+    command += [
+        "--log_samples",
+        "--verbosity",
+        "DEBUG",
+    ]  # at any other verbosity a failure exits with 0
     command += ["--include_path", str(include)] if include else []
     command += ["--limit", str(limit)] if limit else []
-    home = {"HF_HOME": str(Path.home() / ".cache/huggingface")}  # some of its tasks cannot do without
+    home = {
+        "HF_HOME": str(Path.home() / ".cache/huggingface")
+    }  # some of its tasks cannot do without
     with (output / LOG).open("w") as log:
         options = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-        code = subprocess.run(command, env=home | os.environ | (environment or {}), **options).returncode
+        code = subprocess.run(
+            command, env=home | os.environ | (environment or {}), **options
+        ).returncode
     if code:
-        raise HarnessError(f"lmms-eval failed with exit code {code}: {_cause(output)}; see {output / LOG}")
+        raise HarnessError(
+            f"lmms-eval failed with exit code {code}: {_cause(output)}; see {output / LOG}"
+        )
     check_results(output, tasks)
     return read_results(output)
 
@@ -66,7 +90,11 @@ def run(
 def _cause(output: Path) -> str:
     """The exceptions that the log ends its tracebacks with."""
     lines = (output / LOG).read_text(errors="replace").splitlines()
-    raised = [found[1] for line in lines if (found := re.match(r"(?:\[rank\d+\]: )?([\w.]+(?:Error|Model): .*)", line))]
+    raised = [
+        found[1]
+        for line in lines
+        if (found := re.match(r"(?:\[rank\d+\]: )?([\w.]+(?:Error|Model): .*)", line))
+    ]
     return " | ".join(dict.fromkeys(raised)) or "it gave no reason"
 
 
@@ -80,7 +108,9 @@ def check_results(output: str | Path, tasks: Sequence[str]) -> None:
             wanted = results["n-samples"].get(part, {}).get("effective", 0)
             answered = len(read_samples(output, part))
             if not wanted or answered != wanted:
-                raise HarnessError(f"{part}: {answered} answers to {wanted} questions; see {Path(output) / LOG}")
+                raise HarnessError(
+                    f"{part}: {answered} answers to {wanted} questions; see {Path(output) / LOG}"
+                )
             submitted = "submission" in scores and any((Path(output) / "submissions").glob("*"))
             numbers = {name: value for name, value in scores.items() if name != "submission"}
             bad = [name for name, value in numbers.items() if not _is_score(value)]
@@ -96,13 +126,17 @@ def _results(output: Path) -> dict:
     files = sorted(output.glob("**/*_results.json"))
     files = [file for file in files if "submissions" not in file.parts]
     if len(files) != 1:
-        raise HarnessError(f"{output} holds {len(files)} result files of lmms-eval, not one; see its {LOG}")
+        raise HarnessError(
+            f"{output} holds {len(files)} result files of lmms-eval, not one; see its {LOG}"
+        )
     return json.loads(files[0].read_text())
 
 
 def _scores(results: dict, task: str) -> dict:
     """{metric: value} of the metrics that ``task`` declares, from lmms-eval's "metric,filter" entries."""
-    declared = {entry["metric"] for entry in results["configs"].get(task, {}).get("metric_list", [])}
+    declared = {
+        entry["metric"] for entry in results["configs"].get(task, {}).get("metric_list", [])
+    }
     named = {key.split(",")[0]: value for key, value in results["results"].get(task, {}).items()}
     return {name: value for name, value in named.items() if name in declared}
 

@@ -48,15 +48,22 @@ class TableError(UserError, ValueError):
     """Result files that do not make a table."""
 
 
-def paper_table(runs: Mapping[str, Sequence[str | Path]], columns: Sequence[str] = tuple(COLUMNS)) -> pd.DataFrame:
+def paper_table(
+    runs: Mapping[str, Sequence[str | Path]], columns: Sequence[str] = tuple(COLUMNS)
+) -> pd.DataFrame:
     """A row for each of ``runs``: {its name: folders that ``llavolta.harness run`` wrote}. Percent; NaN: not run.
 
     average: over the columns that every row has, so that rows compare. training hours, CR: of the model's own run
     folder, where it is one of ours. Raises TableError if a row's folders are of two models or plans, or give one
     benchmark twice.
     """
-    rows = {name: _row(name, [given_path(folder) for folder in folders], columns) for name, folders in runs.items()}
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=[*columns, AVERAGE, HOURS, RATIO], dtype=float)
+    rows = {
+        name: _row(name, [given_path(folder) for folder in folders], columns)
+        for name, folders in runs.items()
+    }
+    table = pd.DataFrame.from_dict(
+        rows, orient="index", columns=[*columns, AVERAGE, HOURS, RATIO], dtype=float
+    )
     common = [column for column in columns if len(table) and table[column].notna().all()]
     if common:
         table[AVERAGE] = table[common].mean(axis=1)
@@ -66,10 +73,14 @@ def paper_table(runs: Mapping[str, Sequence[str | Path]], columns: Sequence[str]
 def _row(name: str, folders: list[Path], columns: Sequence[str]) -> dict:
     missing = [str(folder) for folder in folders if not folder.is_dir()]
     if missing:
-        raise TableError(f"{name}: no folder {', '.join(missing)}; run python -m llavolta.harness run first")
+        raise TableError(
+            f"{name}: no folder {', '.join(missing)}; run python -m llavolta.harness run first"
+        )
     found = pd.concat([read_results(folder) for folder in folders])
     if len(kinds := found[["model", "plan"]].drop_duplicates()) > 1:
-        raise TableError(f"{name} mixes {' and '.join(f'{m} under {p}' for m, p in kinds.to_numpy())}; a row is one")
+        raise TableError(
+            f"{name} mixes {' and '.join(f'{m} under {p}' for m, p in kinds.to_numpy())}; a row is one"
+        )
     values: dict[str, float] = {}
     for column in columns:
         task, metric, scale = COLUMNS[column]
@@ -90,14 +101,24 @@ def training(model: Path) -> dict[str, float]:
         return {HOURS: math.nan, RATIO: math.nan}
     stages = yaml.safe_load((model / "config.yaml").read_text())["resolved_stages"]
     by_plan = {row["plan"]: row["tokens_per_layer"] for row in rows}
-    if set(by_plan) != {stage["plan"] for stage in stages}:  # stages still to come, or by ranges that log_steps skips
+    if set(by_plan) != {
+        stage["plan"] for stage in stages
+    }:  # stages still to come, or by ranges that log_steps skips
         return {HOURS: hours, RATIO: math.nan}
     used = sum(stage["share"] * sum(by_plan[stage["plan"]]) for stage in stages)
     whole = next((row["visual_tokens"] for row in rows if "visual_tokens" in row), math.nan)
-    for plan, tokens in by_plan.items():  # logs of before: known where a plan leaves the first layer all tokens
-        if math.isnan(whole) and not any(part.strip().startswith(("0:", "vision:")) for part in plan.split(";")):
+    for (
+        plan,
+        tokens,
+    ) in by_plan.items():  # logs of before: known where a plan leaves the first layer all tokens
+        if math.isnan(whole) and not any(
+            part.strip().startswith(("0:", "vision:")) for part in plan.split(";")
+        ):
             whole = tokens[0]
-    return {HOURS: hours, RATIO: whole * len(rows[0]["tokens_per_layer"]) / used if used else math.nan}
+    return {
+        HOURS: hours,
+        RATIO: whole * len(rows[0]["tokens_per_layer"]) / used if used else math.nan,
+    }
 
 
 def published() -> pd.DataFrame:
@@ -120,14 +141,21 @@ def published() -> pd.DataFrame:
 
 def show(table: pd.DataFrame):
     """``table`` styled: what was not run says so."""
-    return table.style.format("{:.1f}", na_rep="not run").format("{:.2f}", na_rep="", subset=[HOURS, RATIO])
+    return table.style.format("{:.1f}", na_rep="not run").format(
+        "{:.2f}", na_rep="", subset=[HOURS, RATIO]
+    )
 
 
 def runs_in(folder: str | Path) -> dict[str, list[Path]]:
     """{"model, plan": [folder]} of every folder of results below ``folder``; none if there is none."""
     found: dict[str, list[Path]] = {}
     for file in sorted(Path(folder).glob("*/**/*_results.json")):
-        arguments = dict(part.split("=", 1) for part in json.loads(file.read_text())["config"]["model_args"].split(","))
+        arguments = dict(
+            part.split("=", 1)
+            for part in json.loads(file.read_text())["config"]["model_args"].split(",")
+        )
         run = Path(folder) / file.relative_to(folder).parts[0]
-        found.setdefault(f"{Path(arguments['pretrained']).name}, {arguments.get('plan', 'none')}", []).append(run)
+        found.setdefault(
+            f"{Path(arguments['pretrained']).name}, {arguments.get('plan', 'none')}", []
+        ).append(run)
     return found

@@ -13,7 +13,10 @@ from pathlib import Path
 from llavolta.errors import DataError, UserError
 
 KINDS = (".mp4", ".avi", ".webm", ".mkv")
-CLIP_NAMES = {"msvd_qa": "vid{}", "msrvtt_qa": "video{}"}  # what the clip of a numbered video is called
+CLIP_NAMES = {
+    "msvd_qa": "vid{}",
+    "msrvtt_qa": "video{}",
+}  # what the clip of a numbered video is called
 TEMPLATES = Path(__file__).parent / "tasks"
 
 
@@ -21,7 +24,9 @@ class JudgeError(UserError, RuntimeError):
     """A judged score without a judge."""
 
 
-def prepare(task: str, questions: Path, videos: Path, output: Path, answers: Path | None = None) -> Path:
+def prepare(
+    task: str, questions: Path, videos: Path, output: Path, answers: Path | None = None
+) -> Path:
     """Write ``output``: the task files of ``task`` and ``task``_judged, for ``--include_path``.
 
     questions: a JSON list of entries with ``question`` and ``video_name`` (or ``video_id``, a number), and
@@ -32,22 +37,37 @@ def prepare(task: str, questions: Path, videos: Path, output: Path, answers: Pat
         raise DataError(f"unknown task {task!r}; {' or '.join(CLIP_NAMES)}")
     entries = _read(questions)
     told = {entry["question_id"]: entry for entry in _read(answers)} if answers else {}
-    files = {file.stem: file.resolve() for file in sorted(videos.glob("*")) if file.suffix.lower() in KINDS}
+    files = {
+        file.stem: file.resolve()
+        for file in sorted(videos.glob("*"))
+        if file.suffix.lower() in KINDS
+    }
     rows, absent = [], []
     for entry in entries:
         try:
-            name = entry["video_name"] if "video_name" in entry else CLIP_NAMES[task].format(entry["video_id"])
+            name = (
+                entry["video_name"]
+                if "video_name" in entry
+                else CLIP_NAMES[task].format(entry["video_id"])
+            )
             number = entry["question_id"] if "question_id" in entry else entry["id"]
             answer = {**entry, **told.get(number, {})}["answer"]
             rows.append(
-                {"question_id": str(number), "video_name": name, "question": entry["question"], "answer": str(answer)}
+                {
+                    "question_id": str(number),
+                    "video_name": name,
+                    "question": entry["question"],
+                    "answer": str(answer),
+                }
             )
         except KeyError as error:
             raise DataError(f"{questions}: an entry has no {error}: {str(entry)[:80]}") from None
         if name not in files:
             absent.append(name)
     if absent:
-        raise DataError(f"{videos} lacks the clips of {len(absent)} of {len(rows)} questions, such as {absent[0]!r}")
+        raise DataError(
+            f"{videos} lacks the clips of {len(absent)} of {len(rows)} questions, such as {absent[0]!r}"
+        )
     output.mkdir(parents=True, exist_ok=True)
     rows = [{**row, "type": 0, "video": str(files[row["video_name"]])} for row in rows]
     (output / f"{task}.json").write_text(json.dumps(rows))
@@ -84,11 +104,16 @@ def doc_to_text(doc: dict, lmms_eval_specific_kwargs: dict) -> str:
 def score_judged(doc: dict, results: list[str]) -> dict:
     """lmms-eval's own judging of ActivityNet-QA, on this question. Raises JudgeError without an endpoint."""
     require_judge("this task")
-    os.environ.setdefault("HF_HOME", str(Path.home() / ".cache/huggingface"))  # the module below wants it set
+    os.environ.setdefault(
+        "HF_HOME", str(Path.home() / ".cache/huggingface")
+    )  # the module below wants it set
     from lmms_eval.tasks.activitynetqa.utils import activitynetqa_process_results
 
     verdict = activitynetqa_process_results(doc, results)["gpt_eval_score"]
-    return {"gpt_eval_accuracy": 100.0 * (verdict["Correctness"] == "yes"), "gpt_eval_score": verdict["score"]}
+    return {
+        "gpt_eval_accuracy": 100.0 * (verdict["Correctness"] == "yes"),
+        "gpt_eval_score": verdict["score"],
+    }
 
 
 def require_judge(tasks: str) -> None:

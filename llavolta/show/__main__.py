@@ -16,22 +16,30 @@ from llavolta.studies.opening import StudyError, open_model, open_study
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m llavolta.show", description=__doc__.partition(": ")[2])
+    parser = argparse.ArgumentParser(
+        prog="python -m llavolta.show", description=__doc__.partition(": ")[2]
+    )
     parser.add_argument("model", help="a name such as nano-tuned, a folder or a hub name")
     parser.add_argument(
         "--picture",
         type=given_path,
         help="a picture of your own; without it, pictures of the model's held-out questions",
     )
-    parser.add_argument("--question", action="append", help="about the picture, in plain words; may be given again")
+    parser.add_argument(
+        "--question", action="append", help="about the picture, in plain words; may be given again"
+    )
     parser.add_argument("--count", type=int, default=6, help="of held-out questions (6)")
     parser.add_argument("--plan", default="none", help="of compression, such as 2:avgpool:8 (none)")
     asked = RUNS / "asked.png"
-    parser.add_argument("--output", type=given_path, default=asked, help="the drawing's file (%(default)s)")
+    parser.add_argument(
+        "--output", type=given_path, default=asked, help="the drawing's file (%(default)s)"
+    )
     options = parser.parse_args(arguments)
     try:
         rows = _own(options) if options.picture else _heldout(options)
-        figure = plots.asked([(picture, asked, view.answer, right) for picture, asked, view, right in rows])
+        figure = plots.asked(
+            [(picture, asked, view.answer, right) for picture, asked, view, right in rows]
+        )
         file = options.output
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=120, bbox_inches="tight")  # with all lines of a long answer
@@ -39,7 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for _, asked, view, right in rows:
-        guesses = ", ".join(f"{word} {chance:.0%}" for word, chance in list(view.guesses.items())[:3])
+        guesses = ", ".join(
+            f"{word} {chance:.0%}" for word, chance in list(view.guesses.items())[:3]
+        )
         print(f"{asked} {view.answer}{f' (right: {right})' if right else ''}   [{guesses}]")
     print(file)
     return 0
@@ -52,7 +62,10 @@ def _own(options) -> list[tuple]:
     picture = open_image(file.parent, file.name, "--picture")
     model, processor, _ = open_model(options.model)
     check_words(options.question, processor.tokenizer, "the questions")
-    return [(picture, q, inspect.view(model, processor, q, [picture], options.plan), "") for q in options.question]
+    return [
+        (picture, q, inspect.view(model, processor, q, [picture], options.plan), "")
+        for q in options.question
+    ]
 
 
 def _heldout(options) -> list[tuple]:

@@ -46,21 +46,34 @@ def check_parameters() -> dict:
 def converted(cells: Sequence[str], values: dict) -> dict:
     """``check_parameters`` where ``cells`` have run and variables have these ``values``."""
     injected = {name for cell in cells if _is_injected(cell) for name in _assigned(cell)}
-    declared = max((_declared(cell) for cell in cells if not _is_injected(cell)), key=len, default={})
+    declared = max(
+        (_declared(cell) for cell in cells if not _is_injected(cell)), key=len, default={}
+    )
     if not declared:
-        raise ParameterError("the parameters cell has not run; run the notebook's cells in their order")
+        raise ParameterError(
+            "the parameters cell has not run; run the notebook's cells in their order"
+        )
     if unknown := sorted(injected - declared.keys()):
-        raise ParameterError(f"unknown parameter {', '.join(map(repr, unknown))}; known: {', '.join(declared)}")
+        raise ParameterError(
+            f"unknown parameter {', '.join(map(repr, unknown))}; known: {', '.join(declared)}"
+        )
     return {name: convert(name, values[name], *how) for name, how in declared.items()}
 
 
 def convert(name: str, value, kinds: str, default=None):
     """``value`` of the parameter ``name`` as one of ``kinds`` ("int", "list[int]|None", ...). Raises ParameterError."""
     wanted = kinds.split("|")
-    nothing = value is None or isinstance(value, str) and value.lower() in ("none", "null") and "plan" not in wanted
+    nothing = (
+        value is None
+        or isinstance(value, str)
+        and value.lower() in ("none", "null")
+        and "plan" not in wanted
+    )
     if nothing and ("None" in wanted or default in ("", [], {})):
         return None if "None" in wanted else default
-    for kind in sorted(set(wanted) - {"None"}, key=lambda kind: list(KINDS).index(kind.split("[")[0])):
+    for kind in sorted(
+        set(wanted) - {"None"}, key=lambda kind: list(KINDS).index(kind.split("[")[0])
+    ):
         try:
             return _read(value, *kind.removesuffix("]").split("["), alone=len(wanted) == 1)
         except ValueError:
@@ -84,7 +97,11 @@ def _read(value, kind: str, each: str | None = None, alone: bool = True):
         return str(value).lower() == "true"
     elif kind in ("plan", "str") and isinstance(value, str):
         return expand(value)  # where it is a path
-    elif kind in ("int", "float") and isinstance(value, str | int | float) and not isinstance(value, bool):
+    elif (
+        kind in ("int", "float")
+        and isinstance(value, str | int | float)
+        and not isinstance(value, bool)
+    ):
         number = float(value)
         if kind == "float" and math.isfinite(number):
             return number
@@ -103,7 +120,9 @@ def _assigned(cell: str) -> dict[str, ast.expr]:
         body = ast.parse(cell).body
     except SyntaxError:  # such as a magic
         return {}
-    plain = all(isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) for node in body)
+    plain = all(
+        isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) for node in body
+    )
     return {node.targets[0].id: node.value for node in body} if plain else {}
 
 

@@ -18,7 +18,11 @@ from llavolta.train.schemes import Scheme
 
 COLOURS = sns.color_palette("colorblind")
 LINES = ("-", "--", ":", "-.")
-THEME = sns.plotting_context("notebook") | sns.axes_style("whitegrid") | {"axes.prop_cycle": plt.cycler(color=COLOURS)}
+THEME = (
+    sns.plotting_context("notebook")
+    | sns.axes_style("whitegrid")
+    | {"axes.prop_cycle": plt.cycler(color=COLOURS)}
+)
 
 
 def themed(draw: Callable) -> Callable:
@@ -54,14 +58,21 @@ def scheme_diagram(
     columns = min(len(steps), 4)
     rows = -(-len(steps) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(10, 3.2 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained"
+        rows,
+        columns,
+        figsize=(10, 3.2 * rows),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for number, (ax, stage) in enumerate(zip(axes.flat, scheme.stages, strict=False), start=1):
         counts = stage.tokens_per_layer(num_layers, of)
         colour = COLOURS[0] if current in (None, number) else "0.7"
         ax.barh(range(num_layers), counts, color=colour, height=0.8)
         ax.set_title(
-            f"Stage {number}: {stage}\n{steps[number - 1]} steps, CR {num_layers * of / sum(counts):.2f}", fontsize=11
+            f"Stage {number}: {stage}\n{steps[number - 1]} steps, CR {num_layers * of / sum(counts):.2f}",
+            fontsize=11,
         )
         ax.set_xlabel("visual tokens" if num_tokens else f"visual tokens of {of}")
         ax.set_xlim(0, of * 1.05)
@@ -92,13 +103,17 @@ def asked(rows: Sequence[tuple]) -> Figure:
     """Pictures with what was asked and answered below: rows of (picture, question, answer, right answer or "")."""
     across = min(len(rows), 3)
     down = -(-len(rows) // across)
-    figure, axes = plt.subplots(down, across, figsize=(3.2 * across, 3.9 * down), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        down, across, figsize=(3.2 * across, 3.9 * down), squeeze=False, layout="constrained"
+    )
     for ax in axes.flat[len(rows) :]:
         ax.set_axis_off()
     for ax, (picture, question, answer, right) in zip(axes.flat, rows, strict=False):
         ax.imshow(picture)
         told = f"{answer}" + (f"   (right: {right})" if right else "")
-        ax.set_xlabel("\n".join([*textwrap.wrap(question, 34), *textwrap.wrap(told, 34)]), fontsize=11)
+        ax.set_xlabel(
+            "\n".join([*textwrap.wrap(question, 34), *textwrap.wrap(told, 34)]), fontsize=11
+        )
         ax.set(xticks=[], yticks=[])
     return figure
 
@@ -111,17 +126,33 @@ def loss_curve(metrics: pd.DataFrame, title: str = "") -> Figure:
         label = f"stage {stage} ({part.plan.iloc[0]})"
         style = LINES[number // len(COLOURS) % len(LINES)]
         colour = COLOURS[number % len(COLOURS)]
-        ax.plot(part.step, part.loss, color=colour, linestyle=style, label=label, marker=".", markersize=4)
+        ax.plot(
+            part.step,
+            part.loss,
+            color=colour,
+            linestyle=style,
+            label=label,
+            marker=".",
+            markersize=4,
+        )
     ax.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
     few = len(ax.lines) <= 6
-    ax.legend(**{} if few else dict(loc="upper left", bbox_to_anchor=(1, 1), ncols=-(-len(ax.lines) // 13), fontsize=7))
+    ax.legend(
+        **{}
+        if few
+        else dict(
+            loc="upper left", bbox_to_anchor=(1, 1), ncols=-(-len(ax.lines) // 13), fontsize=7
+        )
+    )
     return figure
 
 
 @themed
 def training_logs(logs: dict[str, pd.DataFrame]) -> Figure:
     """For each named log: the loss and the accuracy column (its last) against the step."""
-    figure, axes = plt.subplots(1, len(logs), figsize=(5 * len(logs), 3.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(logs), figsize=(5 * len(logs), 3.2), squeeze=False, layout="constrained"
+    )
     for ax, (name, log) in zip(axes[0], logs.items(), strict=True):
         accuracy = log.columns[-1]
         ax.plot(log.step, 100 * log[accuracy], color=COLOURS[0], label=accuracy.replace("_", " "))
@@ -140,8 +171,23 @@ def accuracy_bars(table: pd.DataFrame, title: str = "") -> Figure:
     figure, ax = plt.subplots(figsize=(8.5, 3.4), layout="constrained")
     place = np.arange(len(table))
     error = np.abs(100 * table[["low", "high"]].to_numpy().T - 100 * table.accuracy.to_numpy())
-    bars = ax.bar(place - 0.2, 100 * table.accuracy, 0.4, yerr=error, capsize=3, label="model", color=COLOURS[0])
-    ax.bar(place + 0.2, 100 * table.constant, 0.4, label="best constant answer", color="0.75", hatch="//")
+    bars = ax.bar(
+        place - 0.2,
+        100 * table.accuracy,
+        0.4,
+        yerr=error,
+        capsize=3,
+        label="model",
+        color=COLOURS[0],
+    )
+    ax.bar(
+        place + 0.2,
+        100 * table.constant,
+        0.4,
+        label="best constant answer",
+        color="0.75",
+        hatch="//",
+    )
     ax.bar_label(bars, fmt="%.0f", padding=3, fontsize=9)
     ax.set_xticks(place, [f"{name}\n(n={count})" for name, count in table.questions.items()])
     ax.set(ylabel="accuracy (%)", ylim=(0, 112), title=title)
@@ -161,7 +207,12 @@ def step_time_bars(times: pd.DataFrame, labels: Sequence[str] | None = None) -> 
         bars = ax.bar(place + shift, times[column], 0.4, label=label, color=colour, hatch=hatch)
         ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
     crowded = len(times) > 5
-    ax.set_xticks(place, labels or times.plan, rotation=30 if crowded else 0, ha="right" if crowded else "center")
+    ax.set_xticks(
+        place,
+        labels or times.plan,
+        rotation=30 if crowded else 0,
+        ha="right" if crowded else "center",
+    )
     ax.set(ylabel="step time relative\nto no compression", ylim=(0, 1.2))
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -178,7 +229,9 @@ def accuracy_curves(table: pd.DataFrame, constant: pd.Series | None = None) -> F
     """
     kinds = ["overall", *sorted(set(table.type) - {"overall"})]
     kinds = kinds[:1] if len(kinds) == 2 else kinds  # one type is the whole
-    figure, axes = plt.subplots(1, len(kinds), figsize=(1 + 3 * len(kinds), 3.6), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(1 + 3 * len(kinds), 3.6), sharey=True, layout="constrained"
+    )
     layers = sorted(set(table.layer))
     for ax, kind in zip(np.atleast_1d(axes), kinds, strict=True):
         for number, layer in enumerate(layers):
@@ -198,15 +251,23 @@ def accuracy_curves(table: pd.DataFrame, constant: pd.Series | None = None) -> F
                 label=f"layer {layer}",
             )
         if constant is not None:
-            ax.axhline(100 * constant[kind], color="0.5", linestyle=":", label="best constant answer")
+            ax.axhline(
+                100 * constant[kind], color="0.5", linestyle=":", label="best constant answer"
+            )
         ax.set_xscale("log")
         ticks = sorted({round(100 * kept, 1) for kept in table.kept})
         ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], fontsize=8)
         ax.set_xticks([], minor=True)
-        ax.set(title=f"{kind} (n={part.questions.iloc[0]})", xlabel="visual tokens kept (%)", ylim=(0, 102))
+        ax.set(
+            title=f"{kind} (n={part.questions.iloc[0]})",
+            xlabel="visual tokens kept (%)",
+            ylim=(0, 102),
+        )
     np.atleast_1d(axes)[0].set_ylabel("accuracy (%)")
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), frameon=False)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(len(labels), 8), frameon=False
+    )
     return figure
 
 
@@ -223,7 +284,11 @@ def attention_lines(table: pd.DataFrame) -> Figure:
         ax.fill_between(part.layer, 100 * part.low, 100 * part.high, color=colour, alpha=0.2)
         ax.axhline(100 * part.tokens_share.mean(), color=colour, linestyle=":", linewidth=1.2)
     ax.plot([], [], color="0.4", linestyle=":", label="share of the tokens")
-    ax.set(xlabel="decoder layer", ylabel="share of the answer\nposition's attention (%)", ylim=(0, 102))
+    ax.set(
+        xlabel="decoder layer",
+        ylabel="share of the answer\nposition's attention (%)",
+        ylim=(0, 102),
+    )
     ax.set_xticks(sorted(set(table.layer))[:: max(1, table.layer.nunique() // 16)])
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -237,8 +302,12 @@ def design_grid(table: pd.DataFrame) -> Figure:
         (axes[0], "ratio", "compression ratio", ".2f"),
         (axes[1], "flops", "training FLOPs (% of no compression)", ".0f"),
     ):
-        grid = table.pivot(index="layer", columns="stride", values=column) * (100 if column == "flops" else 1)
-        sns.heatmap(grid, annot=True, fmt=form, cmap="cividis", ax=ax, annot_kws={"size": 9}, cbar=False)
+        grid = table.pivot(index="layer", columns="stride", values=column) * (
+            100 if column == "flops" else 1
+        )
+        sns.heatmap(
+            grid, annot=True, fmt=form, cmap="cividis", ax=ax, annot_kws={"size": 9}, cbar=False
+        )
         ax.set(title=title, xlabel="stride S (wider: to the left)", ylabel="layer K (deeper: down)")
         ax.tick_params(axis="y", rotation=0)
     return figure
@@ -266,7 +335,11 @@ def accuracy_against_cost(table: pd.DataFrame, baseline: str) -> Figure:
         )
     ax.axhline(100 * table.accuracy[baseline], color="0.5", linestyle=":")
     low, high = ax.get_ylim()
-    ax.set(xlabel="training time (% of no compression)", ylabel="accuracy (%)", ylim=(max(low, 0), min(high, 102)))
+    ax.set(
+        xlabel="training time (% of no compression)",
+        ylabel="accuracy (%)",
+        ylim=(max(low, 0), min(high, 102)),
+    )
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
@@ -311,8 +384,12 @@ def differences(table: pd.DataFrame, baseline: str) -> Figure:
     rest = table.drop(index=baseline)
     figure, ax = plt.subplots(figsize=(7.5, 1 + 0.4 * len(rest)), layout="constrained")
     place, middle = np.arange(len(rest)), 100 * rest.difference
-    error = np.abs(100 * rest[["difference_low", "difference_high"]].to_numpy().T - middle.to_numpy())
-    ax.errorbar(middle, place, xerr=error, color=COLOURS[0], marker="o", capsize=3, linestyle="none")
+    error = np.abs(
+        100 * rest[["difference_low", "difference_high"]].to_numpy().T - middle.to_numpy()
+    )
+    ax.errorbar(
+        middle, place, xerr=error, color=COLOURS[0], marker="o", capsize=3, linestyle="none"
+    )
     ax.axvline(0, color="0.5", linestyle=":")
     ax.set_yticks(place, rest.index)
     ax.invert_yaxis()
@@ -360,10 +437,19 @@ def _stacked(table: pd.DataFrame, labels: Sequence[str], xlabel: str, title: str
     left, hatches = np.zeros(len(table)), ("", "//", "..", "xx", "--", "\\\\")
     for number, column in enumerate(table):
         colour = COLOURS[number % len(COLOURS)]
-        ax.barh(labels, table[column], left=left, label=column, color=colour, hatch=hatches[number % 6])
+        ax.barh(
+            labels, table[column], left=left, label=column, color=colour, hatch=hatches[number % 6]
+        )
         left += table[column].to_numpy()
     for place, total in enumerate(left):
-        ax.annotate(f"{total:.3g}", (total, place), (3, 0), textcoords="offset points", va="center", fontsize=9)
+        ax.annotate(
+            f"{total:.3g}",
+            (total, place),
+            (3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
     ax.invert_yaxis()
     ax.set(xlabel=xlabel, title=title, xlim=(0, 1.12 * left.max()))
     ax.grid(axis="y", visible=False)
@@ -374,8 +460,18 @@ def _stacked(table: pd.DataFrame, labels: Sequence[str], xlabel: str, title: str
 @themed
 def step_cost_bars(costs: dict, title: str = "") -> Figure:
     """FLOPs of one example's training step by part, a bar a plan; costs: {plan: cost.StepCost}."""
-    parts = {plan: {part: getattr(cost, part).total / 1e12 for part in PARTS} for plan, cost in costs.items()}
-    names = ["vision tower", "projector", "decoder, linear", "decoder, attention", "compressors", "head"]
+    parts = {
+        plan: {part: getattr(cost, part).total / 1e12 for part in PARTS}
+        for plan, cost in costs.items()
+    }
+    names = [
+        "vision tower",
+        "projector",
+        "decoder, linear",
+        "decoder, attention",
+        "compressors",
+        "head",
+    ]
     table = pd.DataFrame.from_dict(parts, orient="index").set_axis(names, axis=1)
     return _stacked(table, list(costs), "operations per example and step (TFLOP)", title)
 
@@ -383,7 +479,11 @@ def step_cost_bars(costs: dict, title: str = "") -> Figure:
 @themed
 def memory_bars(table: pd.DataFrame, limit: float | None = None) -> Figure:
     """Memory of one GPU by part, a bar a plan; table: see planner.memory_table. limit: GB that the GPU has."""
-    figure = _stacked(table[["weights", "gradients", "optimizer", "activations"]], list(table.index), "memory (GB)")
+    figure = _stacked(
+        table[["weights", "gradients", "optimizer", "activations"]],
+        list(table.index),
+        "memory (GB)",
+    )
     if limit is not None:
         figure.axes[0].axvline(limit, color="0.3", linestyle=":")
         figure.axes[0].set_xlim(0, max(figure.axes[0].get_xlim()[1], 1.1 * limit))
@@ -410,7 +510,10 @@ def measured_and_predicted(table: pd.DataFrame) -> Figure:
     """Training time relative to no compression, measured and predicted; table: see bench.scheme_times."""
     figure, ax = plt.subplots(figsize=(8.5, 3.2), layout="constrained")
     place = np.arange(len(table))
-    for shift, column, colour, hatch in ((-0.2, "measured", COLOURS[0], ""), (0.2, "predicted", "0.75", "//")):
+    for shift, column, colour, hatch in (
+        (-0.2, "measured", COLOURS[0], ""),
+        (0.2, "predicted", "0.75", "//"),
+    ):
         bars = ax.bar(place + shift, table[column], 0.4, label=column, color=colour, hatch=hatch)
         ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
     ax.set_xticks(place, table.index)
@@ -428,7 +531,9 @@ def budget_rows(table: pd.DataFrame, kinds: Sequence[str] = ("overall", "difficu
     relative = overall.accuracy - overall.groupby("budget").accuracy.transform("mean")
     methods = list(relative.groupby(overall.method).mean().sort_values(ascending=False).index)
     size = (4.2 * len(kinds) + 1.5, 1.4 + 0.3 * len(methods))
-    figure, axes = plt.subplots(1, len(kinds), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=size, squeeze=False, sharey=True, layout="constrained"
+    )
     budgets = sorted(set(table.budget))
     for ax, kind in zip(axes[0], kinds, strict=True):
         for number, budget in enumerate(budgets):
@@ -451,7 +556,10 @@ def budget_rows(table: pd.DataFrame, kinds: Sequence[str] = ("overall", "difficu
         ax.set(title=kind, xlabel="accuracy (%)", xlim=(0, 102), ylim=(len(methods) - 0.4, -0.6))
         ax.grid(axis="y", color="0.9")
     figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(budgets), frameon=False
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(budgets),
+        frameon=False,
     )
     return figure
 
@@ -462,14 +570,24 @@ def benchmark_table(table: pd.DataFrame) -> Figure:
 
     Published rows have no colour: they are of other models, which a common scale would invite to compare.
     """
-    figure, ax = plt.subplots(figsize=(1.5 + 0.62 * table.shape[1], 1.6 + 0.42 * len(table)), layout="constrained")
+    figure, ax = plt.subplots(
+        figsize=(1.5 + 0.62 * table.shape[1], 1.6 + 0.42 * len(table)), layout="constrained"
+    )
     ax.set_facecolor("0.92")
     ax.patch.set(hatch="//", edgecolor="0.75")
     values, others = table.astype(float), table.index.astype(str).str.startswith("published")
     shared = dict(annot=True, fmt=".1f", vmin=0, vmax=100, ax=ax, annot_kws={"size": 8})
-    sns.heatmap(values, mask=values.isna() | others[:, None], cmap="cividis", cbar_kws={"label": "score (%)"}, **shared)
+    sns.heatmap(
+        values,
+        mask=values.isna() | others[:, None],
+        cmap="cividis",
+        cbar_kws={"label": "score (%)"},
+        **shared,
+    )
     if others.any():
-        sns.heatmap(values, mask=values.isna() | ~others[:, None], cmap=["white"], cbar=False, **shared)
+        sns.heatmap(
+            values, mask=values.isna() | ~others[:, None], cmap=["white"], cbar=False, **shared
+        )
     ax.set(xlabel="benchmark (hatched: not run, or not given)", ylabel="model, plan")
     ax.tick_params(axis="x", rotation=60, labelsize=9)
     ax.tick_params(axis="y", rotation=0, labelsize=9)

@@ -14,7 +14,9 @@ from llavolta.show.plots import COLOURS, themed
 @themed
 def scene_grid(pictures: np.ndarray) -> Figure:
     """Pictures (N, H, W, 3) in one row."""
-    figure, axes = plt.subplots(1, len(pictures), figsize=(1.6 * len(pictures), 1.7), layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(pictures), figsize=(1.6 * len(pictures), 1.7), layout="constrained"
+    )
     for ax, picture in zip(np.atleast_1d(axes), pictures, strict=True):
         ax.imshow(picture, interpolation="nearest")
         ax.set_axis_off()
@@ -22,7 +24,13 @@ def scene_grid(pictures: np.ndarray) -> Figure:
 
 
 @themed
-def token_map(picture: np.ndarray, groups: np.ndarray, ax=None, title: str = "", shared: np.ndarray | None = None):
+def token_map(
+    picture: np.ndarray,
+    groups: np.ndarray,
+    ax=None,
+    title: str = "",
+    shared: np.ndarray | None = None,
+):
     """A picture, (H, W, 3) or PIL's, under its patch grid, tinted by the token that each patch ends in.
 
     groups: (rows, columns) for each patch the number of its output token; -1 where it was dropped (drawn dark).
@@ -32,11 +40,20 @@ def token_map(picture: np.ndarray, groups: np.ndarray, ax=None, title: str = "",
     rows, columns = groups.shape
     extent = (0, columns, rows, 0)
     ax.imshow(picture, extent=extent, interpolation="nearest")
-    tint = np.array([COLOURS[number % len(COLOURS)] for number in groups.ravel()]).reshape(rows, columns, 3)
+    tint = np.array([COLOURS[number % len(COLOURS)] for number in groups.ravel()]).reshape(
+        rows, columns, 3
+    )
     numbers, count = np.unique(groups if shared is None else shared, return_counts=True)
-    merged = count[np.searchsorted(numbers, groups)] > 1  # a token of one patch keeps the picture's own colours
+    merged = (
+        count[np.searchsorted(numbers, groups)] > 1
+    )  # a token of one patch keeps the picture's own colours
     alpha = np.where(groups < 0, 0.85, np.where(merged, 0.4, 0.0))
-    ax.imshow(np.where(groups[..., None] < 0, 0.0, tint), extent=extent, alpha=alpha, interpolation="nearest")
+    ax.imshow(
+        np.where(groups[..., None] < 0, 0.0, tint),
+        extent=extent,
+        alpha=alpha,
+        interpolation="nearest",
+    )
     # A border wherever two neighbouring patches end in different tokens.
     row, column = np.nonzero(groups[:, 1:] != groups[:, :-1])
     ax.vlines(column + 1, row, row + 1, color="white", linewidth=1)
@@ -53,7 +70,9 @@ def stage_token_maps(picture: np.ndarray, maps: dict[str, np.ndarray]) -> Figure
     columns = min(len(maps), 5)
     rows = -(-len(maps) // columns)
     size, dpi = (2.7 * columns, 3.1 * rows), 100 if rows == 1 else 70  # many maps make a large file
-    figure, axes = plt.subplots(rows, columns, figsize=size, dpi=dpi, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, dpi=dpi, squeeze=False, layout="constrained"
+    )
     for ax, (name, groups) in zip(axes.flat, maps.items(), strict=False):
         token_map(picture, groups, ax, f"{name}\n{_left(groups)} of {groups.size} tokens")
         ax.title.set_fontsize(11)
@@ -69,7 +88,9 @@ def clip_token_maps(frames: Sequence, maps: dict[str, np.ndarray]) -> Figure:
     Patches of one colour in one row of pictures, also in different frames, may have ended in one token.
     """
     size = (1.4 * len(frames), 1.75 * len(maps))  # tall enough for a plan's text beside its row
-    figure, axes = plt.subplots(len(maps), len(frames), figsize=size, dpi=100, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(maps), len(frames), figsize=size, dpi=100, squeeze=False, layout="constrained"
+    )
     for row, (name, groups) in zip(axes, maps.items(), strict=True):
         for ax, frame, part in zip(row, frames, groups, strict=True):
             token_map(frame, part, ax, shared=groups)
@@ -82,7 +103,9 @@ def clip_token_maps(frames: Sequence, maps: dict[str, np.ndarray]) -> Figure:
 @themed
 def picture_with_tokens(picture, view) -> Figure:
     """What the first explorer shows: the token map of a studies.View over its picture, and the model's guesses."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.4), layout="constrained", width_ratios=(1, 1.1))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(7.6, 3.4), layout="constrained", width_ratios=(1, 1.1)
+    )
     _view_map(picture, view, left)
     words, chances = list(view.guesses), [100 * chance for chance in view.guesses.values()]
     bars = right.barh(range(len(words)), chances, color=COLOURS[0])
@@ -97,12 +120,17 @@ def picture_with_tokens(picture, view) -> Figure:
 @themed
 def picture_with_layers(picture, view) -> Figure:
     """What the second explorer shows: the token map of a studies.View, and the tokens that each layer works on."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 3.4), layout="constrained", width_ratios=(1, 1.1))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(7.6, 3.4), layout="constrained", width_ratios=(1, 1.1)
+    )
     _view_map(picture, view, left)
     right.barh(range(len(view.tokens)), view.tokens, color=COLOURS[0], height=0.8)
     right.set_yticks(range(0, len(view.tokens), max(1, len(view.tokens) // 8)))
     right.set(
-        xlabel="visual tokens", ylabel="decoder layer", xlim=(0, view.grid().size * 1.05), title=f"CR {view.ratio:.2f}"
+        xlabel="visual tokens",
+        ylabel="decoder layer",
+        xlim=(0, view.grid().size * 1.05),
+        title=f"CR {view.ratio:.2f}",
     )
     right.grid(axis="y", visible=False)
     return figure
@@ -121,4 +149,6 @@ def _left(groups: np.ndarray) -> int:
 @themed
 def layer_maps(picture, view) -> Figure:
     """The token map of a studies.View behind each layer that compresses."""
-    return stage_token_maps(picture, {f"from layer {layer} on": view.grid(layer) for layer in view.maps})
+    return stage_token_maps(
+        picture, {f"from layer {layer} on": view.grid(layer) for layer in view.maps}
+    )

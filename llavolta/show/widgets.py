@@ -43,10 +43,21 @@ class Explorer:
     show, None while ``message`` shows an error. draw: (picture, view) -> figure.
     """
 
-    def __init__(self, model, processor, data: LlavaData, draw: Callable, layer: Layer, compressor: str, **options):
+    def __init__(
+        self,
+        model,
+        processor,
+        data: LlavaData,
+        draw: Callable,
+        layer: Layer,
+        compressor: str,
+        **options,
+    ):
         self.model, self.processor, self.data, self.draw = model, processor, data, draw
         self.view: inspect.View | None = None
-        self._own: list[Image.Image] = []  # pictures that are not of ``data``; the last is in use while ``_use_own``
+        self._own: list[
+            Image.Image
+        ] = []  # pictures that are not of ``data``; the last is in use while ``_use_own``
         self._use_own = False
         self._quiet = False
         self._compute = lru_cache(256)(self._view)
@@ -55,21 +66,48 @@ class Explorer:
         places = [VISION] * (parts.projector is not None) + list(range(len(parts.layers)))
         layer = layer if layer in places else places[-1]
         self.layer = ui.SelectionSlider(
-            options=places, value=layer, continuous_update=False, description="layer K", layout=WIDE, style=STYLE
+            options=places,
+            value=layer,
+            continuous_update=False,
+            description="layer K",
+            layout=WIDE,
+            style=STYLE,
         )
         names = sorted(COMPRESSORS)
-        self.compressor = ui.Dropdown(options=names, value=compressor, description="compressor", style=STYLE)
+        self.compressor = ui.Dropdown(
+            options=names, value=compressor, description="compressor", style=STYLE
+        )
         self.options: dict[str, ui.Widget] = {}
         self._option_box = ui.VBox()
-        self.entry = ui.Dropdown(options=self._entries(), description="picture", layout=WIDE, style=STYLE)
-        self.question = ui.Combobox(description="question", layout=WIDE, style=STYLE, continuous_update=False)
-        self.path = ui.Text(
-            description="image path", placeholder="a picture file", layout=WIDE, style=STYLE, continuous_update=False
+        self.entry = ui.Dropdown(
+            options=self._entries(), description="picture", layout=WIDE, style=STYLE
         )
-        self.upload = ui.FileUpload(accept="image/*", description="upload a picture", layout=ui.Layout(width="180px"))
+        self.question = ui.Combobox(
+            description="question", layout=WIDE, style=STYLE, continuous_update=False
+        )
+        self.path = ui.Text(
+            description="image path",
+            placeholder="a picture file",
+            layout=WIDE,
+            style=STYLE,
+            continuous_update=False,
+        )
+        self.upload = ui.FileUpload(
+            accept="image/*", description="upload a picture", layout=ui.Layout(width="180px")
+        )
         self.message = ui.HTML()
-        self.image = ui.Image(format="png", layout=ui.Layout(max_width="100%", object_fit="contain"))
-        controls = [self.compressor, self.layer, self._option_box, self.entry, self.question, self.path, self.upload]
+        self.image = ui.Image(
+            format="png", layout=ui.Layout(max_width="100%", object_fit="contain")
+        )
+        controls = [
+            self.compressor,
+            self.layer,
+            self._option_box,
+            self.entry,
+            self.question,
+            self.path,
+            self.upload,
+        ]
         self.box = ui.HBox(
             [ui.VBox([*controls, self.message]), self.image],
             layout=ui.Layout(flex_flow="row wrap", align_items="flex-start"),
@@ -92,9 +130,19 @@ class Explorer:
     def plan(self) -> str:
         """The plan that the controls say."""
         values = {name: control.value for name, control in self.options.items()}
-        inner = [values.pop("inner")] if "inner" in values else []  # another compressor's text, which stands last
-        off = {f.name for f in dataclasses.fields(COMPRESSORS[self.compressor.value]) if f.default is False}
-        given = [f"{name}={value}" for name, value in values.items() if value is not False or name not in off] + inner
+        inner = (
+            [values.pop("inner")] if "inner" in values else []
+        )  # another compressor's text, which stands last
+        off = {
+            f.name
+            for f in dataclasses.fields(COMPRESSORS[self.compressor.value])
+            if f.default is False
+        }
+        given = [
+            f"{name}={value}"
+            for name, value in values.items()
+            if value is not False or name not in off
+        ] + inner
         return ":".join([str(self.layer.value), self.compressor.value, *given])
 
     @property
@@ -114,10 +162,14 @@ class Explorer:
         if self._quiet:
             return
         try:
-            self.view = self._compute(self.plan, self.question.value, self.entry.value, self._own_number)
+            self.view = self._compute(
+                self.plan, self.question.value, self.entry.value, self._own_number
+            )
         except (UserError, ValueError) as error:
             self.view = None
-            self.message.value = f"<b style='color:#a00'>{type(error).__name__}: {escape(str(error))}</b>"
+            self.message.value = (
+                f"<b style='color:#a00'>{type(error).__name__}: {escape(str(error))}</b>"
+            )
             self.image.value = b""
             return
         self.message.value = self._text(self.view)
@@ -136,7 +188,14 @@ class Explorer:
         asked, looks = question, self._looks(entry, own)
         if own is None:
             example = self.data[entry]
-            turn = next((one["turn"] for one in self.data.questions_of(entry) if one["question"] == question), None)
+            turn = next(
+                (
+                    one["turn"]
+                    for one in self.data.questions_of(entry)
+                    if one["question"] == question
+                ),
+                None,
+            )
             if turn is not None:
                 asked, looks = evaluation.alone(example, turn)
             else:
@@ -148,10 +207,13 @@ class Explorer:
         truth = (
             ""
             if self._use_own
-            else next((q["answer"] for q in self._here() if q["question"] == self.question.value), "")
+            else next(
+                (q["answer"] for q in self._here() if q["question"] == self.question.value), ""
+            )
         )
         rows = {
-            "answer": f"<b>{escape(view.answer)}</b>" + (f" (right: {escape(truth)})" if truth else ""),
+            "answer": f"<b>{escape(view.answer)}</b>"
+            + (f" (right: {escape(truth)})" if truth else ""),
             "compression ratio": f"{view.ratio:.3f}",
             "training FLOPs": f"{view.flops:.1%} of no compression",
         }
@@ -164,7 +226,9 @@ class Explorer:
         """The first entries with a picture, by id."""
         pictured = np.flatnonzero(self.data.has_image)[:most].tolist()
         if not pictured:
-            raise opening.StudyError(f"{self.data.file.name} has no entry with a picture to explore")
+            raise opening.StudyError(
+                f"{self.data.file.name} has no entry with a picture to explore"
+            )
         return [(str(self.data.entry(index).get("id", index)), index) for index in pictured]
 
     def _choose_entry(self) -> None:
@@ -182,7 +246,9 @@ class Explorer:
             made = option.default_factory is not dataclasses.MISSING
             default = option.default_factory() if made else option.default
             default = None if default is dataclasses.MISSING else default
-            control = _control(option.name, types.get(option.name), values.get(option.name, default), tokens)
+            control = _control(
+                option.name, types.get(option.name), values.get(option.name, default), tokens
+            )
             control.observe(self.refresh, "value")
             self.options[option.name] = control
         self._option_box.children = list(self.options.values())
@@ -203,10 +269,18 @@ class Explorer:
     def _on_path(self, change) -> None:
         try:
             file = Path(self.path.value.strip()).expanduser()
-            self._show_own(open_image(file.parent, file.name, "image path") if self.path.value.strip() else None)
+            self._show_own(
+                open_image(file.parent, file.name, "image path")
+                if self.path.value.strip()
+                else None
+            )
         except UserError as error:
             self.message.value = f"<b style='color:#a00'>{escape(str(error))}</b>"
-        except (RuntimeError, ValueError, OSError) as error:  # no such user's home, or no path at all
+        except (
+            RuntimeError,
+            ValueError,
+            OSError,
+        ) as error:  # no such user's home, or no path at all
             self.message.value = f"<b style='color:#a00'>image path: {escape(str(error))}</b>"
 
     def _on_upload(self, change) -> None:
@@ -215,7 +289,9 @@ class Explorer:
         try:
             self._show_own(to_rgb(Image.open(io.BytesIO(self.upload.value[0]["content"]))))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            self.message.value = f"<b style='color:#a00'>the upload is no picture: {escape(str(error))}</b>"
+            self.message.value = (
+                f"<b style='color:#a00'>the upload is no picture: {escape(str(error))}</b>"
+            )
 
     def _show_own(self, picture: Image.Image | None) -> None:
         self._use_own = picture is not None
@@ -231,14 +307,18 @@ def redundancy_explorer(
 
     options: of the compressor, such as ``stride=8``.
     """
-    return Explorer(model, processor, data, token_maps.picture_with_tokens, layer, compressor, **options)
+    return Explorer(
+        model, processor, data, token_maps.picture_with_tokens, layer, compressor, **options
+    )
 
 
 def design_explorer(
     model, processor, data: LlavaData, layer: Layer = 2, compressor: str = "avgpool", **options
 ) -> Explorer:
     """The same controls; shows token map, ratio, FLOPs, answer and the tokens that each layer works on."""
-    return Explorer(model, processor, data, token_maps.picture_with_layers, layer, compressor, **options)
+    return Explorer(
+        model, processor, data, token_maps.picture_with_layers, layer, compressor, **options
+    )
 
 
 class CostExplorer:
@@ -253,16 +333,28 @@ class CostExplorer:
         depth, tokens = len(model.layers), model.visual
 
         def slider(kind, value, low, high, text, **more):
-            return kind(value, min=low, max=high, description=text, continuous_update=False, style=STYLE, **more)
+            return kind(
+                value,
+                min=low,
+                max=high,
+                description=text,
+                continuous_update=False,
+                style=STYLE,
+                **more,
+            )
 
         self.layer = slider(ui.IntSlider, max(1, depth // 16), 0, depth - 1, "layer K")
         self.stride = slider(ui.IntSlider, 8, 1, tokens, "stride S")
         self.share = slider(ui.FloatSlider, 0.33, 0, 1, "share", step=0.01)
         self.light = slider(ui.FloatSlider, 0.33, 0, 1, "light share", step=0.01)
         self.message = ui.HTML()
-        self.image = ui.Image(format="png", layout=ui.Layout(max_width="100%", object_fit="contain"))
+        self.image = ui.Image(
+            format="png", layout=ui.Layout(max_width="100%", object_fit="contain")
+        )
         sliders = [self.layer, self.stride, self.share, self.light]
-        self.box = ui.HBox([ui.VBox([*sliders, self.message]), self.image], layout=ui.Layout(flex_flow="row wrap"))
+        self.box = ui.HBox(
+            [ui.VBox([*sliders, self.message]), self.image], layout=ui.Layout(flex_flow="row wrap")
+        )
         for control in sliders:
             control.observe(self.refresh, "value")
         self.refresh()
@@ -291,7 +383,9 @@ class CostExplorer:
             schemes = {"no compression": Scheme.equal("none", "none"), "yours": self.scheme}
             self.table = scheme_table(self.model, schemes, self.examples, self.speed, **self.step)
         except (UserError, ValueError) as error:
-            self.message.value = f"<b style='color:#a00'>{type(error).__name__}: {escape(str(error))}</b>"
+            self.message.value = (
+                f"<b style='color:#a00'>{type(error).__name__}: {escape(str(error))}</b>"
+            )
             self.image.value = b""
             return
         row = self.table.loc["yours"]
@@ -302,7 +396,9 @@ class CostExplorer:
         )
         costs = {"none": "none"} | {stage.plan: stage.plan for stage in schemes["yours"].stages}
         self.image.value = png(
-            plots.step_cost_bars({plan: self.model.step(plan, **self.step) for plan in costs}, "training step")
+            plots.step_cost_bars(
+                {plan: self.model.step(plan, **self.step) for plan in costs}, "training step"
+            )
         )
 
 
@@ -319,7 +415,9 @@ def _control(name: str, kind, value, tokens: int) -> ui.Widget:
         return ui.IntSlider(start, least, max(tokens, start), continuous_update=False, **common)
     if kind is float:
         start = 0.5 if value is None else value
-        return ui.FloatSlider(start, min=0.01, max=max(1.0, start), step=0.01, continuous_update=False, **common)
+        return ui.FloatSlider(
+            start, min=0.01, max=max(1.0, start), step=0.01, continuous_update=False, **common
+        )
     return ui.Text("" if value is None else str(value), continuous_update=False, **common)
 
 

@@ -20,7 +20,12 @@ from llavolta.studies.statistics import interval
 POSITION_TYPES = ("read", "where", "neighbour")
 """Question types of the worlds that ask what is in a place, or where a thing is."""
 SMALL = 0.2  # objects this small, as a share of the picture's sides, are those of grids of 5 x 5
-TASKS = ("position", "small detail", "second question, asked along", "second question, on one cache")
+TASKS = (
+    "position",
+    "small detail",
+    "second question, asked along",
+    "second question, on one cache",
+)
 
 
 def tasks_of(data: LlavaData, answers: pd.DataFrame) -> dict[str, pd.Series]:
@@ -68,24 +73,43 @@ def second_questions(
         raise StudyError(f"{data.file}: no entry has a second question")
     check_questions(processor, questions, data)
     length = answer_limit(processor, (question["answer"] for question in questions))
-    first_layer = any(layer in (VISION, 0) and not c.is_identity for layer, c in parse_plan(plan).items())
+    first_layer = any(
+        layer in (VISION, 0) and not c.is_identity for layer, c in parse_plan(plan).items()
+    )
     predictions: list[str] = []
     with answering(model), compress(model, plan):
-        for start in tqdm(range(0, len(questions), batch_size), desc="talking", disable=not progress, leave=False):
-            examples = [data[question["index"]] for question in questions[start : start + batch_size]]
-            heads, tails = zip(*(_parts(processor, example.messages) for example in examples), strict=True)
-            texts = heads if one_cache else [head + tail for head, tail in zip(heads, tails, strict=True)]
+        for start in tqdm(
+            range(0, len(questions), batch_size), desc="talking", disable=not progress, leave=False
+        ):
+            examples = [
+                data[question["index"]] for question in questions[start : start + batch_size]
+            ]
+            heads, tails = zip(
+                *(_parts(processor, example.messages) for example in examples), strict=True
+            )
+            texts = (
+                heads
+                if one_cache
+                else [head + tail for head, tail in zip(heads, tails, strict=True)]
+            )
             images = [example.images for example in examples]
             batch = chat.encode(processor, texts, images, [], padding_side="left")
             batch, given = batch.to(model.device, model.dtype), {}
             if one_cache:
                 given = dict(past_key_values=DynamicCache(config=model.config.get_text_config()))
-                greedy(model, processor, batch, 1, **given)  # by generate(), which counts positions without padding
-                settings = dict(padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False)
+                greedy(
+                    model, processor, batch, 1, **given
+                )  # by generate(), which counts positions without padding
+                settings = dict(
+                    padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
+                )
                 asked = processor.tokenizer(list(tails), **settings).to(model.device)
                 # generate() leaves out of the ids what the cache holds, unless its first layer holds fewer.
                 names = ("attention_mask",) if first_layer else ("input_ids", "attention_mask")
-                batch = {**asked, **{name: torch.cat([batch[name], asked[name]], 1) for name in names}}
+                batch = {
+                    **asked,
+                    **{name: torch.cat([batch[name], asked[name]], 1) for name in names},
+                }
             ids = greedy(model, processor, batch, length, **given)[:, batch["input_ids"].shape[1] :]
             predictions += processor.batch_decode(ids, skip_special_tokens=True)
     frame = pd.DataFrame(questions).drop(columns="turn").assign(prediction=predictions)
@@ -95,14 +119,24 @@ def second_questions(
 def _parts(processor, messages: list[dict]) -> tuple[str, str]:
     """A conversation as text up to where its first answer begins, and from there to where its second one does."""
     asked = [number for number, message in enumerate(messages) if message["role"] == "user"]
-    first, both = (chat.write(processor, messages[: number + 1], ask=True)[0] for number in asked[:2])
+    first, both = (
+        chat.write(processor, messages[: number + 1], ask=True)[0] for number in asked[:2]
+    )
     if not both.startswith(first):
-        raise StudyError("this model's chat template rewrites earlier turns, so a second question needs a cache anew")
+        raise StudyError(
+            "this model's chat template rewrites earlier turns, so a second question needs a cache anew"
+        )
     return first, both[len(first) :]
 
 
 def breaking(
-    model, processor, data: LlavaData, answers: pd.DataFrame, plans: pd.DataFrame, talks: int = 100, progress=True
+    model,
+    processor,
+    data: LlavaData,
+    answers: pd.DataFrame,
+    plans: pd.DataFrame,
+    talks: int = 100,
+    progress=True,
 ) -> pd.DataFrame:
     """One row per method and task of TASKS: method, task, questions, accuracy and its 95% interval (low, high).
 
@@ -118,10 +152,19 @@ def breaking(
         own = asked[asked.method == method]
         found = {task: own.correct[which] for task, which in tasks_of(data, own).items()}
         for task, one_cache in ((TASKS[2], False), (TASKS[3], True)) if talks else ():
-            told = second_questions(model, processor, data, plan_of.get(method, "none"), talks, one_cache)
+            told = second_questions(
+                model, processor, data, plan_of.get(method, "none"), talks, one_cache
+            )
             found[task] = told.correct
         for task, correct in found.items():
             low, high = interval(correct)
-            row = dict(method=method, task=task, questions=len(correct), accuracy=correct.mean(), low=low, high=high)
+            row = dict(
+                method=method,
+                task=task,
+                questions=len(correct),
+                accuracy=correct.mean(),
+                low=low,
+                high=high,
+            )
             rows.append(row)
     return pd.DataFrame(rows)

@@ -69,9 +69,13 @@ def plan_at(method: str, budget: float, num_layers: int, num_tokens: int) -> str
     if method not in METHODS:
         raise BudgetError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
     if not 0 < budget <= 1:
-        raise BudgetError(f"a budget is a share of the tokens, above 0 and at most 1, not {budget!r}")
+        raise BudgetError(
+            f"a budget is a share of the tokens, above 0 and at most 1, not {budget!r}"
+        )
     entries = _entries(METHODS[method], num_layers)
-    least, most = (_left(entries, keep, num_layers) for keep in (1 / num_tokens, 1))  # a single token, and all
+    least, most = (
+        _left(entries, keep, num_layers) for keep in (1 / num_tokens, 1)
+    )  # a single token, and all
     if not least <= budget <= most:
         return None
     keep = brentq(lambda keep: _left(entries, keep, num_layers) - budget, 0, 1)
@@ -91,7 +95,9 @@ def _entries(plan: str, num_layers: int) -> dict[int | str, str]:
 def _left(entries: dict[int | str, str], keep: float, num_layers: int) -> float:
     """The share of token-layers that is left if the entries whose number is open keep ``keep`` of what they get."""
     counts, left = [], 1.0
-    shares = {layer: keep if "{" in text else float(text.split(":")[1]) for layer, text in entries.items()}
+    shares = {
+        layer: keep if "{" in text else float(text.split(":")[1]) for layer, text in entries.items()
+    }
     for layer in (VISION, *range(num_layers)):
         left *= shares.get(layer, 1)
         counts.append(left)
@@ -99,7 +105,10 @@ def _left(entries: dict[int | str, str], keep: float, num_layers: int) -> float:
 
 
 def plans_at(
-    budgets: Sequence[float], num_layers: int, num_tokens: int, methods: Sequence[str] = tuple(METHODS)
+    budgets: Sequence[float],
+    num_layers: int,
+    num_tokens: int,
+    methods: Sequence[str] = tuple(METHODS),
 ) -> pd.DataFrame:
     """One row per budget and method that can meet it: budget, method, plan, share (what the plan really leaves)."""
     rows = []
@@ -107,7 +116,9 @@ def plans_at(
         for method in methods:
             plan = plan_at(method, budget, num_layers, num_tokens)
             if plan is not None:
-                share = sum(tokens_per_layer(plan, num_layers, num_tokens)) / (num_layers * num_tokens)
+                share = sum(tokens_per_layer(plan, num_layers, num_tokens)) / (
+                    num_layers * num_tokens
+                )
                 rows.append(dict(budget=budget, method=method, plan=plan, share=share))
     return pd.DataFrame(rows)
 
@@ -130,7 +141,9 @@ def training_free(
     asked = dict(limit=questions, progress=False, max_new_tokens=max_new_tokens)
     full = evaluate(model, processor, data, **asked)
     frames = []
-    bar = tqdm(plans.itertuples(), total=len(plans), desc="methods", disable=not progress, leave=False)
+    bar = tqdm(
+        plans.itertuples(), total=len(plans), desc="methods", disable=not progress, leave=False
+    )
     for row in bar:
         bar.set_postfix_str(row.plan)
         try:
@@ -144,25 +157,38 @@ def training_free(
     answers = pd.concat(frames, ignore_index=True)
     answers["number"] = answers.groupby(["budget", "method"]).cumcount()
     down = answers[answers.method == DOWNSAMPLE].set_index(["budget", "number"]).correct
-    answers["difficult"] = [not down.get(key, True) for key in zip(answers.budget, answers.number, strict=True)]
+    answers["difficult"] = [
+        not down.get(key, True) for key in zip(answers.budget, answers.number, strict=True)
+    ]
     return answers
 
 
 def accuracy(answers: pd.DataFrame) -> pd.DataFrame:
     """Accuracy and its 95% bootstrap interval per budget, method and type ("overall" and "difficult" among them)."""
     difficult = answers[answers.difficult].assign(type="difficult")
-    tables = [accuracy_table(part.drop(columns="answer"), by=("budget", "method")) for part in (answers, difficult)]
+    tables = [
+        accuracy_table(part.drop(columns="answer"), by=("budget", "method"))
+        for part in (answers, difficult)
+    ]
     return pd.concat([tables[0], tables[1].query("type == 'difficult'")], ignore_index=True)
 
 
 @torch.no_grad()
 def prefill(
-    model, processor, data: LlavaData, plans: pd.DataFrame, batch: int = 32, rounds: int = 5, progress: bool = True
+    model,
+    processor,
+    data: LlavaData,
+    plans: pd.DataFrame,
+    batch: int = 32,
+    rounds: int = 5,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """``plans`` with the time of reading a prompt, pictures encoded along, and the cache's size, relative to FULL; and
     ``measured``, the share of token-layers that was left of these prompts' pictures: more or less than ``share`` where
     a method decides for itself how many stay."""
-    asked = pictured(data, [question for _, question in zip(range(batch), data.questions(), strict=False)])
+    asked = pictured(
+        data, [question for _, question in zip(range(batch), data.questions(), strict=False)]
+    )
     inputs = prompts(model, processor, asked)
     times = prefill_times(model, inputs, list(plans.plan), rounds, progress).set_index("plan")
     full = sum(depth_and_tokens(model)[1:]) * depth_and_tokens(model)[0]
@@ -206,19 +232,32 @@ class Trained:
 
 def trained_methods(num_layers: int, num_tokens: int, budget: float = 0.25) -> dict[str, Trained]:
     """What (b) trains: every method of METHODS that can meet ``budget``, published settings, projectors, staging."""
-    plans = {method: plan_at(method, budget, num_layers, num_tokens) for method in METHODS if method != "PruMerge"}
+    plans = {
+        method: plan_at(method, budget, num_layers, num_tokens)
+        for method in METHODS
+        if method != "PruMerge"
+    }
     plans["PruMerge (adaptive)"] = "vision:prumerge"
     plans["PyramidDrop (published)"] = scale_plan(PYRAMIDDROP, num_layers)
-    chosen = {BASELINE: Trained(SCHEMES[BASELINE]), "three-stage": Trained(SCHEMES["three-stage"].scaled(num_layers))}
+    chosen = {
+        BASELINE: Trained(SCHEMES[BASELINE]),
+        "three-stage": Trained(SCHEMES["three-stage"].scaled(num_layers)),
+    }
     chosen["DualSpeed"] = Trained(SCHEMES["dualspeed"].scaled(num_layers))
-    chosen |= {name: Trained(Scheme.equal(name, plan), plan) for name, plan in plans.items() if plan is not None}
+    chosen |= {
+        name: Trained(Scheme.equal(name, plan), plan)
+        for name, plan in plans.items()
+        if plan is not None
+    }
     for name, projector in (("STF", "stf:2"), ("MBTF + STF", "mbtf+stf:2")):
         chosen[name] = Trained(Scheme.equal(name, "none"), changes={"projector": projector})
     return chosen
 
 
 @torch.no_grad()
-def tokens_left(folder: str | Path, data: LlavaData, plan: str, full: int, pictures: int = 64) -> float:
+def tokens_left(
+    folder: str | Path, data: LlavaData, plan: str, full: int, pictures: int = 64
+) -> float:
     """Visual tokens per layer under ``plan`` as a share of ``full``, counted on the first pictures of ``data``."""
     model, processor, _ = open_model(folder)
     questions = list(islice((q for q in data.questions() if q["question"]), pictures))
@@ -246,5 +285,7 @@ def depth_and_tokens(model) -> tuple[int, int]:
     """Decoder layers, and visual tokens of an image, of a model with images of one size."""
     tokens = getattr(find_parts(model).base.config, "image_seq_length", None)
     if not tokens:
-        raise BudgetError("budgets need a model whose images all have the same number of visual tokens")
+        raise BudgetError(
+            "budgets need a model whose images all have the same number of visual tokens"
+        )
     return len(find_parts(model).layers), tokens

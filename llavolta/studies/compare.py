@@ -31,7 +31,13 @@ from llavolta.errors import UserError
 from llavolta.studies import records
 from llavolta.studies.evaluation import asked_digest, evaluate
 from llavolta.studies.opening import open_model, open_study
-from llavolta.studies.statistics import interval, mean_interval, paired_difference, points, with_overall
+from llavolta.studies.statistics import (
+    interval,
+    mean_interval,
+    paired_difference,
+    points,
+    with_overall,
+)
 from llavolta.train import build
 from llavolta.train.config import TrainConfig
 from llavolta.train.projectors import OWN
@@ -47,7 +53,9 @@ class CompareError(UserError, ValueError):
     """A comparison that cannot be made; the message says why."""
 
 
-def contestants(names: Sequence[str], own: Mapping[str, Sequence], num_layers: int) -> dict[str, Scheme]:
+def contestants(
+    names: Sequence[str], own: Mapping[str, Sequence], num_layers: int
+) -> dict[str, Scheme]:
     """Schemes by name, for a model of ``num_layers`` layers, the baseline first.
 
     names: of schemes.SCHEMES, scaled to the model's depth. own: more, each a list of plans (equal
@@ -55,7 +63,9 @@ def contestants(names: Sequence[str], own: Mapping[str, Sequence], num_layers: i
     """
     unknown = [name for name in names if name not in SCHEMES]
     if unknown:
-        raise CompareError(f"unknown scheme {', '.join(map(repr, unknown))}; choose from {', '.join(SCHEMES)}")
+        raise CompareError(
+            f"unknown scheme {', '.join(map(repr, unknown))}; choose from {', '.join(SCHEMES)}"
+        )
     chosen = {name: SCHEMES[name].scaled(num_layers) for name in dict.fromkeys([BASELINE, *names])}
     for name, stages in own.items():
         if name in SCHEMES:
@@ -98,7 +108,9 @@ def compare(
     root, plans, changes = Path(config.output), plans or {}, changes or {}
     aligned, runs = {}, {}
     # Seed by seed, each in the order of the schemes: what is finished can be compared, the baseline first.
-    for seed, name in ((number, key) for number in sorted(set().union(*seeds.values())) for key in schemes):
+    for seed, name in (
+        (number, key) for number in sorted(set().union(*seeds.values())) for key in schemes
+    ):
         if seed not in seeds[name]:
             continue
         change = dict(changes.get(name, {}))
@@ -115,7 +127,11 @@ def compare(
                 kind += f"-{own.align_steps}-steps"
             first = root / f"{seed}" / f"{build.ALIGN}{kind}"
             # Under stages that play no part in it, so that schemes which are aligned alike share one.
-            stages = ["none"] if align is None else replace(Scheme.equal("any", "none"), align=align).written
+            stages = (
+                ["none"]
+                if align is None
+                else replace(Scheme.equal("any", "none"), align=align).written
+            )
             aligned[first] = own.changed(output=str(first), stage=0, plan=None, scheme=stages)
             start = dict(model=str(first), align_steps=0, align_epochs=None, projector=OWN)
         run = own.changed(output=str(root / f"{seed}" / name), stage=None, plan=None, **start)
@@ -125,13 +141,23 @@ def compare(
         for first in aligned.values():
             train(first, progress=False)
         bar = tqdm(runs.items(), desc="runs", disable=not progress)
-        frames = {key: _run(run, heldout, questions, plans.get(key[0], "none"), max_new_tokens) for key, run in bar}
+        frames = {
+            key: _run(run, heldout, questions, plans.get(key[0], "none"), max_new_tokens)
+            for key, run in bar
+        }
     else:
         threads = max(1, (os.cpu_count() or 1) // workers)
-        with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_worker, initargs=(threads,)) as pool:
-            frames = _in_pool(pool, aligned, runs, heldout, questions, plans, max_new_tokens, progress)
+        with ProcessPoolExecutor(
+            workers, get_context("spawn"), initializer=_begin_worker, initargs=(threads,)
+        ) as pool:
+            frames = _in_pool(
+                pool, aligned, runs, heldout, questions, plans, max_new_tokens, progress
+            )
     order = [(name, seed) for name in schemes for seed in seeds[name]]
-    return pd.concat([frames[name, seed].assign(scheme=name, seed=seed) for name, seed in order], ignore_index=True)
+    return pd.concat(
+        [frames[name, seed].assign(scheme=name, seed=seed) for name, seed in order],
+        ignore_index=True,
+    )
 
 
 def neutral(config: TrainConfig) -> TrainConfig:
@@ -150,16 +176,22 @@ def _begin_worker(threads: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _in_pool(pool, aligned: dict, runs: dict, heldout: Path, questions: int, plans, max_new_tokens, progress) -> dict:
+def _in_pool(
+    pool, aligned: dict, runs: dict, heldout: Path, questions: int, plans, max_new_tokens, progress
+) -> dict:
     """The answers of every run; what cannot start any more after a failure is given up."""
     frames = {}
     with tqdm(total=len(aligned) + len(runs), desc="runs", disable=not progress) as bar:
         try:
-            for done in as_completed([pool.submit(train, config, False) for config in aligned.values()]):
+            for done in as_completed(
+                [pool.submit(train, config, False) for config in aligned.values()]
+            ):
                 done.result()
                 bar.update()
             waiting = {
-                pool.submit(_run, run, heldout, questions, plans.get(key[0], "none"), max_new_tokens): key
+                pool.submit(
+                    _run, run, heldout, questions, plans.get(key[0], "none"), max_new_tokens
+                ): key
                 for key, run in runs.items()
             }
             for done in as_completed(waiting):
@@ -169,7 +201,9 @@ def _in_pool(pool, aligned: dict, runs: dict, heldout: Path, questions: int, pla
         except BaseException as error:
             pool.shutdown(cancel_futures=True)
             if isinstance(error, BrokenProcessPool):
-                raise CompareError("a run was killed, perhaps for want of memory; lower workers and go on") from None
+                raise CompareError(
+                    "a run was killed, perhaps for want of memory; lower workers and go on"
+                ) from None
             raise
     return frames
 
@@ -179,7 +213,9 @@ def _run(
 ) -> pd.DataFrame:
     """Train ``config`` unless its folder holds the trained model already, and its answers under ``plan`` likewise."""
     output = Path(config.output)
-    train(config, progress=False)  # which refuses another run's folder, and does nothing for a finished one
+    train(
+        config, progress=False
+    )  # which refuses another run's folder, and does nothing for a finished one
     data = LlavaData(heldout)
     asked = asked_digest(data, list(islice(data.questions(), questions)))
     depends = repr([plan, max_new_tokens, config.pad_to_square]).encode()
@@ -228,17 +264,25 @@ def costs(
     rows = []
     for name, scheme in schemes.items():
         share = pd.Series([stage.share for stage in scheme.stages], list(map(str, scheme.stages)))
-        mean = (by_plan.loc[share.index, ["ratio", "flops_ratio"]].mul(share.to_numpy(), axis=0)).sum()
+        mean = (
+            by_plan.loc[share.index, ["ratio", "flops_ratio"]].mul(share.to_numpy(), axis=0)
+        ).sum()
         rows.append(dict(scheme=name, time=mean.ratio, flops=mean.flops_ratio))
     table = pd.DataFrame(rows).set_index("scheme")
     if config.aligns:
         captions = build.open_data(config, *build.align_data(config), collate, progress)
-        seen = _batches(captions, collate, config.align_batch_size or config.batch_size, config.seed, batches)
+        seen = _batches(
+            captions, collate, config.align_batch_size or config.batch_size, config.seed, batches
+        )
         chosen = {name: config.align_stage(scheme) for name, scheme in schemes.items()}
-        aligning = bench.step_times(trained, seen, list(chosen.values()), rounds, "align", progress, config)
+        aligning = bench.step_times(
+            trained, seen, list(chosen.values()), rounds, "align", progress, config
+        )
         of_plan = aligning.set_index("plan")
         table["align"] = [stage.share * of_plan.ratio[str(stage)] for stage in chosen.values()]
-        align = build.count_steps(config, "align", *build.align_data(config)) * of_plan.seconds["none"]
+        align = (
+            build.count_steps(config, "align", *build.align_data(config)) * of_plan.seconds["none"]
+        )
         tuning = setup.total_steps * by_plan.seconds["none"]
         table["recipe"] = (align * table["align"] + tuning * table.time) / (align + tuning)
         table["align_share"] = align / (align + tuning)
@@ -258,7 +302,9 @@ def accuracies(answers: pd.DataFrame) -> pd.DataFrame:
     return groups.correct.mean().rename("accuracy").reset_index()
 
 
-def table(runs: pd.DataFrame, cost: pd.DataFrame | None = None, kind: str = "overall") -> pd.DataFrame:
+def table(
+    runs: pd.DataFrame, cost: pd.DataFrame | None = None, kind: str = "overall"
+) -> pd.DataFrame:
     """Per scheme: accuracy, its difference to the baseline's, and their 95% intervals; beside it ``cost``.
 
     runs: from ``accuracies``, at least two seeds. Intervals are Student's t over seeds; differences are paired by seed,
@@ -286,7 +332,9 @@ def _against_baseline(wide: pd.DataFrame, interval_of, cost: pd.DataFrame | None
     return result if cost is None else result.join(cost)
 
 
-def paired(runs: pd.DataFrame, first: str, second: str, value: str = "accuracy") -> tuple[float, float, float]:
+def paired(
+    runs: pd.DataFrame, first: str, second: str, value: str = "accuracy"
+) -> tuple[float, float, float]:
     """Mean over seeds of ``first`` less ``second``, paired by seed, and its 95% interval.
 
     runs: a row per scheme and seed, such as one type of ``accuracies``, or ``roughness``.
@@ -329,8 +377,13 @@ def seed_lists(seeds: int | Mapping[str, int], schemes: Iterable[str]) -> dict[s
     given = dict(seeds) if isinstance(seeds, Mapping) else {}
     counts = {name: given.get(name, 1) if given else seeds for name in schemes}
     unknown = given.keys() - counts.keys()
-    if unknown or any(isinstance(count, bool) or not isinstance(count, int) or count < 1 for count in counts.values()):
-        raise CompareError(f"seeds must be a whole number of at least 1, or one for each scheme, not {seeds!r}")
+    if unknown or any(
+        isinstance(count, bool) or not isinstance(count, int) or count < 1
+        for count in counts.values()
+    ):
+        raise CompareError(
+            f"seeds must be a whole number of at least 1, or one for each scheme, not {seeds!r}"
+        )
     if BASELINE in counts:
         counts[BASELINE] = max(counts.values())
     return {name: list(range(count)) for name, count in counts.items()}
@@ -355,7 +408,9 @@ def record(
     write(cost, folder / "compare-costs.csv")
     write(steps, folder / "compare-steps.csv", index=False)
     if answers is not None and runs.seed.nunique() == 1:
-        numbered = answers.assign(question=answers.groupby("scheme").cumcount(), correct=answers.correct.astype(int))
+        numbered = answers.assign(
+            question=answers.groupby("scheme").cumcount(), correct=answers.correct.astype(int)
+        )
         wide = numbered.pivot(index=["question", "type"], columns="scheme", values="correct")
         write(wide[list(dict.fromkeys(answers.scheme))], folder / "compare-correct.csv")
     columns = ["scheme", "seed", "step", "stage", "plan", "loss", "grad_norm"]
@@ -372,7 +427,9 @@ def headline(table: pd.DataFrame, seeds: Mapping[str, Sequence[int]]) -> str:
         low, high, count = row.difference_low, row.difference_high, len(seeds[name])
         open_text = f"not settled, at most {100 * max(-low, 0):.1f} points lost"
         verdict = "a loss" if high < 0 else "a gain" if low > 0 else open_text
-        verdict = f"not settled by one seed ({verdict} over its questions)" if count == 1 else verdict
+        verdict = (
+            f"not settled by one seed ({verdict} over its questions)" if count == 1 else verdict
+        )
         lines.append(
             f"- `{name}` ({count} seed{'s' if count > 1 else ''}): {1 - row.time:.0%} less tuning time, "
             f"accuracy {points(row.difference)} points ({points(low)} to {points(high)}): {verdict}"

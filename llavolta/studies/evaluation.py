@@ -30,16 +30,21 @@ def chat_of(question: str | list[dict], looks: list) -> list[dict]:
     them. A text with an <image> for each picture, or a list of messages, says itself where they stand."""
     if not isinstance(question, str):
         return question
-    if looks and question.count(MEDIA["image"]) == sum(not isinstance(look, list) for look in looks) == len(looks):
+    if looks and question.count(MEDIA["image"]) == sum(
+        not isinstance(look, list) for look in looks
+    ) == len(looks):
         turn = {"from": "human", "value": question}
         return chat_messages({"image": ["an image"] * len(looks), "conversations": [turn]})
     media = sorted(
-        ({"type": "video" if isinstance(look, list) else "image"} for look in looks), key=lambda m: m["type"]
+        ({"type": "video" if isinstance(look, list) else "image"} for look in looks),
+        key=lambda m: m["type"],
     )
     return [{"role": "user", "content": [*media, {"type": "text", "text": question}]}]
 
 
-def prompts(model, processor, asked: list[tuple[str | list[dict], list]], padding_side: str = "left"):
+def prompts(
+    model, processor, asked: list[tuple[str | list[dict], list]], padding_side: str = "left"
+):
     """A batch for ``model`` from pairs of a question and its opened pictures; a list of frames is a clip.
 
     A question is a text, or messages as of ``pictured``: written as for training, up to where the answer begins.
@@ -52,7 +57,9 @@ def prompts(model, processor, asked: list[tuple[str | list[dict], list]], paddin
 
 def asked_digest(data: LlavaData, questions: list[dict]) -> bytes:
     """Of what is asked: the questions of ``data``, their answers, and their pictures and clips, byte by byte."""
-    digest = hashlib.blake2b(json.dumps([questions, data.pad, data.frames]).encode(), digest_size=12)
+    digest = hashlib.blake2b(
+        json.dumps([questions, data.pad, data.frames]).encode(), digest_size=12
+    )
     for index in dict.fromkeys(question["index"] for question in questions):
         digest.update(json.dumps(chat_messages(data.entry(index))).encode())
         for path, content in data.sources(index):
@@ -75,11 +82,15 @@ def answer_limit(processor, answers: Iterable[str], max_new_tokens: int | None =
     ValueError for one below 1.
     """
     if max_new_tokens is not None and (isinstance(max_new_tokens, bool) or max_new_tokens < 1):
-        raise ValueError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}")
+        raise ValueError(
+            f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}"
+        )
     answers = list(answers)
     different = list(dict.fromkeys(answers))
     # A blank stands before an answer in most templates, and is a token of its own in some tokenizers.
-    ids = processor.tokenizer([f" {text}" for text in different], add_special_tokens=False)["input_ids"]
+    ids = processor.tokenizer([f" {text}" for text in different], add_special_tokens=False)[
+        "input_ids"
+    ]
     lengths = {text: len(tokens) for text, tokens in zip(different, ids, strict=True)}
     longest = max(lengths.values(), default=0)
     if max_new_tokens is None:
@@ -133,11 +144,15 @@ def alone(example: Example, turn: int) -> tuple[list[dict], list]:
         The messages: system turns, and the question with its pictures and clips in their places; those of earlier
         questions go first. And the pictures and clips, opened.
     """
-    number = [place for place, message in enumerate(example.messages) if message["role"] == "user"][turn]
+    number = [place for place, message in enumerate(example.messages) if message["role"] == "user"][
+        turn
+    ]
     before, question = example.messages[:number], example.messages[number]
     shown = [part for message in before for part in message["content"] if part["type"] != "text"]
     content = [*shown, *question["content"]]
-    count = {medium: sum(part["type"] == medium for part in content) for medium in ("image", "video")}
+    count = {
+        medium: sum(part["type"] == medium for part in content) for medium in ("image", "video")
+    }
     system = [message for message in before if message["role"] == "system"]
     looks = [*example.images[: count["image"]], *example.videos[: count["video"]]]
     return [*system, {**question, "content": content}], looks
@@ -169,12 +184,24 @@ def evaluate(
     length = answer_limit(processor, (question["answer"] for question in questions), max_new_tokens)
     predictions, truncated = [], []
     with answering(model), compress(model, plan):
-        for start in tqdm(range(0, len(questions), batch_size), desc="answering", disable=not progress, leave=False):
+        for start in tqdm(
+            range(0, len(questions), batch_size),
+            desc="answering",
+            disable=not progress,
+            leave=False,
+        ):
             asked = pictured(data, questions[start : start + batch_size])
             said, cut = answer(model, processor, prompts(model, processor, asked), length)
             predictions += said
             truncated += cut
     if max_new_tokens is not None and any(truncated):
-        print(f"{sum(truncated)} of {len(truncated)} answers did not end in {length} tokens", file=sys.stderr)
-    frame = pd.DataFrame(questions).drop(columns="turn").assign(prediction=predictions, truncated=truncated)
+        print(
+            f"{sum(truncated)} of {len(truncated)} answers did not end in {length} tokens",
+            file=sys.stderr,
+        )
+    frame = (
+        pd.DataFrame(questions)
+        .drop(columns="turn")
+        .assign(prediction=predictions, truncated=truncated)
+    )
     return frame.assign(correct=list(map(is_right, frame.prediction, frame.answer)))

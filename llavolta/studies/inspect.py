@@ -29,12 +29,18 @@ def _destination(out: CompressedTokens, tokens: VisualTokens) -> Tensor:
     """(I, L) the output token that each input token ended in; -1 for dropped ones and padding."""
     if out.group is not None:
         group = out.group.expand(tokens.mask.shape)
-        stays = torch.nn.functional.pad(out.mask, (0, 1)).expand(len(group), -1)  # a number behind the last is of none
-        return group.masked_fill(~tokens.mask | ~stays.gather(1, group.clamp(0, out.mask.shape[1])), -1)
+        stays = torch.nn.functional.pad(out.mask, (0, 1)).expand(
+            len(group), -1
+        )  # a number behind the last is of none
+        return group.masked_fill(
+            ~tokens.mask | ~stays.gather(1, group.clamp(0, out.mask.shape[1])), -1
+        )
     anchor = out.anchor.expand(out.mask.shape)
     number = torch.where(out.mask, torch.arange(anchor.shape[1], device=anchor.device), -1)
     where = torch.full_like(tokens.mask, -1, dtype=torch.long)
-    return where.scatter(1, anchor.masked_fill(~out.mask, 0), -1).scatter_reduce(1, anchor.clamp(min=0), number, "amax")
+    return where.scatter(1, anchor.masked_fill(~out.mask, 0), -1).scatter_reduce(
+        1, anchor.clamp(min=0), number, "amax"
+    )
 
 
 @contextmanager
@@ -60,9 +66,13 @@ def recording(model, plan) -> Iterator[SimpleNamespace]:
         if where is None:
             where, record.shape = step, shape
         elif len(where) != len(step):
-            raise opening.StudyError("a plan that works on frames first and on whole clips later cannot be drawn")
+            raise opening.StudyError(
+                "a plan that works on frames first and on whole clips later cannot be drawn"
+            )
         else:
-            padded = torch.nn.functional.pad(step, (0, 1), value=-1)  # what is gone looks up the last column
+            padded = torch.nn.functional.pad(
+                step, (0, 1), value=-1
+            )  # what is gone looks up the last column
             where = padded.gather(1, where.masked_fill(where < 0, step.shape[1]))
         record.maps[layer] = where.cpu().numpy()
 
@@ -107,7 +117,9 @@ class View:
         if self.maps:
             where, shape = self.maps[list(self.maps)[-1]], self.shape
         if len(where) > 1:  # each frame counts from 0
-            where = np.where(where < 0, -1, where + np.arange(len(where))[:, None] * where.shape[1])[:frames]
+            where = np.where(
+                where < 0, -1, where + np.arange(len(where))[:, None] * where.shape[1]
+            )[:frames]
         return where.reshape(frames, -1)[:, -math.prod(shape) :].reshape(frames, *shape)
 
     def grid(self, layer=None) -> np.ndarray:
@@ -121,15 +133,22 @@ class View:
 def choose(data: LlavaData, number: int) -> tuple[dict, list]:
     """Question ``number`` of ``data`` (see LlavaData.questions), with its ``messages``, and its opened pictures; of a
     clip the first frame alone. Raises StudyError."""
-    question = next((one for count, one in enumerate(data.questions()) if count == number), None)  # opens none behind
+    question = next(
+        (one for count, one in enumerate(data.questions()) if count == number), None
+    )  # opens none behind
     if question is None:
         raise opening.StudyError(
             f"{data.file.name} has questions 0..{sum(1 for _ in data.questions()) - 1}, not {number!r}"
         )
     messages, looks = evaluation.alone(data[question["index"]], question["turn"])
     if not looks:
-        raise opening.StudyError(f"question {number} of {data.file.name} has no picture; choose another")
-    content = [part | {"type": "image"} if part["type"] == "video" else part for part in messages[-1]["content"]]
+        raise opening.StudyError(
+            f"question {number} of {data.file.name} has no picture; choose another"
+        )
+    content = [
+        part | {"type": "image"} if part["type"] == "video" else part
+        for part in messages[-1]["content"]
+    ]
     messages = [*messages[:-1], {**messages[-1], "content": content}]
     images = [look[0] if isinstance(look, list) else look for look in looks]
     return {**question, "messages": messages}, images
@@ -152,12 +171,19 @@ def view(
     """
     parts = families.find_parts(model)
     batch = evaluation.prompts(model, processor, [(question, images)])
-    frames = [len(look) if isinstance(look, list) else 1 for look in images]  # each counts as an image in FLOPs
+    frames = [
+        len(look) if isinstance(look, list) else 1 for look in images
+    ]  # each counts as an image in FLOPs
     length = batch["input_ids"].shape[1]
     visual = sum(int((batch["input_ids"] == token).sum()) for token in parts.visual_ids.values())
     with opening.answering(model), recording(model, plan) as record:
         out = evaluation.greedy(
-            model, processor, batch, max_new_tokens, return_dict_in_generate=True, output_logits=True
+            model,
+            processor,
+            batch,
+            max_new_tokens,
+            return_dict_in_generate=True,
+            output_logits=True,
         )
     said = out.sequences[0, length:]
     ended = not set(evaluation.end_tokens(model, processor)).isdisjoint(said.tolist())
@@ -182,7 +208,12 @@ def view(
 
 
 def views(
-    model, processor, question: str | list[dict], images: list, plans: Sequence[str], text_tokens: float = 64
+    model,
+    processor,
+    question: str | list[dict],
+    images: list,
+    plans: Sequence[str],
+    text_tokens: float = 64,
 ) -> list[View]:
     """``view`` under each of ``plans``; one that this model cannot do is left out, and a printed line says why."""
     seen = []
@@ -205,7 +236,9 @@ def _tokens_left(counts: dict, depth: int, visual: int) -> list[int]:
     return tokens
 
 
-def design_table(config, layers: Sequence[int], strides: Sequence[int], text_tokens: float = 64) -> pd.DataFrame:
+def design_table(
+    config, layers: Sequence[int], strides: Sequence[int], text_tokens: float = 64
+) -> pd.DataFrame:
     """One row per layer K and stride S of average pooling: compression ratio, and training FLOPs relative to none."""
     depth, tokens = config.get_text_config().num_hidden_layers, config.image_seq_length
     rows = []
@@ -224,7 +257,10 @@ def _square(count: int) -> tuple[int, int]:
 
 def _relative_flops(config, plan, text_tokens: float, images: int = 1) -> float:
     try:
-        return step_cost(config, plan, text_tokens, images).total / step_cost(config, "none", text_tokens, images).total
+        return (
+            step_cost(config, plan, text_tokens, images).total
+            / step_cost(config, "none", text_tokens, images).total
+        )
     except UnsupportedModel:  # its tower cuts images into parts of its own
         return math.nan
 
@@ -232,4 +268,6 @@ def _relative_flops(config, plan, text_tokens: float, images: int = 1) -> float:
 def views_table(views: Sequence[View]) -> pd.DataFrame:
     """Per view: plan, tokens left in the last layer, compression ratio, FLOPs relative to none, answer."""
     rows = [(view.plan, view.tokens[-1], view.ratio, view.flops, view.answer) for view in views]
-    return pd.DataFrame(rows, columns=["plan", "tokens left", "ratio", "flops", "answer"]).set_index("plan")
+    return pd.DataFrame(
+        rows, columns=["plan", "tokens left", "ratio", "flops", "answer"]
+    ).set_index("plan")

@@ -40,8 +40,13 @@ def embedded_llava() -> Path:
     with FileLock(RUNS / ".single-stage.lock"):  # a second notebook waits for the first
         first_use = not (folder / RECORD).exists()
         if first_use:
-            print("training the embedded LLaVA without compression, once; about 3 minutes on 2 cores", flush=True)
-        config = TrainConfig.from_preset("embedded", output=str(folder), scheme="single-stage")  # as 03 trains it
+            print(
+                "training the embedded LLaVA without compression, once; about 3 minutes on 2 cores",
+                flush=True,
+            )
+        config = TrainConfig.from_preset(
+            "embedded", output=str(folder), scheme="single-stage"
+        )  # as 03 trains it
         return train(config, progress=first_use)
 
 
@@ -110,7 +115,9 @@ def home(model: str | Path) -> str:
     return HOMES.get(str(model), trained_on if trained_on in WORLDS else "digits")
 
 
-def trained_padding(processor, model: str | Path, wanted: bool | None = None) -> tuple[int, int, int] | None:
+def trained_padding(
+    processor, model: str | Path, wanted: bool | None = None
+) -> tuple[int, int, int] | None:
     """The colour that pads pictures to squares before the model in the folder ``model`` is asked, None for no padding:
     as it was trained, by its run's own config.yaml, unless ``wanted`` says. A model without one is not padded for."""
     if wanted is None:

@@ -58,7 +58,9 @@ def write_answers(answers: pd.DataFrame, file: Path, by: Sequence[str], **option
     """Write which questions were answered right, a row per ``by`` and question, to the gzipped CSV ``file``."""
     numbered = answers.assign(correct=answers.correct.astype(int))
     numbered["question"] = numbered.groupby([*by], sort=False).cumcount()
-    packed = dict(compression={"method": "gzip", "mtime": 0}, index=False)  # the same bytes for the same answers
+    packed = dict(
+        compression={"method": "gzip", "mtime": 0}, index=False
+    )  # the same bytes for the same answers
     write(numbered[[*by, "question", "type", "correct"]], file, **packed, **options)
 
 
@@ -73,7 +75,8 @@ def machine() -> dict:
     return dict(
         commit=commit(),
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        versions=f"python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        versions=f"python {platform.python_version()}, "
+        + ", ".join(f"{name} {version(name)}" for name in PACKAGES),
         cpu=f"{processor()}, {os.cpu_count()} cores",
         threads=torch.get_num_threads(),
     )
@@ -84,7 +87,9 @@ def commit() -> str:
     try:
         run = dict(cwd=ROOT, check=True, capture_output=True, text=True)
         head = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], **run).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--", "*.py", "*.yaml"], **run).stdout
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--", "*.py", "*.yaml"], **run
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return "not recorded"
     return f"{head} with changes" if changed.strip() else head
@@ -94,7 +99,9 @@ def processor() -> str:
     """The name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -109,4 +116,6 @@ def digest(files: Iterable[Path]) -> str:
 
 
 def _command() -> str:
-    return " ".join(["python", *(Path(part).name if os.path.isabs(part) else part for part in sys.argv)])
+    return " ".join(
+        ["python", *(Path(part).name if os.path.isabs(part) else part for part in sys.argv)]
+    )

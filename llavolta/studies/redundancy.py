@@ -67,19 +67,31 @@ def redundancy_sweep(
     for layer, stride in points:
         check_layers(parse_plan(f"{layer}:avgpool:{stride}"), depth)
     questions = list(islice(data.questions(), limit))
-    plans = sorted(set(points.values()), key=lambda plan: (min(parse_plan(plan), default=depth), plan))
+    plans = sorted(
+        set(points.values()), key=lambda plan: (min(parse_plan(plan), default=depth), plan)
+    )
     evaluation.check_questions(processor, questions, data)
-    length = evaluation.answer_limit(processor, (question["answer"] for question in questions), max_new_tokens)
-    folder = Path(cache) / _fingerprint(model, processor, data, questions, length) if cache else None
+    length = evaluation.answer_limit(
+        processor, (question["answer"] for question in questions), max_new_tokens
+    )
+    folder = (
+        Path(cache) / _fingerprint(model, processor, data, questions, length) if cache else None
+    )
     answers = {plan: _read_point(folder, plan) for plan in plans}
 
     def missing(plan: str, start: int) -> bool:
         return any(number not in answers[plan] for number in batches[start])
 
-    batches = {s: range(s, min(s + batch_size, len(questions))) for s in range(0, len(questions), batch_size)}
+    batches = {
+        s: range(s, min(s + batch_size, len(questions)))
+        for s in range(0, len(questions), batch_size)
+    }
     todo = [(start, [plan for plan in plans if missing(plan, start)]) for start in batches]
     total = sum(len(rest) for _, rest in todo)
-    with opening.answering(model), tqdm(total=total, desc="sweep", disable=not progress, leave=False) as bar:
+    with (
+        opening.answering(model),
+        tqdm(total=total, desc="sweep", disable=not progress, leave=False) as bar,
+    ):
         for start, rest in todo:
             if not rest:
                 continue
@@ -90,7 +102,9 @@ def redundancy_sweep(
                 bar.set_postfix_str(plan)
                 bar.update()
     frames = [
-        _point_frame(questions, answers[plan]).assign(layer=layer, stride=stride, kept=_kept(model, stride))
+        _point_frame(questions, answers[plan]).assign(
+            layer=layer, stride=stride, kept=_kept(model, stride)
+        )
         for (layer, stride), plan in points.items()
     ]
     columns = ["layer", "stride", "kept", "question", "type", "answer", "prediction", "correct"]
@@ -114,7 +128,9 @@ def _kept(model, stride: int) -> float:
     return math.ceil(tokens / stride) / tokens if tokens else 1 / stride
 
 
-def _answers_by_plan(model, processor, asked, plans: list[str], max_new_tokens: int) -> Iterator[tuple[str, list[str]]]:
+def _answers_by_plan(
+    model, processor, asked, plans: list[str], max_new_tokens: int
+) -> Iterator[tuple[str, list[str]]]:
     """(plan, answers) for one batch; ``plans`` from the shallowest to the deepest."""
     batch = evaluation.prompts(model, processor, asked)
     with torch.no_grad():
@@ -145,14 +161,19 @@ def shared_layers(model) -> Iterator[SimpleNamespace]:
                 return forward(*args, **kwargs)
             if number not in memory:
                 output = forward(*args, **kwargs)
-                memory[number] = output, copy.copy(cache.layers[number])  # updates replace its tensors
+                memory[number] = (
+                    output,
+                    copy.copy(cache.layers[number]),
+                )  # updates replace its tensors
             output, held = memory[number]
             cache.layers[number : number + 1] = [copy.copy(held)]
             return output
 
         return recall
 
-    own = [vars(module).get("forward") for module in modules]  # such as accelerate's, of a model on several devices
+    own = [
+        vars(module).get("forward") for module in modules
+    ]  # such as accelerate's, of a model on several devices
     for number, module in enumerate(modules):
         module.forward = once(number, module.forward)
     try:
@@ -164,14 +185,20 @@ def shared_layers(model) -> Iterator[SimpleNamespace]:
                 module.forward = forward
 
 
-def _fingerprint(model, processor, data: LlavaData, questions: list[dict], max_new_tokens: int) -> str:
+def _fingerprint(
+    model, processor, data: LlavaData, questions: list[dict], max_new_tokens: int
+) -> str:
     """A name for everything that the answers depend on."""
     digest = hashlib.blake2b(digest_size=12)
     for name, weight in families.unwrap(model).state_dict().items():
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     digest.update(processor.to_json_string().encode())
-    digest.update(json.dumps([processor.tokenizer.get_vocab(), processor.chat_template], sort_keys=True).encode())
+    digest.update(
+        json.dumps(
+            [processor.tokenizer.get_vocab(), processor.chat_template], sort_keys=True
+        ).encode()
+    )
     digest.update(evaluation.asked_digest(data, questions))
     digest.update(f"{max_new_tokens} {WAY} {torch.__version__} {transformers.__version__}".encode())
     return digest.hexdigest()
@@ -203,7 +230,9 @@ def sweep_table(sweep: pd.DataFrame) -> pd.DataFrame:
     """Per layer, stride and type (and "overall"): kept, questions, accuracy and its 95% bootstrap interval."""
     points = sweep.drop_duplicates(["layer", "stride"])[["layer", "stride", "kept"]]
     table = statistics.accuracy_table(sweep.drop(columns="answer"), by=("layer", "stride"))
-    return table.merge(points, how="left", on=["layer", "stride"]).sort_values(["type", "layer", "stride"])
+    return table.merge(points, how="left", on=["layer", "stride"]).sort_values(
+        ["type", "layer", "stride"]
+    )
 
 
 def accuracy_lost(sweep: pd.DataFrame, removed: float = 0.7) -> pd.DataFrame:
@@ -215,7 +244,9 @@ def accuracy_lost(sweep: pd.DataFrame, removed: float = 0.7) -> pd.DataFrame:
     """
     rows = []
     for layer, part in sweep.groupby("layer"):
-        grid = part.pivot_table(index="question", columns="kept", values="correct", aggfunc="first").astype(float)
+        grid = part.pivot_table(
+            index="question", columns="kept", values="correct", aggfunc="first"
+        ).astype(float)
         kept = grid.columns.to_numpy()
         if kept[0] > 1 - removed or kept[-1] < 1:
             raise opening.StudyError(
@@ -223,12 +254,21 @@ def accuracy_lost(sweep: pd.DataFrame, removed: float = 0.7) -> pd.DataFrame:
             )
         upper = int(np.searchsorted(kept, 1 - removed))
         lower = max(upper - 1, 0)
-        weight = 1.0 if upper == lower else (1 - removed - kept[lower]) / (kept[upper] - kept[lower])
+        weight = (
+            1.0 if upper == lower else (1 - removed - kept[lower]) / (kept[upper] - kept[lower])
+        )
         less = weight * grid[kept[upper]] + (1 - weight) * grid[kept[lower]]
         lost = grid[1.0] - less
         low, high = statistics.interval(lost)
         rows.append(
-            dict(layer=layer, full=grid[1.0].mean(), compressed=less.mean(), lost=lost.mean(), low=low, high=high)
+            dict(
+                layer=layer,
+                full=grid[1.0].mean(),
+                compressed=less.mean(),
+                lost=lost.mean(),
+                low=low,
+                high=high,
+            )
         )
     return pd.DataFrame(rows).set_index("layer")
 
@@ -253,15 +293,26 @@ def removable(sweep: pd.DataFrame, lost: float = 0.03) -> pd.Series:
 
 def published_reading() -> dict[str, float]:
     """The paper's headline: {"removed": share of visual tokens, "lost": share of accuracy on GQA}."""
-    table = pd.read_csv(PUBLISHED).query("claim == 'redundancy'").set_index("quantity").value.astype(float) / 100
-    return {"removed": table["visual tokens removed at test time"], "lost": table["accuracy lost on GQA"]}
+    table = (
+        pd.read_csv(PUBLISHED)
+        .query("claim == 'redundancy'")
+        .set_index("quantity")
+        .value.astype(float)
+        / 100
+    )
+    return {
+        "removed": table["visual tokens removed at test time"],
+        "lost": table["accuracy lost on GQA"],
+    }
 
 
 def headline(sweep: pd.DataFrame) -> str:
     """Study 1 in words, from its figures: what is lost at each layer when the published share of tokens goes."""
     paper = published_reading()
     lost, room = accuracy_lost(sweep, paper["removed"]), removable(sweep, paper["lost"])
-    lines = [f"With {paper['removed']:.0%} of the visual tokens pooled away at test time, accuracy changes"]
+    lines = [
+        f"With {paper['removed']:.0%} of the visual tokens pooled away at test time, accuracy changes"
+    ]
     for layer, row in lost.iterrows():
         change, low, high = (statistics.points(-share) for share in (row.lost, row.high, row.low))
         lines.append(
@@ -294,9 +345,13 @@ def attention_shares(model, batch, query: Tensor, kinds: Tensor) -> Tensor:
     def look(layer, args, kwargs):
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         at = probe.LayerInput(layer, hidden, kwargs["position_embeddings"])
-        window = getattr(layer.self_attn, "sliding_window", masks.sliding_window(parts.decoder.config))
+        window = getattr(
+            layer.self_attn, "sliding_window", masks.sliding_window(parts.decoder.config)
+        )
         near = valid if window is None else valid & (column > query[:, None] - window)
-        weights = probe.attention_rows(at, query[:, None], near, torch.zeros_like(near, dtype=torch.long))  # (B, 1, T)
+        weights = probe.attention_rows(
+            at, query[:, None], near, torch.zeros_like(near, dtype=torch.long)
+        )  # (B, 1, T)
         shares.append((weights @ groups)[:, 0])
 
     hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in parts.layers]
@@ -309,7 +364,12 @@ def attention_shares(model, batch, query: Tensor, kinds: Tensor) -> Tensor:
 
 
 def answer_attention(
-    model, processor, data: LlavaData, limit: int | None = None, batch_size: int = 64, progress: bool = True
+    model,
+    processor,
+    data: LlavaData,
+    limit: int | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """The share of attention that goes from the answer position to each kind of token, per layer and question.
 
@@ -327,10 +387,16 @@ def answer_attention(
             batch = evaluation.prompts(model, processor, asked, padding_side="right")
             last = batch["attention_mask"].sum(1) - 1
             messages = [question for question, _ in asked]
-            rows = zip(messages, batch["input_ids"].cpu(), batch["attention_mask"].cpu(), strict=True)
+            rows = zip(
+                messages, batch["input_ids"].cpu(), batch["attention_mask"].cpu(), strict=True
+            )
             kinds = torch.stack([_kinds(collate, *row, ids) for row in rows]).to(last.device)
             shares = attention_shares(model, batch, last, kinds).cpu()
-            counts = (torch.nn.functional.one_hot(kinds, 3) * batch["attention_mask"][..., None]).sum(1).cpu()
+            counts = (
+                (torch.nn.functional.one_hot(kinds, 3) * batch["attention_mask"][..., None])
+                .sum(1)
+                .cpu()
+            )
             layer, row, kind = (axis.ravel() for axis in np.indices(shares.shape))
             frames.append(
                 pd.DataFrame(
@@ -346,13 +412,17 @@ def answer_attention(
     return pd.concat(frames, ignore_index=True)
 
 
-def _kinds(collate: Collator, messages: list[dict], ids: Tensor, mask: Tensor, visual: set[int]) -> Tensor:
+def _kinds(
+    collate: Collator, messages: list[dict], ids: Tensor, mask: Tensor, visual: set[int]
+) -> Tensor:
     """(T,) the index in KINDS of each token of one prompt that asks ``messages``, padded on the right."""
     pieces = chat.split_at(collate.processor, messages, "user", add_generation_prompt=True)
     first = len("".join(pieces[:-2]))
     offsets = collate.offsets(ids, mask, "".join(pieces), "a question")
     kinds = torch.full_like(ids, KINDS.index("system and prompt"))
-    kinds[chat.within("".join(pieces), [(first, first + len(pieces[-2]))], offsets)] = KINDS.index("question")
+    kinds[chat.within("".join(pieces), [(first, first + len(pieces[-2]))], offsets)] = KINDS.index(
+        "question"
+    )
     kinds[torch.isin(ids, torch.tensor(sorted(visual)))] = KINDS.index("visual")
     return kinds
 
@@ -361,10 +431,19 @@ def attention_table(attention: pd.DataFrame) -> pd.DataFrame:
     """Per layer and kind: the mean share of attention, its 95% bootstrap interval, and the share of the tokens."""
     rows = []
     total = attention.groupby(["question", "layer"]).tokens.transform("sum")
-    for (layer, kind), part in attention.assign(of=attention.tokens / total).groupby(["layer", "kind"]):
+    for (layer, kind), part in attention.assign(of=attention.tokens / total).groupby(
+        ["layer", "kind"]
+    ):
         low, high = statistics.interval(part.share)
         rows.append(
-            dict(layer=layer, kind=kind, share=part.share.mean(), low=low, high=high, tokens_share=part.of.mean())
+            dict(
+                layer=layer,
+                kind=kind,
+                share=part.share.mean(),
+                low=low,
+                high=high,
+                tokens_share=part.of.mean(),
+            )
         )
     return pd.DataFrame(rows)
 

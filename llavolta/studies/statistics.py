@@ -35,8 +35,12 @@ def accuracy_table(answers: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFram
     rows = []
     for key, part in with_overall(answers).groupby([*by, "type"], sort=not by):
         low, high = interval(part.correct)
-        row = dict(zip([*by, "type"], key, strict=True), questions=len(part), accuracy=part.correct.mean())
-        row |= dict(low=low, high=high) | ({"constant": part.constant.mean()} if "answer" in answers else {})
+        row = dict(
+            zip([*by, "type"], key, strict=True), questions=len(part), accuracy=part.correct.mean()
+        )
+        row |= dict(low=low, high=high) | (
+            {"constant": part.constant.mean()} if "answer" in answers else {}
+        )
         rows.append(row)
     table = pd.DataFrame(rows)
     if by:
@@ -73,7 +77,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(values.mean() - half), float(values.mean() + half)
 
 
-def paired_difference(first: pd.Series, second: pd.Series, interval_of=interval) -> dict[str, float]:
+def paired_difference(
+    first: pd.Series, second: pd.Series, interval_of=interval
+) -> dict[str, float]:
     """{"difference", "difference_low", "difference_high"} of ``first`` less ``second``, paired by their index.
 
     interval_of: ``interval`` over questions, or ``mean_interval`` over seeds.

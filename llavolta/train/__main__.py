@@ -35,17 +35,29 @@ def main(arguments: list[str] | None = None) -> int:
     )
     presets = ", ".join(PRESETS)
     parser.add_argument(
-        "config", type=given_path, help=f"YAML file of TrainConfig's parameters, or a preset: {presets}"
+        "config",
+        type=given_path,
+        help=f"YAML file of TrainConfig's parameters, or a preset: {presets}",
     )
     parser.add_argument("--stage", type=int, help="overrides the file's stage")
     parser.add_argument("--output", help="overrides the file's output")
-    parser.add_argument("--num-processes", type=int, metavar="N", help="processes of this machine, by torchrun")
-    parser.add_argument("--torchrun", default="", metavar="OPTIONS", help="its options for several machines")
+    parser.add_argument(
+        "--num-processes", type=int, metavar="N", help="processes of this machine, by torchrun"
+    )
+    parser.add_argument(
+        "--torchrun", default="", metavar="OPTIONS", help="its options for several machines"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher gives it
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="overrides any other parameter")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="overrides any other parameter"
+    )
     options = parser.parse_args(arguments)
     try:
-        changes = {key: getattr(options, key) for key in ("stage", "output") if getattr(options, key) is not None}
+        changes = {
+            key: getattr(options, key)
+            for key in ("stage", "output")
+            if getattr(options, key) is not None
+        }
         changes |= parse_changes(options.set)
         if (name := str(options.config)) in PRESETS:
             config = TrainConfig.from_preset(name, **changes)

@@ -45,7 +45,9 @@ def prepare(config: TrainConfig) -> Setup:
     """Resolve ``config`` without loading weights; builds the digits data on first use. Raises ConfigError."""
     num_layers, num_tokens = _sizes(config)
     world = WORLDS.get(config.data)
-    data, images = (world.train(config.scenes), None) if world else (Path(config.data), config.images)
+    data, images = (
+        (world.train(config.scenes), None) if world else (Path(config.data), config.images)
+    )
     if not data.is_file() and not is_table(data):
         raise ConfigError(
             f"no data file {data}; give a LLaVA JSON or Parquet file, or {' or '.join(map(repr, WORLDS))}"
@@ -54,7 +56,9 @@ def prepare(config: TrainConfig) -> Setup:
         total = world.steps
     else:
         total = count_steps(config, "instruct", data, images)
-    return Setup(config.resolve_scheme(num_layers, total), num_layers, num_tokens, total, data, images)
+    return Setup(
+        config.resolve_scheme(num_layers, total), num_layers, num_tokens, total, data, images
+    )
 
 
 def _sizes(config: TrainConfig) -> tuple[int, int]:
@@ -64,7 +68,9 @@ def _sizes(config: TrainConfig) -> tuple[int, int]:
         try:
             return AutoConfig.from_pretrained(model_path(name))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"model {name!r} cannot be read: {str(error).splitlines()[0]}") from None
+            raise ConfigError(
+                f"model {name!r} cannot be read: {str(error).splitlines()[0]}"
+            ) from None
 
     if config.vision_tower is None:
         whole = with_projector(read_config(config.model), config.projector)
@@ -77,7 +83,11 @@ def _sizes(config: TrainConfig) -> tuple[int, int]:
 
 def visual_tokens(config) -> int:
     """Of an image, or of a clip where the model is made for them; 0 where they vary."""
-    tiled = ("image_grid_pinpoints", "downsample_ratio", "downsample_factor")  # image_seq_length is then a tile's
+    tiled = (
+        "image_grid_pinpoints",
+        "downsample_ratio",
+        "downsample_factor",
+    )  # image_seq_length is then a tile's
     if any(getattr(config, name, None) for name in tiled):
         return 0
     return getattr(config, "video_seq_length", getattr(config, "image_seq_length", 0))
@@ -91,7 +101,11 @@ def count_steps(config: TrainConfig, phase: str, data: Path, images: str | Path 
 
 
 def open_data(
-    config: TrainConfig, data: str | Path, images: str | Path | None, collate: Collator | None = None, progress=False
+    config: TrainConfig,
+    data: str | Path,
+    images: str | Path | None,
+    collate: Collator | None = None,
+    progress=False,
 ) -> LlavaData:
     """The data set at ``data``, without its bad entries if ``config`` skips them. Raises DataError.
 
@@ -122,16 +136,23 @@ def record_skipped(output: Path, dataset: LlavaData, progress: bool) -> None:
     try:
         held = json.loads(file.read_text()) if file.exists() else skipped
     except ValueError as error:
-        raise DataError(f"{file} cannot be read ({error}); remove it, and the run goes on") from None
+        raise DataError(
+            f"{file} cannot be read ({error}); remove it, and the run goes on"
+        ) from None
     if any(other != skipped for other in gather_object([skipped])):
-        raise DataError(f"the bad entries of {dataset.file.name} differ between machines; give them the same images")
+        raise DataError(
+            f"the bad entries of {dataset.file.name} differ between machines; give them the same images"
+        )
     if held != skipped:
         raise DataError(
             f"{dataset.file.name} has {len(skipped)} bad entries, not the {len(held)} that the run in {output} skipped "
             "when it began; restore its images, or name another output"
         )
     total = len(skipped) + len(dataset)
-    say(f"skipping {len(skipped)} bad of {total} entries of {dataset.file.name}; {file} lists them", progress)
+    say(
+        f"skipping {len(skipped)} bad of {total} entries of {dataset.file.name}; {file} lists them",
+        progress,
+    )
     if PartialState().is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(skipped))
@@ -155,5 +176,7 @@ def align_data(config: TrainConfig) -> tuple[Path, Path | None]:
     if config.align_data:
         return Path(config.align_data), config.align_images
     if config.data not in WORLDS:
-        raise ConfigError("projector alignment needs align_data (captions); give it, or align_steps 0 to skip it")
+        raise ConfigError(
+            "projector alignment needs align_data (captions); give it, or align_steps 0 to skip it"
+        )
     return WORLDS[config.data].align(config.scenes), None

@@ -52,7 +52,12 @@ class StageCallback(TrainerCallback):
         labelled_only: bool = True,
         later: Scheme | None = None,
     ):
-        self.scheme, self.stop_after, self.stopping, self.labelled_only = scheme, stop_after, stopping, labelled_only
+        self.scheme, self.stop_after, self.stopping, self.labelled_only = (
+            scheme,
+            stop_after,
+            stopping,
+            labelled_only,
+        )
         self.later = later
         self.trainer: Trainer | None = None
         self.stage: Stage | None = None  # of the present step, with one plan; None in a slow step
@@ -64,7 +69,9 @@ class StageCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         trainer, variables = _caller()
         check_trainer(trainer)
-        if any(stage.isolates for stage in self.scheme.stages) and not hasattr(unwrap(model), ISOLATOR):
+        if any(stage.isolates for stage in self.scheme.stages) and not hasattr(
+            unwrap(model), ISOLATOR
+        ):
             raise SchemeError(
                 f"scheme {self.scheme.name!r} trains a mode isolator; train it by python -m llavolta.train"
             )
@@ -124,7 +131,9 @@ class StageCallback(TrainerCallback):
     def _try_stages(self, model, inputs: dict) -> None:
         """Run every stage's plans on the first batch with images, and leave the random numbers as they were."""
         trainer = self.trainer
-        if not self._untried or not _processes_with_images(trainer, inputs):  # all try, or shards wait for ever
+        if not self._untried or not _processes_with_images(
+            trainer, inputs
+        ):  # all try, or shards wait for ever
             return
         untried, self._untried = self._untried, []
         model.train()
@@ -151,7 +160,9 @@ def check_trainer(trainer: Trainer) -> None:
         raise ConfigError(
             "the model would be compiled anew in every step, as plans come and go; leave torch.compile out of training"
         )
-    of_trl = [kind.__name__ for kind in type(trainer).__mro__ if kind.__module__.split(".")[0] == "trl"]
+    of_trl = [
+        kind.__name__ for kind in type(trainer).__mro__ if kind.__module__.split(".")[0] == "trl"
+    ]
     if of_trl and of_trl[0] != "SFTTrainer" or hasattr(trainer, "ref_model"):
         raise ConfigError(
             f"{(of_trl or [type(trainer).__name__])[0]} compares passes of a policy with other ones (a reference "
@@ -188,13 +199,22 @@ def restore_weights(trainer: Trainer, checkpoint: Path) -> None:
     Trainer saves LLaVA under the names of older versions, and then resumes without one weight, with a warning.
     """
     model, names = trainer.model, _weight_names(checkpoint)
-    if not names or not isinstance(model, PreTrainedModel) or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    if (
+        not names
+        or not isinstance(model, PreTrainedModel)
+        or trainer.is_deepspeed_enabled
+        or trainer.is_fsdp_enabled
+    ):
         return  # adapters, and the engines' own formats, are restored as they are
     state = model.state_dict(keep_vars=True)
-    restored = {tensor.data_ptr() for name, tensor in state.items() if name in names}  # and what is tied to it
+    restored = {
+        tensor.data_ptr() for name, tensor in state.items() if name in names
+    }  # and what is tied to it
     if all(tensor.data_ptr() in restored for tensor in state.values() if tensor.requires_grad):
         return
-    loaded, report = type(model).from_pretrained(checkpoint, dtype=model.dtype, output_loading_info=True)
+    loaded, report = type(model).from_pretrained(
+        checkpoint, dtype=model.dtype, output_loading_info=True
+    )
     if report["missing_keys"]:
         raise ConfigError(
             f"{checkpoint} lacks weights of the model, such as {sorted(report['missing_keys'])[0]}; train from the "
@@ -222,7 +242,9 @@ def _saving_as_resumed(trainer: Trainer, stock: Callable) -> Callable:
         model = unwrap(trainer.model)
         save = model.save_pretrained
         try:
-            model.save_pretrained = lambda *args, **kwargs: save(*args, **{**kwargs, "save_original_format": False})
+            model.save_pretrained = lambda *args, **kwargs: save(
+                *args, **{**kwargs, "save_original_format": False}
+            )
             return stock(*args, **kwargs)
         finally:
             del model.save_pretrained
@@ -235,11 +257,15 @@ def _caller() -> tuple[Trainer, dict]:
     for frame, _ in traceback.walk_stack(None):
         if isinstance(trainer := frame.f_locals.get("self"), Trainer):
             return trainer, frame.f_locals
-    raise ConfigError("StageCallback works in transformers' Trainer; elsewhere, use compress() around each step")
+    raise ConfigError(
+        "StageCallback works in transformers' Trainer; elsewhere, use compress() around each step"
+    )
 
 
 def _processes_with_images(trainer: Trainer, inputs: dict) -> int:
-    here = torch.tensor(int(any(key in inputs for key in PIXELS.values())), device=trainer.args.device)
+    here = torch.tensor(
+        int(any(key in inputs for key in PIXELS.values())), device=trainer.args.device
+    )
     return int(trainer.accelerator.reduce(here))
 
 
@@ -253,4 +279,6 @@ def _naming(where: str) -> Iterator[None]:
     except UserError as error:
         raise SchemeError(f"{where}: {error}") from error
     except Exception as error:
-        raise SchemeError(f"{where} cannot run on this model ({type(error).__name__}: {error})") from error
+        raise SchemeError(
+            f"{where} cannot run on this model ({type(error).__name__}: {error})"
+        ) from error

@@ -40,7 +40,11 @@ def step_of(checkpoint: Path) -> int:
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of the folder ``run``, newest first."""
     prefix = PREFIX_CHECKPOINT_DIR + "-"
-    found = [path for path in run.glob(prefix + "*") if path.is_dir() and path.name.removeprefix(prefix).isdigit()]
+    found = [
+        path
+        for path in run.glob(prefix + "*")
+        if path.is_dir() and path.name.removeprefix(prefix).isdigit()
+    ]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -53,7 +57,9 @@ def newest(run: Path, say: Callable[[str], None]) -> Path | None:
         aside = run / f"damaged-{folder.name}"
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
-        say(f"{folder} is damaged ({damage}) and is now {aside.name}; going on from the checkpoint before it")
+        say(
+            f"{folder} is damaged ({damage}) and is now {aside.name}; going on from the checkpoint before it"
+        )
     return None
 
 
@@ -145,7 +151,9 @@ def saving(run: Path, name: str):
 
 def _save_error(error: Exception, name: str, run: Path) -> SaveError:
     free = shutil.disk_usage(run).free / 1e9
-    safe = next((f"{folder.name} is safe" for folder in checkpoints(run)), "no checkpoint was saved before")
+    safe = next(
+        (f"{folder.name} is safe" for folder in checkpoints(run)), "no checkpoint was saved before"
+    )
     return SaveError(
         f"{name} could not be written to {run} ({str(error).splitlines()[0]}; {free:.1f} GB free); {safe}. "
         "Make room and run again: training goes on from there"
@@ -160,7 +168,9 @@ def lock(run: Path):
     try:
         held.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"another training is at work in {run}; wait for it, stop it, or name another output") from None
+        raise UserError(
+            f"another training is at work in {run}; wait for it, stop it, or name another output"
+        ) from None
     try:
         yield
     finally:

@@ -20,14 +20,19 @@ from llavolta.train.projectors import OWN, parse_projector
 from llavolta.train.schemes import SCHEMES, Scheme, Stage
 
 ENGINES = {
-    file.stem: file for file in sorted((Path(__file__).parent / "engines").glob("*.json"), key=lambda file: file.stem)
+    file.stem: file
+    for file in sorted(
+        (Path(__file__).parent / "engines").glob("*.json"), key=lambda file: file.stem
+    )
 }
 PRESETS = {file.stem: file for file in sorted((Path(__file__).parent / "presets").glob("*.yaml"))}
 
 
 def _number(value: Any) -> Any:
     try:
-        return float(value) if isinstance(value, str) else value  # YAML reads 1e-3, without a point, as text
+        return (
+            float(value) if isinstance(value, str) else value
+        )  # YAML reads 1e-3, without a point, as text
     except ValueError:
         return value
 
@@ -171,7 +176,9 @@ class TrainConfig(BaseModel):
         except ValidationError as error:
             wrong = error.errors()
             name = wrong[0]["loc"][0]
-            may = " or ".join(e["msg"].removeprefix("Input should be ") for e in wrong if e["loc"][0] == name)
+            may = " or ".join(
+                e["msg"].removeprefix("Input should be ") for e in wrong if e["loc"][0] == name
+            )
             raise ConfigError(f"{name} must be {may}, not {values[name]!r}") from None
         self._check()
 
@@ -180,22 +187,36 @@ class TrainConfig(BaseModel):
         if self.max_steps is not None and self.epochs is not None:
             raise ConfigError("give max_steps or epochs, not both")
         if (self.vision_tower is None) != (self.language_model is None):
-            raise ConfigError("vision_tower and language_model make a model together; give both or neither")
+            raise ConfigError(
+                "vision_tower and language_model make a model together; give both or neither"
+            )
         if self.vision_tower is not None and not self.aligns:
-            raise ConfigError("a model made of vision_tower and language_model is not aligned; raise align_steps")
+            raise ConfigError(
+                "a model made of vision_tower and language_model is not aligned; raise align_steps"
+            )
         if parse_projector(self.projector) is not None and not self.aligns:
-            raise ConfigError(f"projector {self.projector!r} is a new one, which is not aligned; raise align_steps")
+            raise ConfigError(
+                f"projector {self.projector!r} is a new one, which is not aligned; raise align_steps"
+            )
         if self.quantize is not None and not self.lora_rank:
-            raise ConfigError(f"quantize {self.quantize!r} freezes the language model; give a lora_rank above 0")
+            raise ConfigError(
+                f"quantize {self.quantize!r} freezes the language model; give a lora_rank above 0"
+            )
         if self.tower_learning_rate is not None and not self.train_tower:
-            raise ConfigError("tower_learning_rate without train_tower changes nothing; set train_tower")
+            raise ConfigError(
+                "tower_learning_rate without train_tower changes nothing; set train_tower"
+            )
         self._check_engine()
         parse_plan(self.align_plan)
         stages = len(self._written_scheme().stages)
         if self.stage is not None and self.stage not in range(stages + 1):
-            raise ConfigError(f"stage must be 0 (projector alignment) .. {stages} for this scheme, not {self.stage!r}")
+            raise ConfigError(
+                f"stage must be 0 (projector alignment) .. {stages} for this scheme, not {self.stage!r}"
+            )
         if self.plan is not None and not self.stage:
-            raise ConfigError("plan replaces the plan of one stage of the scheme; say which with stage (from 1)")
+            raise ConfigError(
+                "plan replaces the plan of one stage of the scheme; say which with stage (from 1)"
+            )
         if self.plan is not None:
             Stage(self.plan, 1)
 
@@ -217,7 +238,9 @@ class TrainConfig(BaseModel):
             except ValueError as error:
                 raise ConfigError(f"{kind} file {name} cannot be read as JSON ({error})") from None
             if "optimizer" in values or "scheduler" in values:
-                raise ConfigError(f"{kind} file {name} sets the optimizer or scheduler, which are this configuration's")
+                raise ConfigError(
+                    f"{kind} file {name} sets the optimizer or scheduler, which are this configuration's"
+                )
 
     @property
     def aligns(self) -> bool:
@@ -227,7 +250,9 @@ class TrainConfig(BaseModel):
     def _written_scheme(self) -> Scheme:
         if isinstance(self.scheme, str):
             if self.scheme not in SCHEMES:
-                raise ConfigError(f"unknown scheme {self.scheme!r}; choose from {', '.join(SCHEMES)}, or list stages")
+                raise ConfigError(
+                    f"unknown scheme {self.scheme!r}; choose from {', '.join(SCHEMES)}, or list stages"
+                )
             return SCHEMES[self.scheme]
         return Scheme.of("custom", self.scheme)
 
@@ -244,7 +269,9 @@ class TrainConfig(BaseModel):
             plans = [stage.plan for stage in scheme.stages]
             timed = Scheme.from_pivots(scheme.name, plans, self.pivots, total_steps).stages
             pairs = zip(scheme.stages, timed, strict=True)
-            scheme = replace(scheme, stages=tuple(replace(stage, share=new.share) for stage, new in pairs))
+            scheme = replace(
+                scheme, stages=tuple(replace(stage, share=new.share) for stage, new in pairs)
+            )
         if self.plan is not None:
             stages = list(scheme.stages)
             stages[self.stage - 1] = replace(stages[self.stage - 1], plan=self.plan)
@@ -271,7 +298,11 @@ class TrainConfig(BaseModel):
 
     def steps(self, phase: str, examples: int, processes: int) -> int:
         """Optimizer steps of ``phase`` over ``examples``; without max_steps and epochs it is one pass."""
-        steps, epochs = (self.align_steps, self.align_epochs) if phase == "align" else (self.max_steps, self.epochs)
+        steps, epochs = (
+            (self.align_steps, self.align_epochs)
+            if phase == "align"
+            else (self.max_steps, self.epochs)
+        )
         if phase == "align" and epochs is None or steps is not None and phase != "align":
             return steps
         size, accumulated = self.batches(phase, processes)
@@ -282,7 +313,9 @@ class TrainConfig(BaseModel):
         """The preset ``name`` with ``changes``, of which output is one. max_steps and epochs replace each other."""
         values = preset(name)
         if {"max_steps", "epochs"} & changes.keys():
-            values = {key: value for key, value in values.items() if key not in ("max_steps", "epochs")}
+            values = {
+                key: value for key, value in values.items() if key not in ("max_steps", "epochs")
+            }
         return cls(**{**values, **changes})
 
 
@@ -298,7 +331,9 @@ def parse_yaml(text: str, name: str):
     try:
         return yaml.safe_load(text)
     except Exception as error:  # PyYAML raises whatever a malformed number, date or tag makes of it
-        raise ConfigError(f"{name} cannot be read as YAML ({' '.join(str(error).split())})") from None
+        raise ConfigError(
+            f"{name} cannot be read as YAML ({' '.join(str(error).split())})"
+        ) from None
 
 
 def parse_changes(given: Sequence[str]) -> dict:
@@ -317,7 +352,9 @@ def run_settings(model: str | Path) -> dict:
     its aligned model), by its config.yaml; none if there is no such file."""
     for folder in (Path(model), Path(model).parent):
         file = folder / "config.yaml"
-        if file.is_file() and (folder == Path(model) or re.fullmatch(r"align|checkpoint-\d+", Path(model).name)):
+        if file.is_file() and (
+            folder == Path(model) or re.fullmatch(r"align|checkpoint-\d+", Path(model).name)
+        ):
             held = parse_yaml(file.read_text(encoding="utf-8"), str(file))
             return held if isinstance(held, dict) else {}
     return {}

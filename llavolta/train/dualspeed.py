@@ -44,7 +44,9 @@ class ModeIsolator(nn.Module):
 def add_isolator(model: nn.Module) -> ModeIsolator:
     """Give ``model`` a new mode isolator, which trains with it."""
     weight = find_parts(model).decoder.get_input_embeddings().weight
-    width = getattr(weight, "ds_shape", weight.shape)[1]  # ZeRO-3's shards have a shape of their own
+    width = getattr(weight, "ds_shape", weight.shape)[
+        1
+    ]  # ZeRO-3's shards have a shape of their own
     isolator = ModeIsolator(width).to(weight.device)
     setattr(unwrap(model), ISOLATOR, isolator)
     return isolator
@@ -100,15 +102,22 @@ def slow_mode(model: nn.Module, stage: Stage, batch: dict) -> Iterator[None]:
     ``num_items_in_batch`` where the model is given that, as for the cross-entropy.
     """
     with torch.no_grad(), fast_mode(model, stage):
-        fast = model(**batch).logits[0, :-1].float().log_softmax(-1)  # (M, vocabulary); see compress
+        fast = (
+            model(**batch).logits[0, :-1].float().log_softmax(-1)
+        )  # (M, vocabulary); see compress
     top = unwrap(model)
     cross_entropy, own = top.loss_function, vars(top).get("_loss_function")
 
-    def loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **options) -> Tensor:
+    def loss(
+        logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **options
+    ) -> Tensor:
         slow = logits[0, :-1].float().log_softmax(-1)
         divergence = F.kl_div(slow, fast, reduction="sum", log_target=True)
         divergence = divergence / (len(fast) if num_items_in_batch is None else num_items_in_batch)
-        return cross_entropy(logits, labels, num_items_in_batch=num_items_in_batch, **options) + divergence
+        return (
+            cross_entropy(logits, labels, num_items_in_batch=num_items_in_batch, **options)
+            + divergence
+        )
 
     top.loss_function = loss
     try:

@@ -28,7 +28,9 @@ def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> P
     child's error if it fails, or if not all processes come up, and Stopped at SIGTERM, SIGHUP or Ctrl-C.
     """
     if isinstance(num_processes, bool) or not isinstance(num_processes, int) or num_processes < 1:
-        raise ConfigError(f"num_processes must be a whole number of at least 1, not {num_processes!r}")
+        raise ConfigError(
+            f"num_processes must be a whole number of at least 1, not {num_processes!r}"
+        )
     if num_processes == 1 and not (config.deepspeed or config.fsdp or torchrun):
         return train(config)
     options = shlex.split(torchrun) or ["--standalone"]
@@ -37,12 +39,20 @@ def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> P
     file = Path(name)
     with os.fdopen(handle, "w") as stream:
         yaml.safe_dump(config.model_dump(), stream)
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_processes}", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={num_processes}",
+        *options,
+    ]
     environment = {
         **os.environ,
         WANTED_PROCESSES: str(num_processes * _machines(options)),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"),  # a last checkpoint
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": os.environ.get(
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"
+        ),  # a last checkpoint
     }
     child = subprocess.Popen(
         [*command, "-m", "llavolta.train", str(file)],
@@ -54,8 +64,13 @@ def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> P
     lines: list[str] = []
     received: list[int] = []
     try:
-        output = io.TextIOWrapper(child.stdout, errors="replace", newline="")  # with a progress bar's returns
-        with on_signals(lambda signum: received.append(signum) or child.send_signal(signum)), output:
+        output = io.TextIOWrapper(
+            child.stdout, errors="replace", newline=""
+        )  # with a progress bar's returns
+        with (
+            on_signals(lambda signum: received.append(signum) or child.send_signal(signum)),
+            output,
+        ):
             for line in output:
                 with suppress(OSError):  # the terminal is gone
                     print(line, end="", flush=True)
@@ -77,7 +92,9 @@ def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> P
 def _machines(options: list[str]) -> int:
     text = re.search(r"--nnodes[ =](\S+)", " ".join(options))
     if text and not text[1].isdigit():
-        raise ConfigError(f"--nnodes must be one number, not {text[1]}: a stage's batches are the same on every run")
+        raise ConfigError(
+            f"--nnodes must be one number, not {text[1]}: a stage's batches are the same on every run"
+        )
     return int(text[1]) if text else 1
 
 
@@ -86,7 +103,12 @@ def _cause(lines: list[str]) -> str:
     text = "".join(lines)
     # An error may follow a progress bar on its line. Signal 15 is torchrun's, to the processes that a failure leaves.
     raised = r"(?m)^(?:\[rank\d+\]: *)?([\w.]+Error: \S.*)"  # a traceback's end
-    for pattern in (r"(?:^|\s|\])error: (.*)", r"traceback : (Signal (?!15\b).*)", raised, r"traceback : (Signal .*)"):
+    for pattern in (
+        r"(?:^|\s|\])error: (.*)",
+        r"traceback : (Signal (?!15\b).*)",
+        raised,
+        r"traceback : (Signal .*)",
+    ):
         if found := re.search(pattern, text):
             return found[1].strip()
     return "".join(lines[-15:]).strip()

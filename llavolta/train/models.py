@@ -45,7 +45,10 @@ def has_bfloat16() -> bool:
     BF16. Without them they are several times slower than those of float32 on a CPU, not faster."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    names = "_is_amx_tile_supported", "_is_avx512_bf16_supported"  # torch has no public names for them
+    names = (
+        "_is_amx_tile_supported",
+        "_is_avx512_bf16_supported",
+    )  # torch has no public names for them
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
@@ -101,12 +104,18 @@ def load_model(name: str, quantize: str | None = None, dtype: torch.dtype = torc
     """
     path = model_path(name)
     if (Path(path) / ADAPTERS).exists():
-        if quantize:  # of a base that holds adapters itself: they would have to be merged into 4 bits
-            raise ConfigError(f"{path} holds adapters, which cannot be merged into 4 bits; give a whole model")
+        if (
+            quantize
+        ):  # of a base that holds adapters itself: they would have to be merged into 4 bits
+            raise ConfigError(
+                f"{path} holds adapters, which cannot be merged into 4 bits; give a whole model"
+            )
         return _with_its_adapters(path, dtype)
     config = read_config(name)
     options = {"quantization_config": _four_bits(config)} if quantize else {}
-    return load_whole(AutoModelForImageTextToText, path, dtype=dtype, **options), load_processor(config, path)
+    return load_whole(AutoModelForImageTextToText, path, dtype=dtype, **options), load_processor(
+        config, path
+    )
 
 
 def _with_its_adapters(path: str, dtype: torch.dtype) -> tuple:
@@ -119,10 +128,14 @@ def _with_its_adapters(path: str, dtype: torch.dtype) -> tuple:
 def _base_of(path: str) -> str:
     """The model that the adapters in the folder ``path`` were trained on."""
     base = PeftConfig.from_pretrained(path).base_model_name_or_path
-    beside = Path(path).parent / Path(base).name  # where the run's own base is after the run was moved
+    beside = (
+        Path(path).parent / Path(base).name
+    )  # where the run's own base is after the run was moved
     if Path(base).is_absolute() and not Path(base).exists():
         if not beside.exists():
-            raise ConfigError(f"{path} holds adapters of {base}, which is gone; put it there or at {beside}")
+            raise ConfigError(
+                f"{path} holds adapters of {base}, which is gone; put it there or at {beside}"
+            )
         return str(beside)
     return base
 
@@ -135,7 +148,9 @@ def _reading_adapters(path: str):
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         why = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConfigError(f"the adapters in {path} cannot be read ({why}); the folder is damaged") from None
+        raise ConfigError(
+            f"the adapters in {path} cannot be read ({why}); the folder is damaged"
+        ) from None
 
 
 @quiet()
@@ -167,7 +182,9 @@ def load_processor(config, path: str):
     if config.model_type != "video_llava":
         try:
             kind = PROCESSOR_MAPPING.get(type(config), None)
-            reads_clips = hasattr(kind, "get_attributes") and "video_processor" in kind.get_attributes()
+            reads_clips = (
+                hasattr(kind, "get_attributes") and "video_processor" in kind.get_attributes()
+            )
             blind = reads_clips and not is_torchvision_available()
             processor = without_videos(kind, path) if blind else AutoProcessor.from_pretrained(path)
         except ImportError as error:
@@ -177,11 +194,17 @@ def load_processor(config, path: str):
             raise ConfigError(f"the processor of {path} cannot be read: {why}") from None
         if getattr(processor, "patch_size", 0) is None:  # with which it counts a picture's tokens
             size = getattr(getattr(config, "vision_config", None), "patch_size", "...")
-            raise ConfigError(f'{path}/processor_config.json has no patch_size; add "patch_size": {size}')
+            raise ConfigError(
+                f'{path}/processor_config.json has no patch_size; add "patch_size": {size}'
+            )
         return processor
-    from transformers import CLIPImageProcessor  # warns of a missing torchvision as soon as it is imported
+    from transformers import (
+        CLIPImageProcessor,
+    )  # warns of a missing torchvision as soon as it is imported
 
-    images = CLIPImageProcessor.from_pretrained(path)  # the one of its own that some have calls pixel_values otherwise
+    images = CLIPImageProcessor.from_pretrained(
+        path
+    )  # the one of its own that some have calls pixel_values otherwise
     settings, _ = VideoLlavaProcessor.get_processor_dict(path)
     parts = [images, FrameProcessor(images), AutoTokenizer.from_pretrained(path)]
     return VideoLlavaProcessor.from_args_and_dict(parts, settings)
@@ -210,7 +233,9 @@ def set_trainable(model, phase: str, train_tower: bool = False) -> None:
     role = roles(top)
     if not role.projector or not role.tower:
         lacks = "projector" if role.tower else "vision tower"
-        raise ConfigError(f"{type(top).__name__}: no {lacks} was found in its structure, so nothing can be frozen")
+        raise ConfigError(
+            f"{type(top).__name__}: no {lacks} was found in its structure, so nothing can be frozen"
+        )
     for name, parameter in top.named_parameters():
         of = role.of(name)
         trains = of == "projector" if phase == "align" else of != "tower" or train_tower
@@ -230,8 +255,14 @@ def with_adapters(model, config: TrainConfig, base: str, held: str | None = None
     modules = dict(model.named_modules())
     whole = [name for name in roles(model).projector if name in modules]
     whole += [name for name in roles(model).tower if config.train_tower]
-    lists = {name: [f"{name}.{inner}" for inner, _ in modules[name].named_children()] for name in whole}
-    whole = [part for name in whole for part in (lists[name] if isinstance(modules[name], nn.ModuleList) else [name])]
+    lists = {
+        name: [f"{name}.{inner}" for inner, _ in modules[name].named_children()] for name in whole
+    }
+    whole = [
+        part
+        for name in whole
+        for part in (lists[name] if isinstance(modules[name], nn.ModuleList) else [name])
+    ]
     prefix = next(name for name, module in modules.items() if module is find_parts(model).decoder)
     inside = find_parts(model).layers.named_modules()
     linear = [f"{prefix}.layers.{name}" for name, module in inside if isinstance(module, nn.Linear)]
@@ -247,7 +278,9 @@ def with_adapters(model, config: TrainConfig, base: str, held: str | None = None
     if held is None:
         return adapted
     found, weights = PeftConfig.from_pretrained(held), load_file(Path(held) / ADAPTER_WEIGHTS)
-    if found.lora_alpha == wanted.lora_alpha and _shapes(weights) == _shapes(get_peft_model_state_dict(adapted)):
+    if found.lora_alpha == wanted.lora_alpha and _shapes(weights) == _shapes(
+        get_peft_model_state_dict(adapted)
+    ):
         set_peft_model_state_dict(adapted, weights)
         return adapted
     if config.quantize:
@@ -269,7 +302,9 @@ def _outermost(names: list[str]) -> list[str]:
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
-def parameter_groups(model, weight_decay: float, decayed: set[str], rates: dict[str, float | None]) -> list[dict]:
+def parameter_groups(
+    model, weight_decay: float, decayed: set[str], rates: dict[str, float | None]
+) -> list[dict]:
     """Groups for the optimizer, which hold every parameter that trains once.
 
     Args:

@@ -52,7 +52,9 @@ class ProjectorError(UserError, ValueError):
 
 def _mlp(*widths: int, bias: bool = True) -> nn.Sequential:
     """Linear, GELU, Linear of three ``widths``, which keeps the scale of what enters it."""
-    layers = nn.Sequential(nn.Linear(*widths[:2], bias=bias), nn.GELU(), nn.Linear(*widths[1:], bias=bias))
+    layers = nn.Sequential(
+        nn.Linear(*widths[:2], bias=bias), nn.GELU(), nn.Linear(*widths[1:], bias=bias)
+    )
     for linear in layers[::2]:
         nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         if bias:
@@ -82,7 +84,9 @@ class SpatialTokenFusion(nn.Module):
     are no square, or one that the window does not divide.
     """
 
-    def __init__(self, width: int, out: int, window: int = 2, expansion: int = 4, bias: bool = True):
+    def __init__(
+        self, width: int, out: int, window: int = 2, expansion: int = 4, bias: bool = True
+    ):
         super().__init__()
         self.window = window
         joined = window**2 * width
@@ -92,7 +96,9 @@ class SpatialTokenFusion(nn.Module):
         pictures, length, width = features.shape
         side, k = math.isqrt(length), self.window
         if side**2 != length:
-            raise ProjectorError(f"stf needs a square grid of tokens, not {length}; drop CLS and compress behind it")
+            raise ProjectorError(
+                f"stf needs a square grid of tokens, not {length}; drop CLS and compress behind it"
+            )
         n = _windows(side, k)
         grid = features.unflatten(1, (n, k, n, k))  # (I, n, k, n, k, C_v)
         return self.mlp(grid.transpose(2, 3).reshape(pictures, n * n, k * k * width))
@@ -102,7 +108,9 @@ def _windows(side: int, window: int) -> int:
     """Windows along the side of a grid. Raises ProjectorError if they do not fill it."""
     if side % window:
         fit = [k for k in range(1, side + 1) if side % k == 0]
-        raise ProjectorError(f"windows of {window} x {window} do not fill a grid of {side} x {side}; choose from {fit}")
+        raise ProjectorError(
+            f"windows of {window} x {window} do not fill a grid of {side} x {side}; choose from {fit}"
+        )
     return side // window
 
 
@@ -119,7 +127,10 @@ class ProjectorSpec:
         return _windows(side, self.window or 1) ** 2
 
 
-_PARTS = {"mbtf": {"blocks": ()}, "stf": {"window": 2, "expansion": 4}}  # their options, in order, and defaults
+_PARTS = {
+    "mbtf": {"blocks": ()},
+    "stf": {"window": 2, "expansion": 4},
+}  # their options, in order, and defaults
 
 
 def parse_projector(text: str) -> ProjectorSpec | None:
@@ -142,8 +153,14 @@ def parse_projector(text: str) -> ProjectorSpec | None:
         except ValueError as error:
             raise ProjectorError(f"projector {text!r}: {error}") from None
     for option in {"window", "expansion"} & given.keys():
-        if isinstance(given[option], bool) or not isinstance(given[option], int) or given[option] < 1:
-            raise ProjectorError(f"projector {text!r}: {option} must be a whole number of at least 1")
+        if (
+            isinstance(given[option], bool)
+            or not isinstance(given[option], int)
+            or given[option] < 1
+        ):
+            raise ProjectorError(
+                f"projector {text!r}: {option} must be a whole number of at least 1"
+            )
     return ProjectorSpec(**given)
 
 
@@ -153,7 +170,9 @@ def _block_numbers(blocks) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in str(blocks).split(","))
     except ValueError:
-        raise ValueError(f"blocks must be whole numbers with commas between, not {blocks!r}") from None
+        raise ValueError(
+            f"blocks must be whole numbers with commas between, not {blocks!r}"
+        ) from None
 
 
 def usual_blocks(depth: int) -> list[int]:
@@ -180,10 +199,14 @@ class LlavaStfConfig(LlavaConfig):
         self.image_seq_length = spec.num_tokens(vision.image_size // vision.patch_size)
         depth = vision.num_hidden_layers
         beyond = [
-            block for block in (blocks if isinstance(blocks, list) else [blocks]) if not -depth - 1 <= block <= depth
+            block
+            for block in (blocks if isinstance(blocks, list) else [blocks])
+            if not -depth - 1 <= block <= depth
         ]
         if beyond or blocks == []:
-            raise ProjectorError(f"the tower has hidden states {-depth - 1}..{depth}, not {beyond or 'an empty list'}")
+            raise ProjectorError(
+                f"the tower has hidden states {-depth - 1}..{depth}, not {beyond or 'an empty list'}"
+            )
 
 
 class TokenFusionProjector(nn.Module):
@@ -197,7 +220,11 @@ class TokenFusionProjector(nn.Module):
             config.multimodal_projector_bias,
         )
         blocks, window = config.vision_feature_layer, config.stf_window
-        self.blocks = MultiBlockTokenFusion(width, len(blocks), bias) if isinstance(blocks, list) else nn.Identity()
+        self.blocks = (
+            MultiBlockTokenFusion(width, len(blocks), bias)
+            if isinstance(blocks, list)
+            else nn.Identity()
+        )
         if window is None:
             self.tokens = _mlp(width, out, out, bias=bias)
         else:
@@ -235,13 +262,19 @@ def with_projector(config: LlavaConfig, projector: str) -> LlavaConfig:
     if spec is None:
         return config
     if not isinstance(config, LlavaConfig):
-        raise ProjectorError(f"projector {projector!r} is for LLaVA-1.5 and its like, not for {config.model_type!r}")
+        raise ProjectorError(
+            f"projector {projector!r} is for LLaVA-1.5 and its like, not for {config.model_type!r}"
+        )
     blocks = config.vision_feature_layer
     if spec.blocks is not None:
         blocks = list(spec.blocks) or usual_blocks(config.vision_config.num_hidden_layers)
     elif isinstance(blocks, list):
         blocks = blocks[0]
-    kept = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
+    kept = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in ("model_type", "architectures")
+    }
     parts = {"vision_config": config.vision_config, "text_config": config.text_config}
     fused = dict(vision_feature_layer=blocks, stf_window=spec.window, stf_expansion=spec.expansion)
     return LlavaStfConfig(**{**kept, **parts, **fused})
@@ -279,8 +312,12 @@ def _scale(model: LlavaStfForConditionalGeneration) -> None:
     What a tower's blocks put out has no scale of its own. (Layer-sequential unit variance, arXiv 1511.06422.)
     """
     vision = model.config.vision_config
-    linears = [part for part in model.model.multi_modal_projector.modules() if isinstance(part, nn.Linear)]
-    targets = {part: 1.0 for part in linears} | {linears[-1]: _rms(model.get_input_embeddings().weight)}
+    linears = [
+        part for part in model.model.multi_modal_projector.modules() if isinstance(part, nn.Linear)
+    ]
+    targets = {part: 1.0 for part in linears} | {
+        linears[-1]: _rms(model.get_input_embeddings().weight)
+    }
 
     def scale(part, args, output):
         factor = targets[part] / _rms(output)
@@ -288,7 +325,9 @@ def _scale(model: LlavaStfForConditionalGeneration) -> None:
         return output * factor  # biases are still zero
 
     hooks = [part.register_forward_hook(scale) for part in linears]
-    noise = torch.randn(1, vision.num_channels, *[vision.image_size] * 2, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(
+        1, vision.num_channels, *[vision.image_size] * 2, generator=torch.Generator().manual_seed(0)
+    )
     model.get_image_features(pixel_values=noise.to(model.device, model.dtype))
     for hook in hooks:
         hook.remove()

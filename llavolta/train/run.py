@@ -94,13 +94,19 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
         )
     if not torch.cuda.is_available():
         _keep_freed_memory()
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns on import if it has to find out itself
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # DeepSpeed warns on import if it has to find out itself
     if config.deepspeed:  # it calls ninja, which pip puts beside this Python
-        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        os.environ["PATH"] = os.pathsep.join(
+            [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+        )
     state = PartialState(cpu=not torch.cuda.is_available())
     wanted = int(os.environ.get(WANTED_PROCESSES, state.num_processes))
     if wanted != state.num_processes:
-        raise ConfigError(f"{wanted} processes were asked for, but {state.num_processes} came up; launch with torchrun")
+        raise ConfigError(
+            f"{wanted} processes were asked for, but {state.num_processes} came up; launch with torchrun"
+        )
     progress = progress and state.is_main_process
     with state.main_process_first():
         setup = prepare(config)
@@ -133,7 +139,9 @@ class Phase:
     scheme: Scheme
     total_steps: int
     last: int
-    then: tuple[Path, Path | None] | None = None  # data and images that are trained on later, to be checked now
+    then: tuple[Path, Path | None] | None = (
+        None  # data and images that are trained on later, to be checked now
+    )
     later: Scheme | None = None  # what they are trained by, to be tried now
 
     @property
@@ -153,16 +161,27 @@ def _train(config: TrainConfig, setup: Setup, progress: bool) -> Path:
         scheme = Scheme(ALIGN, (replace(stage, share=1),))
         then = (setup.data, setup.images) if config.stage != 0 else None
         later = setup.scheme if then else None
-        _bring(config, Phase("align", align, model, data, images, scheme, steps, 1, then, later), progress)
+        _bring(
+            config,
+            Phase("align", align, model, data, images, scheme, steps, 1, then, later),
+            progress,
+        )
         if config.stage == 0:
-            if state.is_main_process and checkpoints.finished(output, ALIGN, scheme.written, steps) < steps:
+            if (
+                state.is_main_process
+                and checkpoints.finished(output, ALIGN, scheme.written, steps) < steps
+            ):
                 _finish(output, align, source_dtype(config))
             return output
         model = str(align)
     elif config.stage == 0:
-        raise ConfigError("stage 0 is projector alignment, which align_steps 0 skips; raise align_steps")
+        raise ConfigError(
+            "stage 0 is projector alignment, which align_steps 0 skips; raise align_steps"
+        )
     last = config.stage or len(setup.scheme.stages)
-    phase = Phase("instruct", output, model, setup.data, setup.images, setup.scheme, setup.total_steps, last)
+    phase = Phase(
+        "instruct", output, model, setup.data, setup.images, setup.scheme, setup.total_steps, last
+    )
     _bring(config, phase, progress)
     return output
 
@@ -185,7 +204,11 @@ def _bring(config: TrainConfig, phase: Phase, progress: bool) -> None:
     if done < phase.end:
         ends = scheme.boundaries(phase.total_steps)
         first = sum(done >= end for end in ends) + 1
-        earlier = f" (stages {first}..{phase.last - 1} are missing and come first)" if first < phase.last else ""
+        earlier = (
+            f" (stages {first}..{phase.last - 1} are missing and come first)"
+            if first < phase.last
+            else ""
+        )
         what = f"stage {phase.last} of {len(ends)}, plan {scheme.stages[phase.last - 1].plan}"
         what = what if phase.name == "instruct" else "stage 0, projector alignment"
         say(f"{what}: training{earlier}", progress)
@@ -218,7 +241,9 @@ def _written(config: TrainConfig, setup: Setup) -> dict:
 def _has_trained(output: Path) -> bool:
     """Whether a run folder holds more than the configuration of a run that never saved a step."""
     folders = (output, output / ALIGN)
-    return any((run / checkpoints.RECORD).exists() or any(run.glob("*checkpoint-*")) for run in folders)
+    return any(
+        (run / checkpoints.RECORD).exists() or any(run.glob("*checkpoint-*")) for run in folders
+    )
 
 
 def _check_folder(output: Path, config: TrainConfig, setup: Setup) -> None:
@@ -229,28 +254,45 @@ def _check_folder(output: Path, config: TrainConfig, setup: Setup) -> None:
     values, file = _written(config, setup), output / "config.yaml"
     if file.exists():
         fields = TrainConfig.model_fields
-        defaults = {name: fields[name].get_default() for name in fields}  # of parameters younger than the run
+        defaults = {
+            name: fields[name].get_default() for name in fields
+        }  # of parameters younger than the run
         written = parse_yaml(file.read_text(encoding="utf-8", errors="replace"), str(file))
         if not isinstance(written, dict) or not written:
-            raise ConfigError(f"{file} holds no run's parameters; it is damaged: restore it, or name another output")
+            raise ConfigError(
+                f"{file} holds no run's parameters; it is damaged: restore it, or name another output"
+            )
         if "resolved_stages" in written and not _has_trained(output):
             return
         held = defaults | written
-        differ = [name for name in values if name not in _FREE and name != "plan" and held.get(name) != values[name]]
+        differ = [
+            name
+            for name in values
+            if name not in _FREE and name != "plan" and held.get(name) != values[name]
+        ]
         if differ and {*differ} <= {"max_steps", "epochs"}:
             same = prepare(TrainConfig(**{name: held[name] for name in defaults})).total_steps
             differ = differ if same != setup.total_steps else []
         if differ:
             changes = ", ".join(f"{name} {held.get(name)!r} -> {values[name]!r}" for name in differ)
-            raise ConfigError(f"{output} holds another run ({changes}); name another output, or remove it")
+            raise ConfigError(
+                f"{output} holds another run ({changes}); name another output, or remove it"
+            )
     elif output.exists() and any(path.name != checkpoints.LOCK for path in output.iterdir()):
-        raise ConfigError(f"{output} is not empty and holds no config.yaml of a run; name another output")
+        raise ConfigError(
+            f"{output} is not empty and holds no config.yaml of a run; name another output"
+        )
 
 
 def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: bool) -> None:
     """Train ``phase`` from ``checkpoint``, or from its model, to the end of its last stage."""
     set_seed(config.seed)
-    output, scheme, total, aligning = phase.output, phase.scheme, phase.total_steps, phase.name == "align"
+    output, scheme, total, aligning = (
+        phase.output,
+        phase.scheme,
+        phase.total_steps,
+        phase.name == "align",
+    )
     if aligning and config.vision_tower is not None:
         model, processor = join(model_path(config.vision_tower), model_path(config.language_model))
     elif aligning or not config.lora_rank:
@@ -262,7 +304,9 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
     num_layers = len(find_parts(model).layers)
     if aligning or not config.lora_rank:
         set_trainable(model, phase.name, config.train_tower)
-    slow, isolates = (any(getattr(s, of) for s in scheme.stages) for of in ("slow_every", "isolates"))
+    slow, isolates = (
+        any(getattr(s, of) for s in scheme.stages) for of in ("slow_every", "isolates")
+    )
     if isolates:
         add_isolator(model)
         if not aligning and holds_isolator(phase.model):
@@ -288,7 +332,9 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=not progress,
-        ddp_find_unused_parameters=True if slow else None,  # the mode isolator has no part in slow steps
+        ddp_find_unused_parameters=True
+        if slow
+        else None,  # the mode isolator has no part in slow steps
         deepspeed=_engine_file(config.deepspeed),
         fsdp=True if config.fsdp else None,
         fsdp_config=_fsdp_config(config.fsdp, model) if config.fsdp else None,
@@ -302,16 +348,25 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
     collate = Collator(processor, config.max_length, always_picture=True)
     dataset = open_data(config, phase.data, phase.images, collate, progress)
     if phase.then and config.bad_entries == "fail":
-        open_data(config, *phase.then, collate, progress)  # an error is told before hours of alignment
+        open_data(
+            config, *phase.then, collate, progress
+        )  # an error is told before hours of alignment
     if config.bad_entries == "skip":
         record_skipped(output, dataset, progress)
     check_words(dataset.texts(), processor.tokenizer, dataset.file.name)
-    num_tokens = visual_tokens(model.config) or round(token_statistics(dataset, collate).visual_tokens)
+    num_tokens = visual_tokens(model.config) or round(
+        token_statistics(dataset, collate).visual_tokens
+    )
     if aligning and config.align_words and checkpoint is None:
         named = fit_to_words(model, processor, dataset, config.align_words, config.seed, progress)
-        say(f"projector fitted to words: {named:.0%} of unseen pictures' patches named right", progress)
+        say(
+            f"projector fitted to words: {named:.0%} of unseen pictures' patches named right",
+            progress,
+        )
     asked: list[int] = []  # signals
-    stages = StageCallback(scheme, phase.last, lambda: _on_any_process(trainer, bool(asked)), later=phase.later)
+    stages = StageCallback(
+        scheme, phase.last, lambda: _on_any_process(trainer, bool(asked)), later=phase.later
+    )
     tuned = {"projector": config.projector_learning_rate, "tower": config.tower_learning_rate}
     trainer = StageTrainer(
         model=model,
@@ -319,7 +374,10 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         train_dataset=dataset,
         data_collator=collate,
         processing_class=processor,
-        callbacks=[stages, MetricsCallback(output / "metrics.jsonl", scheme, num_layers, num_tokens)],
+        callbacks=[
+            stages,
+            MetricsCallback(output / "metrics.jsonl", scheme, num_layers, num_tokens),
+        ],
         scheme=scheme,
         rates={} if aligning else tuned,
         keep=config.keep_checkpoints,
@@ -329,7 +387,9 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         ("fsdp", config.fsdp, trainer.is_fsdp_enabled),
     ):
         if wanted and not on:
-            raise ConfigError(f"{engine} {wanted!r} was asked for, but accelerate left it out; see its warnings above")
+            raise ConfigError(
+                f"{engine} {wanted!r} was asked for, but accelerate left it out; see its warnings above"
+            )
     for printing in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):  # metrics.jsonl holds it all
         trainer.remove_callback(printing)
     if progress:
@@ -372,7 +432,9 @@ def on_signals(act: Callable[[int], None]):
             raise KeyboardInterrupt
 
     found = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    before = {one: handler for one, handler in found.items() if handler not in (signal.SIG_IGN, None)}
+    before = {
+        one: handler for one, handler in found.items() if handler not in (signal.SIG_IGN, None)
+    }
     try:
         for one in before:
             signal.signal(one, receive)
@@ -401,9 +463,15 @@ def _fsdp_config(name: str, model) -> dict:
 
     transformers' own list of LLaVA's layers names some that the model does not have, which accelerate refuses.
     """
-    stacks = [part for part in unwrap(model).modules() if isinstance(part, torch.nn.ModuleList) and len(part)]
+    stacks = [
+        part
+        for part in unwrap(model).modules()
+        if isinstance(part, torch.nn.ModuleList) and len(part)
+    ]
     layers = sorted({type(stack[0]).__name__ for stack in stacks})
-    return {"transformer_layer_cls_to_wrap": layers} | json.loads(Path(_engine_file(name)).read_text(encoding="utf-8"))
+    return {"transformer_layer_cls_to_wrap": layers} | json.loads(
+        Path(_engine_file(name)).read_text(encoding="utf-8")
+    )
 
 
 @quiet()
@@ -465,5 +533,7 @@ def summarise(config: TrainConfig, setup: Setup, table, times) -> str:
         lines.append(
             f"a step under this stage's plan `{plan}` takes **{1 - ratio[plan]:.0%}** less time than without it"
         )
-    lines.append(f"the whole scheme takes **{1 - whole:.0%}** less training time than no compression")
+    lines.append(
+        f"the whole scheme takes **{1 - whole:.0%}** less training time than no compression"
+    )
     return "\n".join(f"- {line}" for line in lines) + "\n"

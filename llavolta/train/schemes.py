@@ -82,21 +82,35 @@ class Stage:
         if len(drawn) == 1:
             object.__setattr__(self, "plan", format_plan(self.choices[0]))
         elif self.slow_every or self.isolated:
-            raise SchemeError(f"plan {self.plan!r} is drawn for each step, which cannot be with slow_every or isolated")
-        if isinstance(self.share, bool) or not (isinstance(self.share, (int, float)) and 0 < self.share <= 1):
+            raise SchemeError(
+                f"plan {self.plan!r} is drawn for each step, which cannot be with slow_every or isolated"
+            )
+        if isinstance(self.share, bool) or not (
+            isinstance(self.share, (int, float)) and 0 < self.share <= 1
+        ):
             raise SchemeError(f"a stage's share must be above 0 and at most 1, not {self.share!r}")
         every = self.slow_every
         if isinstance(every, bool) or not isinstance(every, int) or every < 0 or every == 1:
-            raise SchemeError(f"slow_every must be 0 (no slow steps) or a whole number of at least 2, not {every!r}")
-        if isinstance(self.warmup, bool) or not (isinstance(self.warmup, (int, float)) and 0 <= self.warmup < 1):
-            raise SchemeError(f"a stage's warmup must be a share of its steps from 0 to below 1, not {self.warmup!r}")
+            raise SchemeError(
+                f"slow_every must be 0 (no slow steps) or a whole number of at least 2, not {every!r}"
+            )
+        if isinstance(self.warmup, bool) or not (
+            isinstance(self.warmup, (int, float)) and 0 <= self.warmup < 1
+        ):
+            raise SchemeError(
+                f"a stage's warmup must be a share of its steps from 0 to below 1, not {self.warmup!r}"
+            )
         scale = self.lr_scale
-        if isinstance(scale, bool) or not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
+        if isinstance(scale, bool) or not (
+            isinstance(scale, (int, float)) and 0 < scale < math.inf
+        ):
             raise SchemeError(f"lr_scale must be a number above 0, not {scale!r}")
         if not isinstance(self.isolated, bool):
             raise SchemeError(f"isolated must be true or false, not {self.isolated!r}")
         if every and self.isolated:
-            raise SchemeError("fast steps are behind the isolator anyway; leave isolated out where slow_every is given")
+            raise SchemeError(
+                "fast steps are behind the isolator anyway; leave isolated out where slow_every is given"
+            )
         if self.isolates and not {0, VISION} & self.choices[0].keys():
             raise SchemeError(
                 f"fast steps are shortened before the decoder: with {'slow_every' if every else 'isolated'}, plan "
@@ -109,9 +123,13 @@ class Stage:
         return self.isolated or self.slow_every > 0
 
     def __str__(self) -> str:
-        parts = ["isolated"] * self.isolated + [f"slow every {self.slow_every}"] * bool(self.slow_every)
+        parts = ["isolated"] * self.isolated + [f"slow every {self.slow_every}"] * bool(
+            self.slow_every
+        )
         parts += [f"warmup {self.warmup:g}"] * bool(self.warmup)
-        return ", ".join([self.plan, *parts, *([f"learning rate x {self.lr_scale:g}"] * (self.lr_scale != 1))])
+        return ", ".join(
+            [self.plan, *parts, *([f"learning rate x {self.lr_scale:g}"] * (self.lr_scale != 1))]
+        )
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -136,7 +154,10 @@ class Stage:
     def tokens_per_layer(self, num_layers: int, num_tokens: int) -> list[float]:
         """As plan.tokens_per_layer: the mean over the stage's steps, of the passes that train."""
         counts = [
-            [p.share * (count + p.prefix) for count in tokens_per_layer(p.plan, num_layers, num_tokens)]
+            [
+                p.share * (count + p.prefix)
+                for count in tokens_per_layer(p.plan, num_layers, num_tokens)
+            ]
             for p in self.passes
             if p.trains
         ]
@@ -159,7 +180,9 @@ class Scheme:
         object.__setattr__(self, "stages", tuple(self.stages))
         total = sum(stage.share for stage in self.stages)
         if not self.stages or not math.isclose(total, 1, abs_tol=1e-6):
-            raise SchemeError(f"scheme {self.name!r}: the shares of its stages sum to {total:g}, not to 1")
+            raise SchemeError(
+                f"scheme {self.name!r}: the shares of its stages sum to {total:g}, not to 1"
+            )
 
     @classmethod
     def equal(cls, name: str, *plans: str) -> Scheme:
@@ -178,25 +201,37 @@ class Scheme:
                 return replace(cls.equal(name, *rest), align=align)
             return cls(name, tuple(Stage(**stage) for stage in rest), align)
         except TypeError:
-            raise SchemeError(f"stages must be a list of plans or a list of {{plan, share}}, not {stages!r}") from None
+            raise SchemeError(
+                f"stages must be a list of plans or a list of {{plan, share}}, not {stages!r}"
+            ) from None
 
     @classmethod
-    def from_pivots(cls, name: str, plans: Sequence[str], pivots: Sequence[int], total_steps: int) -> Scheme:
+    def from_pivots(
+        cls, name: str, plans: Sequence[str], pivots: Sequence[int], total_steps: int
+    ) -> Scheme:
         """A scheme whose stage i ends before optimizer step ``pivots[i]``; the last one ends at ``total_steps``."""
         if not all(isinstance(pivot, int) and not isinstance(pivot, bool) for pivot in pivots):
             raise SchemeError(f"pivots must be optimizer steps, not {list(pivots)}")
         edges = [0, *pivots, total_steps]
-        if len(plans) != len(pivots) + 1 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+        if len(plans) != len(pivots) + 1 or any(
+            a >= b for a, b in zip(edges, edges[1:], strict=False)
+        ):
             raise SchemeError(
                 f"{len(plans)} plans need {len(plans) - 1} pivots rising from 0 to {total_steps}, not {list(pivots)}"
             )
         shares = [(b - a) / total_steps for a, b in zip(edges, edges[1:], strict=False)]
-        return cls(name, tuple(Stage(plan, share) for plan, share in zip(plans, shares, strict=True)))
+        return cls(
+            name, tuple(Stage(plan, share) for plan, share in zip(plans, shares, strict=True))
+        )
 
     @property
     def written(self) -> list[dict]:
         """Alignment and stages as ``of`` reads them back, without what is not in use."""
-        align = [] if self.align is None else [{"align": _written(self.align, *["share"] * (self.align.share == 1))}]
+        align = (
+            []
+            if self.align is None
+            else [{"align": _written(self.align, *["share"] * (self.align.share == 1))}]
+        )
         return align + [_written(stage) for stage in self.stages]
 
     def reversed(self, name: str) -> Scheme:
@@ -205,17 +240,25 @@ class Scheme:
 
     def shuffled(self, name: str, blocks: int = 4, seed: int = 0) -> Scheme:
         """Each stage cut into ``blocks`` equal parts, all parts in one random order, at the same cost."""
-        parts = [replace(stage, share=stage.share / blocks) for stage in self.stages for _ in range(blocks)]
+        parts = [
+            replace(stage, share=stage.share / blocks)
+            for stage in self.stages
+            for _ in range(blocks)
+        ]
         return replace(self, name=name, stages=tuple(random.Random(seed).sample(parts, len(parts))))
 
     def boundaries(self, total_steps: int) -> tuple[int, ...]:
         """The step before which each stage ends; the last is ``total_steps``. Every stage has at least one step."""
         if total_steps < len(self.stages):
-            raise SchemeError(f"{total_steps} steps are too few for the {len(self.stages)} stages of {self.name!r}")
+            raise SchemeError(
+                f"{total_steps} steps are too few for the {len(self.stages)} stages of {self.name!r}"
+            )
         ends, share = [], 0.0
         for number, stage in enumerate(self.stages, start=1):
             share += stage.share
-            room = total_steps - (len(self.stages) - number)  # one step at least for each stage to come
+            room = total_steps - (
+                len(self.stages) - number
+            )  # one step at least for each stage to come
             ends.append(min(max(round(share * total_steps), ends[-1] + 1 if ends else 1), room))
         return tuple(ends)
 
@@ -244,14 +287,22 @@ class Scheme:
         Layer K of ``reference_layers`` becomes ``round(K * num_layers / reference_layers)``, halves rounded up, and
         at least 1 where K is: a scheme that lets the first layers see every token keeps doing so.
         """
-        stages = (replace(s, plan=scale_plan(s.plan, num_layers, reference_layers)) for s in self.stages)
-        align = self.align and replace(self.align, plan=scale_plan(self.align.plan, num_layers, reference_layers))
+        stages = (
+            replace(s, plan=scale_plan(s.plan, num_layers, reference_layers)) for s in self.stages
+        )
+        align = self.align and replace(
+            self.align, plan=scale_plan(self.align.plan, num_layers, reference_layers)
+        )
         return replace(self, stages=tuple(stages), align=align)
 
 
 def _written(stage: Stage, *without: str) -> dict:
     held = [field for field in fields(stage) if field.init and field.name not in without]
-    return {field.name: getattr(stage, field.name) for field in held if getattr(stage, field.name) != field.default}
+    return {
+        field.name: getattr(stage, field.name)
+        for field in held
+        if getattr(stage, field.name) != field.default
+    }
 
 
 def scale_layer(layer: int, num_layers: int, reference_layers: int = REFERENCE_LAYERS) -> int:
@@ -279,7 +330,9 @@ def scale_plan(plan: str | Plan, num_layers: int, reference_layers: int = REFERE
     for layer, compressor in parse_plan(plan).items():
         new = new_layer(layer)
         if new in scaled:
-            raise PlanError(f"plan {plan!r} has two layers that both become layer {new} of {num_layers}")
+            raise PlanError(
+                f"plan {plan!r} has two layers that both become layer {new} of {num_layers}"
+            )
         scaled[new] = compressor
     return format_plan(check_layers(scaled, num_layers))
 
@@ -299,7 +352,9 @@ PAPER_SCHEMES = {
 
 _DIVERSE = "0:divprune:0.099"  # int(0.1 L) of 576 tokens and of 144, as its code truncates where DivPrune rounds
 BASELINE_SCHEMES = {
-    "dualspeed": Scheme("dualspeed", (Stage(_DIVERSE, 1, slow_every=10),), Stage(_DIVERSE, 1, isolated=True)),
+    "dualspeed": Scheme(
+        "dualspeed", (Stage(_DIVERSE, 1, slow_every=10),), Stage(_DIVERSE, 1, isolated=True)
+    ),
     "dualspeed-random": Scheme("dualspeed-random", (Stage("0:random:0.1", 1, slow_every=10),)),
 }
 """What others train by: DualSpeed (arXiv 2602.03815) as its code has it: diverse tokens in the fast steps, of which

@@ -38,7 +38,9 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        kept = [row for row in read_metrics(self.file) if row["step"] <= state.global_step]  # a resumed run
+        kept = [
+            row for row in read_metrics(self.file) if row["step"] <= state.global_step
+        ]  # a resumed run
         self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -137,7 +139,9 @@ class StageTrainer(Trainer):
         if self.args.world_size == 1 or len(self.media) == 1:
             return inputs
         # The last batches of an epoch mix stills, clips and text: no process may need a part that another does not.
-        held = torch.tensor([int(PIXELS[name] in inputs) for name in self.media], device=self.args.device)
+        held = torch.tensor(
+            [int(PIXELS[name] in inputs) for name in self.media], device=self.args.device
+        )
         anywhere = self.accelerator.reduce(held.clone())
         for name, here, there in zip(self.media, held.tolist(), anywhere.tolist(), strict=True):
             if there and not here:
@@ -163,7 +167,9 @@ class StageTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         model = unwrap(self.model)
-        sharded = [state_dict.pop(name) for name in list(state_dict or ()) if ISOLATOR in name]  # by ZeRO-3
+        sharded = [
+            state_dict.pop(name) for name in list(state_dict or ()) if ISOLATOR in name
+        ]  # by ZeRO-3
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
@@ -173,13 +179,23 @@ class StageTrainer(Trainer):
         step, total = self.state.global_step, self.state.max_steps
         stages = self.scheme.written
         stage = self.scheme.stage_at(min(step, total - 1), total) + 1
-        record = {"scheme": self.scheme.name, "stages": stages, "step": step, "total_steps": total, "next_stage": stage}
+        record = {
+            "scheme": self.scheme.name,
+            "stages": stages,
+            "step": step,
+            "total_steps": total,
+            "next_stage": stage,
+        }
         record |= {"examples_per_step": self.examples_per_step, "processes": self.args.world_size}
         (folder / checkpoints.RECORD).write_text(json.dumps(record, indent=1))
 
     @property
     def examples_per_step(self) -> int:
-        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return (
+            self.args.train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.args.world_size
+        )
 
 
 def read_metrics(file: str | Path) -> list[dict]:

@@ -25,7 +25,9 @@ PLACES = (
 )
 
 
-def fit_to_words(model: nn.Module, processor, data: LlavaData, steps: int, seed: int, progress: bool) -> float:
+def fit_to_words(
+    model: nn.Module, processor, data: LlavaData, steps: int, seed: int, progress: bool
+) -> float:
     """Train the projector of ``model``, a LLaVA, for ``steps`` on the patches of the objects that ``data`` names.
 
     Entries tell them by ``objects``: [{name, box}], box x0, y0, x1, y1 in pixels of the picture. A patch whose centre
@@ -42,10 +44,14 @@ def fit_to_words(model: nn.Module, processor, data: LlavaData, steps: int, seed:
     _standardise(projector, features)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1
+    )
     fitted, scale = (~patches.heldout).nonzero()[:, 0], words.pow(2).mean()
     with torch.enable_grad():
-        for _ in tqdm(range(steps), desc="words: projector", mininterval=2, disable=not progress, leave=False):
+        for _ in tqdm(
+            range(steps), desc="words: projector", mininterval=2, disable=not progress, leave=False
+        ):
             chosen = fitted[torch.randint(len(fitted), (BATCH,), generator=generator)]
             wanted, out = label[chosen], projector(features[chosen].to(words))
             shown = wanted >= 0
@@ -61,7 +67,9 @@ def fit_to_words(model: nn.Module, processor, data: LlavaData, steps: int, seed:
     asked = (patches.heldout & (label >= 0)).nonzero()[:, 0]
     with torch.no_grad():
         named = [
-            _similarities(projector(features[part].to(words)) - places[place[part]], words).argmax(1)
+            _similarities(projector(features[part].to(words)) - places[place[part]], words).argmax(
+                1
+            )
             for part in asked.split(8192)
         ]
     return (torch.cat(named) == label[asked]).float().mean().item()
@@ -87,21 +95,31 @@ class _Patches(NamedTuple):
 def _patches(model, processor, data: LlavaData, seed: int, progress: bool) -> _Patches:
     parts, held = find_parts(model), []
     if parts.projector is None:
-        raise ConfigError("align_words fits a projector that works patch by patch; set it to 0 for this projector")
+        raise ConfigError(
+            "align_words fits a projector that works patch by patch; set it to 0 for this projector"
+        )
     hook = parts.projector.register_forward_pre_hook(lambda module, args: held.append(args[0]))
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:PICTURES].tolist()
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[
+        :PICTURES
+    ].tolist()
     numbers: dict[str, int] = {}
     features, labels, places, counts = [], [], [], []
     device, dtype = model.device, model.dtype
     try:
         for start in tqdm(
-            range(0, len(order), 32), desc="words: pictures", mininterval=2, disable=not progress, leave=False
+            range(0, len(order), 32),
+            desc="words: pictures",
+            mininterval=2,
+            disable=not progress,
+            leave=False,
         ):
             rows = [(data.entry(i), data[i].images[0]) for i in order[start : start + 32]]
             rows = [(entry["objects"], image) for entry, image in rows if entry.get("objects")]
             if not rows:
                 continue
-            pixels = processor.image_processor([image for _, image in rows], return_tensors="pt")["pixel_values"]
+            pixels = processor.image_processor([image for _, image in rows], return_tensors="pt")[
+                "pixel_values"
+            ]
             with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16()):
                 model.get_image_features(pixel_values=pixels.to(device, dtype))
             found = held.pop()
@@ -110,7 +128,10 @@ def _patches(model, processor, data: LlavaData, seed: int, progress: bool) -> _P
                 label = _labels(objects, image.size, side, pixels.shape[-1], numbers)
                 background = (label < 0).nonzero()[:, 0]
                 kept = torch.cat(
-                    [(label >= 0).nonzero()[:, 0], background[:: max(1, 4 * len(background) // len(label))]]
+                    [
+                        (label >= 0).nonzero()[:, 0],
+                        background[:: max(1, 4 * len(background) // len(label))],
+                    ]
                 )
                 features.append(feature[kept].half())
                 labels.append(label[kept])
@@ -119,14 +140,18 @@ def _patches(model, processor, data: LlavaData, seed: int, progress: bool) -> _P
     finally:
         hook.remove()
     if not numbers:
-        raise ConfigError(f"align_words needs entries with 'objects', which {data.file.name} has not; set it to 0")
+        raise ConfigError(
+            f"align_words needs entries with 'objects', which {data.file.name} has not; set it to 0"
+        )
     heldout = torch.arange(len(counts)) >= len(counts) - max(1, len(counts) // 10)
     heldout = heldout.repeat_interleave(torch.tensor(counts)).to(device)
     label, place = torch.cat(labels).to(device), torch.cat(places).to(device)
     return _Patches(torch.cat(features), list(numbers), label, place, side, heldout)
 
 
-def _labels(objects: list[dict], size: tuple[int, int], side: int, pixels: int, numbers: dict[str, int]) -> Tensor:
+def _labels(
+    objects: list[dict], size: tuple[int, int], side: int, pixels: int, numbers: dict[str, int]
+) -> Tensor:
     """(side * side,) of a picture of ``size`` (width, height), scaled by its shorter side and cut at the centre."""
     scale = pixels / min(size)
     label = torch.full((side, side), -1)
@@ -135,7 +160,9 @@ def _labels(objects: list[dict], size: tuple[int, int], side: int, pixels: int, 
     for place in sorted(range(len(objects)), key=area.__getitem__, reverse=True):
         number = numbers.setdefault(objects[place]["name"], len(numbers))
         cut = [(length * scale - pixels) / 2 for length in size]
-        x0, y0, x1, y1 = (at * scale - cut[axis % 2] for axis, at in enumerate(objects[place]["box"]))
+        x0, y0, x1, y1 = (
+            at * scale - cut[axis % 2] for axis, at in enumerate(objects[place]["box"])
+        )
         label[((centre >= y0) & (centre < y1))[:, None] & ((centre >= x0) & (centre < x1))] = number
     return label.flatten()
 
@@ -152,7 +179,9 @@ def _places(model, processor, side: int) -> Tensor:
     """(side * side, C) the embedding of each patch's place in a grid, between those of PLACES."""
     said = _embeddings(model, processor, [name for row in PLACES for name in row])
     grid = said.T.reshape(1, -1, len(PLACES), len(PLACES[0]))
-    return F.interpolate(grid, size=(side, side), mode="bilinear", align_corners=False)[0].flatten(1).T
+    return (
+        F.interpolate(grid, size=(side, side), mode="bilinear", align_corners=False)[0].flatten(1).T
+    )
 
 
 @torch.no_grad()

@@ -56,9 +56,13 @@ def _nano() -> Path:
 
 def _nano_tuned() -> Path:
     """A run of the preset ``nano``, or the projector and adapters that are shipped."""
-    found = [folder for folder in (RUNS / "nano-tuned", NANO_TUNED) if any(folder.glob("*.safetensors"))]
+    found = [
+        folder for folder in (RUNS / "nano-tuned", NANO_TUNED) if any(folder.glob("*.safetensors"))
+    ]
     if not found:
-        raise ConfigError("nano-tuned is not trained yet; python -m llavolta.train nano --output data/runs/nano-tuned")
+        raise ConfigError(
+            "nano-tuned is not trained yet; python -m llavolta.train nano --output data/runs/nano-tuned"
+        )
     return found[0]
 
 
@@ -71,7 +75,9 @@ WORLDS = {
     for world in (
         World("digits", _made_by("digits"), count=4000, heldout_count=300, steps=200),
         World("clips", _made_by("clips"), count=1500, heldout_count=150),
-        World("pictures", _made_by("pictures"), count=12000, heldout_count=150, unseen="unseen.json"),
+        World(
+            "pictures", _made_by("pictures"), count=12000, heldout_count=150, unseen="unseen.json"
+        ),
     )
 }
 # Names of models that come with the package, and what gives the folder of each (made on first use).
@@ -81,13 +87,19 @@ MODELS: dict[str, Callable[[], Path]] = {
     "nano": _nano,
     "nano-tuned": _nano_tuned,
 }
-HOMES = {"embedded-video": "clips", "nano": "pictures", "nano-tuned": "pictures"}  # their worlds; digits, if not here
+HOMES = {
+    "embedded-video": "clips",
+    "nano": "pictures",
+    "nano-tuned": "pictures",
+}  # their worlds; digits, if not here
 
 
 def world(name: str) -> World:
     """The world of that name. Raises DataError for an unknown one."""
     if name not in WORLDS:
-        raise DataError(f"unknown data {name!r}; choose from {', '.join(WORLDS)}, or give a LLaVA JSON file")
+        raise DataError(
+            f"unknown data {name!r}; choose from {', '.join(WORLDS)}, or give a LLaVA JSON file"
+        )
     return WORLDS[name]
 
 

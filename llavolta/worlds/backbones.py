@@ -46,14 +46,22 @@ CHAT_TEMPLATE = (
 
 def tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """A word-level tokenizer over the words of the digits questions, lower case, 40-odd words, and ``more``."""
-    vocabulary = {token: index for index, token in enumerate((*SPECIAL, *digits.vocabulary(), *more))}
+    vocabulary = {
+        token: index for index, token in enumerate((*SPECIAL, *digits.vocabulary(), *more))
+    }
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("?", "isolated"), pre_tokenizers.Split(".", "isolated")]
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Split("?", "isolated"),
+            pre_tokenizers.Split(".", "isolated"),
+        ]
     )
     bos = ("<s>", vocabulary["<s>"])
-    core.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[bos])
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[bos]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",
@@ -69,9 +77,13 @@ def tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
 
 def processor(size: int = digits.SIZE, patch: int = digits.PATCH) -> LlavaProcessor:
     """The processor of the embedded model: CLIP's normalisation at ``size`` pixels, one token a patch."""
-    from transformers import CLIPImageProcessor  # warns of a missing torchvision as soon as it is imported
+    from transformers import (
+        CLIPImageProcessor,
+    )  # warns of a missing torchvision as soon as it is imported
 
-    image_processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
     return LlavaProcessor(
         image_processor,
         tokenizer(),
@@ -84,17 +96,28 @@ def processor(size: int = digits.SIZE, patch: int = digits.PATCH) -> LlavaProces
 
 def vision_config(**changes) -> CLIPVisionConfig:
     sizes = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4)
-    return CLIPVisionConfig(**{**sizes, "image_size": digits.SIZE, "patch_size": digits.PATCH, **changes})
+    return CLIPVisionConfig(
+        **{**sizes, "image_size": digits.SIZE, "patch_size": digits.PATCH, **changes}
+    )
 
 
 def text_config(**changes) -> LlamaConfig:
     """8 decoder layers of width 128. Widths this small need initial weights near 1/sqrt(width), not 0.02."""
     sizes = dict(hidden_size=128, intermediate_size=344, num_hidden_layers=8, num_attention_heads=4)
-    ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, vocab_size=len(SPECIAL) + len(digits.vocabulary()))
-    return LlamaConfig(**{**sizes, **ids, "max_position_embeddings": 2048, "initializer_range": 0.08, **changes})
+    ids = dict(
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        vocab_size=len(SPECIAL) + len(digits.vocabulary()),
+    )
+    return LlamaConfig(
+        **{**sizes, **ids, "max_position_embeddings": 2048, "initializer_range": 0.08, **changes}
+    )
 
 
-def assemble(tower: CLIPVisionModel, language_model: LlamaForCausalLM, seed: int = 0) -> LlavaForConditionalGeneration:
+def assemble(
+    tower: CLIPVisionModel, language_model: LlamaForCausalLM, seed: int = 0
+) -> LlavaForConditionalGeneration:
     """A LLaVA of the two trained parts and a new projector."""
     torch.manual_seed(seed)
     ids = dict(zip(SPECIAL, range(len(SPECIAL)), strict=True))
@@ -118,14 +141,18 @@ def _fill(model, tower: CLIPVisionModel, language_model: LlamaForCausalLM):
             part.load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(language_model.model.state_dict())
     model.lm_head.load_state_dict(language_model.lm_head.state_dict())
-    for part in model.model.multi_modal_projector.modules():  # the default 0.02 is too small at this width
+    for (
+        part
+    ) in model.model.multi_modal_projector.modules():  # the default 0.02 is too small at this width
         if isinstance(part, torch.nn.Linear):
             torch.nn.init.normal_(part.weight, std=part.in_features**-0.5)
             torch.nn.init.zeros_(part.bias)
     return model
 
 
-def video_llava(model: LlavaForConditionalGeneration, seed: int = 0) -> VideoLlavaForConditionalGeneration:
+def video_llava(
+    model: LlavaForConditionalGeneration, seed: int = 0
+) -> VideoLlavaForConditionalGeneration:
     """A Video-LLaVA of the parts of a LLaVA, with a new projector, for frames of 48 x 48 pixels (6 x 6 patches).
 
     The tower keeps every second position in each direction, so that a frame spans the places of a whole scene; the

@@ -66,7 +66,9 @@ class Clips:
         middle = rng.uniform(-0.8, 0.8, (count, 2)) * room * (along == 0)
         time = np.linspace(-1, 1, LENGTH)[:, None] * rng.uniform(0.8, 1.0, (count, 1, 1))
         path = SIZE / 2 + middle[:, None] + along[:, None] * time * room[..., None]
-        return cls(np.where(shown, sequence, NONE), np.where(shown, starts, LENGTH), way, path, size)
+        return cls(
+            np.where(shown, sequence, NONE), np.where(shown, starts, LENGTH), way, path, size
+        )
 
     @property
     def turn(self) -> np.ndarray:
@@ -82,10 +84,17 @@ class Clips:
         """(B, 16, 48, 48, 3) bytes, drawn with scans of ``split``; random ink, paper and slant."""
         count = len(self.digits)
         glyphs = digits.draw_scans(self.digits.ravel(), split, rng).view(count, MOST, 8, 8)
-        glyphs = glyphs.gather(1, torch.tensor(self.turn)[..., None, None].expand(-1, -1, 8, 8)).flatten(0, 1)
-        every = [np.repeat(values, LENGTH) for values in (self.size.ravel(), rng.uniform(-0.2, 0.2, count))]
+        glyphs = glyphs.gather(
+            1, torch.tensor(self.turn)[..., None, None].expand(-1, -1, 8, 8)
+        ).flatten(0, 1)
+        every = [
+            np.repeat(values, LENGTH)
+            for values in (self.size.ravel(), rng.uniform(-0.2, 0.2, count))
+        ]
         ink = digits.place(glyphs, self.path.reshape(-1, 2), *every, SIZE)
-        return _bytes(digits.paint(ink.reshape(count, 1, -1, SIZE), rng)).reshape(count, LENGTH, SIZE, SIZE, 3)
+        return _bytes(digits.paint(ink.reshape(count, 1, -1, SIZE), rng)).reshape(
+            count, LENGTH, SIZE, SIZE, 3
+        )
 
 
 def _bytes(pictures: torch.Tensor) -> np.ndarray:
@@ -93,7 +102,9 @@ def _bytes(pictures: torch.Tensor) -> np.ndarray:
     return (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def ask(kind: str, sequence: np.ndarray, way: int, places: list[str], rng: np.random.Generator) -> tuple[str, str]:
+def ask(
+    kind: str, sequence: np.ndarray, way: int, places: list[str], rng: np.random.Generator
+) -> tuple[str, str]:
     """One question of type ``kind`` about a clip of the digits ``sequence`` (n,) that move ``way`` over ``places``, and
     its answer."""
     if kind == "direction":
@@ -108,7 +119,11 @@ def ask(kind: str, sequence: np.ndarray, way: int, places: list[str], rng: np.ra
         return "How often does it change?", str(len(sequence) - 1)
     if kind == "appearance":
         absent = np.setdiff1d(np.arange(10), sequence)
-        first, second = rng.permutation(sequence)[:2] if len(sequence) > 1 else (sequence[0], rng.choice(absent))
+        first, second = (
+            rng.permutation(sequence)[:2]
+            if len(sequence) > 1
+            else (sequence[0], rng.choice(absent))
+        )
         if len(sequence) == 1:
             first, second = rng.permutation([first, second])
             return f"Is there a {first}?", "yes" if first == sequence[0] else "no"
@@ -122,16 +137,22 @@ def ask_still(kind: str, labels: np.ndarray, rng: np.random.Generator) -> tuple[
     if kind != "where":
         return digits.ask(kind, labels, rng)
     cell = rng.choice(np.flatnonzero(labels != NONE))
-    return f"Where is {labels[cell]}?", digits.PLACES[int(np.flatnonzero(labels == labels[cell])[0])]
+    return f"Where is {labels[cell]}?", digits.PLACES[
+        int(np.flatnonzero(labels == labels[cell])[0])
+    ]
 
 
 def vocabulary() -> list[str]:
     """The words of the questions on clips, beside those of ``digits.vocabulary``."""
-    words = "which way where does it move first last how often change before " + " ".join(DIRECTIONS)
+    words = "which way where does it move first last how often change before " + " ".join(
+        DIRECTIONS
+    )
     return [word for word in dict.fromkeys(words.split()) if word not in digits.vocabulary()]
 
 
-def sample_stills(count: int, split: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def sample_stills(
+    count: int, split: str, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Stills: (B, 48, 48, 3) bytes with 1 to 3 digits at random cells, and the digits (B, 9), ``NONE`` where empty."""
     cells = digits.GRID**2
     order = rng.permuted(np.tile(np.arange(cells), (count, 1)), axis=1)
@@ -141,7 +162,9 @@ def sample_stills(count: int, split: str, rng: np.random.Generator) -> tuple[np.
     cell = np.stack([np.arange(cells) % digits.GRID, np.arange(cells) // digits.GRID], -1)
     centre = (cell + 0.5) * CELL + rng.uniform(-1, 1, (count, cells, 2))
     size, angle = rng.uniform(15, 18, count * cells), rng.uniform(-0.2, 0.2, count * cells)
-    drawn = digits.place(glyphs, centre.reshape(-1, 2), size, angle, SIZE).view(count, cells, SIZE, SIZE)
+    drawn = digits.place(glyphs, centre.reshape(-1, 2), size, angle, SIZE).view(
+        count, cells, SIZE, SIZE
+    )
     return _bytes(digits.paint(drawn.amax(1, keepdim=True), rng)), labels
 
 
@@ -164,7 +187,9 @@ def build(folder: str | Path, clips: int = 1500, heldout: int = 150, seed: int =
     ``heldout.json`` (on clips alone, one of each type), with types under ``"types"``; ``clips/``, ``stills/``. There
     are as many stills as clips. The same arguments always give the same files.
     """
-    return digits.build_once(Path(folder), {"clips": clips, "heldout": heldout, "seed": seed, "version": 1}, _write)
+    return digits.build_once(
+        Path(folder), {"clips": clips, "heldout": heldout, "seed": seed, "version": 1}, _write
+    )
 
 
 def _write(part: Path, clips: int, heldout: int, seed: int, version: int) -> None:
@@ -179,7 +204,9 @@ def _write(part: Path, clips: int, heldout: int, seed: int, version: int) -> Non
             name, path = f"clip_{split}_{row:06d}", f"clips/{split}_{row:06d}.mp4"
             write_clip(part / path, frames)
             sequence = layout.digits[row][layout.digits[row] != NONE]
-            types = [str(kind) for kind in rng.permutation(TURNS if split == "train" else QUESTION_TYPES)]
+            types = [
+                str(kind) for kind in rng.permutation(TURNS if split == "train" else QUESTION_TYPES)
+            ]
             turns = [ask(kind, sequence, layout.way[row], places[row], rng) for kind in types]
             entries.append({**digits.entry(name, path, turns, "video"), "types": types})
         if split == "train":

@@ -66,11 +66,15 @@ class Scenes:
         """Random layouts: 2 to 6 digit classes a scene, each cell empty with probability 0.2."""
         cells = GRID * GRID
         pool_size = rng.integers(2, 7, (count, 1))
-        pool = rng.permuted(np.tile(np.arange(10), (count, 1)), axis=1)  # a scene draws from its first few
+        pool = rng.permuted(
+            np.tile(np.arange(10), (count, 1)), axis=1
+        )  # a scene draws from its first few
         pick = (rng.random((count, cells)) * pool_size).astype(int)
         digits = np.take_along_axis(pool, pick, axis=1)
         digits[rng.random((count, cells)) < 0.2] = NONE
-        first = rng.integers(0, cells, (2, count))  # at least one digit, so that every question can be asked
+        first = rng.integers(
+            0, cells, (2, count)
+        )  # at least one digit, so that every question can be asked
         digits[np.arange(count), first[0]] = pool[:, 0]
         size = rng.integers(15, 29, (count, cells))
         corner = (rng.random((count, cells, 2)) * (CELL - size[..., None] + 1)).astype(int)
@@ -92,7 +96,9 @@ class Scenes:
         glyphs = draw_scans(self.digits.ravel(), split, rng)
         angle = rng.uniform(-0.2, 0.2, count * cells)
         centre = (self.corner + self.size[..., None] / 2).reshape(-1, 2)
-        drawn = place(glyphs, centre, self.size.ravel(), angle, CELL).reshape(count, cells, CELL, CELL)
+        drawn = place(glyphs, centre, self.size.ravel(), angle, CELL).reshape(
+            count, cells, CELL, CELL
+        )
         return paint(torch.tensor(_join_cells(drawn.numpy()))[:, None], rng)
 
 
@@ -108,13 +114,21 @@ def draw_scans(digits: np.ndarray, split: str, rng: np.random.Generator) -> torc
     return images[chosen] * torch.tensor(digits != NONE)[:, None, None]
 
 
-def place(glyphs: torch.Tensor, centre: np.ndarray, size: np.ndarray, angle: np.ndarray, side: int) -> torch.Tensor:
+def place(
+    glyphs: torch.Tensor, centre: np.ndarray, size: np.ndarray, angle: np.ndarray, side: int
+) -> torch.Tensor:
     """Each of ``glyphs`` (n, 8, 8) as large as ``size`` (n,) pixels, turned by ``angle`` (n,), with its centre at x, y
     ``centre`` (n, 2) of a square of ``side`` pixels: (n, side, side)."""
     zoom = side / size.reshape(-1, 1, 1)
-    turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], -1).reshape(-1, 2, 2)
-    affine = np.concatenate([zoom * turn, -zoom * turn @ (centre[..., None] / side * 2 - 1)], axis=2)
-    grid = F.affine_grid(torch.tensor(affine, dtype=torch.float32), [len(glyphs), 1, side, side], align_corners=False)
+    turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], -1).reshape(
+        -1, 2, 2
+    )
+    affine = np.concatenate(
+        [zoom * turn, -zoom * turn @ (centre[..., None] / side * 2 - 1)], axis=2
+    )
+    grid = F.affine_grid(
+        torch.tensor(affine, dtype=torch.float32), [len(glyphs), 1, side, side], align_corners=False
+    )
     return F.grid_sample(glyphs[:, None], grid, align_corners=False)[:, 0]
 
 
@@ -156,7 +170,9 @@ def ask(kind: str, digits: np.ndarray, rng: np.random.Generator) -> tuple[str, s
         second = rng.choice(others)
         if rng.random() < 0.5:
             first, second = second, first
-        return f"Is {PLACES[first]} larger than {PLACES[second]}?", "yes" if digits[first] > digits[second] else "no"
+        return f"Is {PLACES[first]} larger than {PLACES[second]}?", "yes" if digits[first] > digits[
+            second
+        ] else "no"
     raise ValueError(f"unknown question type {kind!r}; choose from {', '.join(QUESTION_TYPES)}")
 
 
@@ -209,7 +225,9 @@ def build_once(folder: Path, make: dict, write: Callable[..., None]) -> Path:
     if done.exists() and json.loads(done.read_text()) == make:
         return folder
     if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds something else than {make}; remove it or name another folder")
+        raise FileExistsError(
+            f"{folder} holds something else than {make}; remove it or name another folder"
+        )
     part = folder.with_name(f"{folder.name}.part{os.getpid()}")
     part.mkdir(parents=True)
     write(part, **make)
@@ -229,6 +247,8 @@ def entry(identifier: str, path: str, turns: list[tuple[str, str]], medium: str 
     """A conversation in LLaVA's format about the ``medium`` ("image" or "video") at ``path``."""
     conversation = []
     for turn, (question, answer) in enumerate(turns):
-        conversation.append({"from": "human", "value": (f"<{medium}>\n" if turn == 0 else "") + question})
+        conversation.append(
+            {"from": "human", "value": (f"<{medium}>\n" if turn == 0 else "") + question}
+        )
         conversation.append({"from": "gpt", "value": answer})
     return {"id": identifier, medium: path, "conversations": conversation}

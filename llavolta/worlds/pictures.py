@@ -30,27 +30,61 @@ TRAINED, UNSEEN = ("noto", "twemoji"), ("fluent3d",)
 GRIDS = {2: 0.15, 3: 0.45, 4: 0.3, 5: 0.1}  # cells a side, and how often
 TYPES = ("what", "where", "neighbour", "relation", "count", "presence", "kind", "colour", "odd")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
-KINDS = {"animal": "animals", "edible": "things to eat", "vehicle": "vehicles", "wearable": "things to wear"}
-KIND_NAMES = {"animal": "an animal", "edible": "food", "vehicle": "a vehicle", "wearable": "clothing"}
+KINDS = {
+    "animal": "animals",
+    "edible": "things to eat",
+    "vehicle": "vehicles",
+    "wearable": "things to wear",
+}
+KIND_NAMES = {
+    "animal": "an animal",
+    "edible": "food",
+    "vehicle": "a vehicle",
+    "wearable": "clothing",
+}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
 MARGIN = 6  # pixels that an object's centre keeps from the line between two places, to be said to be in one
 
 ASKED = {
-    "what": ["What is {place}?", "What do you see {place}?", "Which object is {place}?", "Name the thing {place}."],
+    "what": [
+        "What is {place}?",
+        "What do you see {place}?",
+        "Which object is {place}?",
+        "Name the thing {place}.",
+    ],
     "where": [
         "Where {is_} the {name}?",
         "Where can you see the {name}?",
         "In which part {is_} the {name}?",
     ],
     "neighbour": ["What is just {side} the {name}?", "Which object is directly {side} the {name}?"],
-    "relation": ["{Is} the {name} {side} the {other}?", "Can you see the {name} {side} the {other}?"],
-    "count": ["How many {plural} are there?", "How many {plural} do you see?", "Count the {plural}."],
-    "presence": ["{Is} there {a} {name}?", "Do you see {a} {name}?", "Does the picture show {a} {name}?"],
-    "kind": ["What kind of thing is {place}?", "Is the thing {place} an animal, food, a vehicle or clothing?"],
+    "relation": [
+        "{Is} the {name} {side} the {other}?",
+        "Can you see the {name} {side} the {other}?",
+    ],
+    "count": [
+        "How many {plural} are there?",
+        "How many {plural} do you see?",
+        "Count the {plural}.",
+    ],
+    "presence": [
+        "{Is} there {a} {name}?",
+        "Do you see {a} {name}?",
+        "Does the picture show {a} {name}?",
+    ],
+    "kind": [
+        "What kind of thing is {place}?",
+        "Is the thing {place} an animal, food, a vehicle or clothing?",
+    ],
     "colour": ["What color {is_} the {name}?", "Which color {is_} the {name}?"],
     "odd": ["Which one is not {kind}?", "One of these is not {kind}. Which one?"],
 }
-CAPTION = ["What is in the picture?", "What does the picture show?", "Describe the picture.", "List what you see."]
+CAPTION = [
+    "What is in the picture?",
+    "What does the picture show?",
+    "Describe the picture.",
+    "List what you see.",
+]
 SIDES = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 
@@ -62,9 +96,13 @@ def objects() -> pd.DataFrame:
     try:
         table = pd.read_csv(file, keep_default_na=False)
     except OSError as error:
-        raise DataError(f"the drawings' list {file} cannot be read ({error}); restore data/pictures") from None
+        raise DataError(
+            f"the drawings' list {file} cannot be read ({error}); restore data/pictures"
+        ) from None
     number = {name: row for row, name in enumerate(table.name)}
-    table["avoid"] = [{number[n] for n in names.split("|") if n in number} for names in table.avoid_with]
+    table["avoid"] = [
+        {number[n] for n in names.split("|") if n in number} for names in table.avoid_with
+    ]
     return table
 
 
@@ -73,11 +111,16 @@ def drawings(vendor: str) -> list[list[Image.Image]]:
     """The drawings (RGBA) of each object by ``vendor``. Raises DataError, naming the file, if one cannot be read."""
     found = []
     for slug in objects().slug:
-        files = [PICTURES / vendor / f"{slug}.webp", *sorted((PICTURES / vendor).glob(f"{slug}.[0-9].webp"))]
+        files = [
+            PICTURES / vendor / f"{slug}.webp",
+            *sorted((PICTURES / vendor).glob(f"{slug}.[0-9].webp")),
+        ]
         try:
             found.append([Image.open(file).convert("RGBA") for file in files])
         except (OSError, UnidentifiedImageError) as error:
-            raise DataError(f"a drawing of {slug} cannot be read ({error}); restore data/pictures") from None
+            raise DataError(
+                f"a drawing of {slug} cannot be read ({error}); restore data/pictures"
+            ) from None
     return found
 
 
@@ -132,7 +175,9 @@ class Scene:
             pool = np.concatenate([pool[~of_kind][:1], pool[of_kind]])
         chosen: list[int] = []
         for number in pool.tolist():
-            if not any(number in table.avoid[other] or other in table.avoid[number] for other in chosen):
+            if not any(
+                number in table.avoid[other] or other in table.avoid[number] for other in chosen
+            ):
                 chosen.append(number)
             if len(chosen) == count:
                 break
@@ -140,13 +185,18 @@ class Scene:
             again = int(rng.integers(1, count))
             chosen = [chosen[0]] * (again + 1) + chosen[1 : count - again]
         cells = rng.permutation(grid * grid)[: len(chosen)]
-        return cls(grid, tuple(_put(n, int(c), grid, vendors, rng) for n, c in zip(chosen, cells, strict=True)))
+        return cls(
+            grid,
+            tuple(_put(n, int(c), grid, vendors, rng) for n, c in zip(chosen, cells, strict=True)),
+        )
 
     def render(self, rng: np.random.Generator) -> Image.Image:
         picture = background(rng)
         for thing in self.things:
             views = drawings(thing.vendor)[thing.number]
-            views = views[:1] if objects().colour[thing.number] else views  # others may be of another colour
+            views = (
+                views[:1] if objects().colour[thing.number] else views
+            )  # others may be of another colour
             side = thing.box[2] - thing.box[0]
             drawn = views[rng.integers(len(views))].resize((side, side), Image.Resampling.LANCZOS)
             if rng.random() < 0.2:
@@ -163,12 +213,16 @@ class Scene:
         return [thing for thing in self.things if thing.place in (place, None)]
 
 
-def _put(number: int, cell: int, grid: int, vendors: tuple[str, ...], rng: np.random.Generator) -> Thing:
+def _put(
+    number: int, cell: int, grid: int, vendors: tuple[str, ...], rng: np.random.Generator
+) -> Thing:
     side = SIZE // grid
     size = int(min(72, side) * rng.uniform(0.75, 1))
     column, row = cell % grid, cell // grid
     x, y = (int(at * side + rng.integers(0, side - size + 1)) for at in (column, row))
-    return Thing(number, (column, row), (x, y, x + size, y + size), vendors[rng.integers(len(vendors))])
+    return Thing(
+        number, (column, row), (x, y, x + size, y + size), vendors[rng.integers(len(vendors))]
+    )
 
 
 def background(rng: np.random.Generator) -> Image.Image:
@@ -180,12 +234,18 @@ def background(rng: np.random.Generator) -> Image.Image:
     pixels = first + (last - first) * np.broadcast_to(slope, (SIZE, SIZE))[..., None]
     kind = rng.random()
     if kind < 0.25:  # soft blobs
-        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((SIZE, SIZE), 3)
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(
+            (SIZE, SIZE), 3
+        )
         pixels = 0.75 * pixels + 0.25 * np.asarray(coarse)
     elif kind < 0.5:  # stripes or checks
         width = int(rng.integers(8, 40))
         bands = (np.arange(SIZE) // width) % 2
-        mark = bands[:, None] ^ bands[None, :] if kind < 0.4 else np.broadcast_to(bands[None, :], (SIZE, SIZE))
+        mark = (
+            bands[:, None] ^ bands[None, :]
+            if kind < 0.4
+            else np.broadcast_to(bands[None, :], (SIZE, SIZE))
+        )
         pixels = pixels + rng.uniform(-25, 25, 3) * mark[..., None]
     pixels = pixels + rng.normal(0, rng.uniform(0, 8), pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
@@ -245,7 +305,8 @@ def _relation(scene: Scene, rng) -> tuple[dict, str] | None:
         for a in single
         for b in single
         for side, (dx, dy) in SIDES.items()
-        if (a.cell[0] - b.cell[0]) * dx + (a.cell[1] - b.cell[1]) * dy > 0  # so, and clearly: a cell apart
+        if (a.cell[0] - b.cell[0]) * dx + (a.cell[1] - b.cell[1]) * dy
+        > 0  # so, and clearly: a cell apart
     ]
     found = _pick(rng, pairs)
     if found is None:
@@ -256,9 +317,15 @@ def _relation(scene: Scene, rng) -> tuple[dict, str] | None:
 
 def _count(scene: Scene, rng) -> tuple[dict, str] | None:
     plural = objects().plural
-    counts = [(plural[t.number], sum(o.number == t.number for o in scene.things)) for t in scene.things]
-    counts += [(words, sum(thing.is_a(kind) for thing in scene.things)) for kind, words in KINDS.items()]
-    asked = [(words, n) for words, n in counts if words and (n > 1 or n == 1 and rng.random() < 0.1)]
+    counts = [
+        (plural[t.number], sum(o.number == t.number for o in scene.things)) for t in scene.things
+    ]
+    counts += [
+        (words, sum(thing.is_a(kind) for thing in scene.things)) for kind, words in KINDS.items()
+    ]
+    asked = [
+        (words, n) for words, n in counts if words and (n > 1 or n == 1 and rng.random() < 0.1)
+    ]
     found = _pick(rng, asked)  # one of a thing is seldom worth counting
     return found and (dict(plural=found[0]), NUMBERS[found[1]])
 
@@ -278,9 +345,16 @@ def _presence(scene: Scene, rng) -> tuple[dict, str] | None:
 
 
 def _kind(scene: Scene, rng) -> tuple[dict, str] | None:
-    crisp = [t for t in scene.things if t.place and scene.at(t.place) == [t] and sum(map(t.is_a, KINDS)) == 1]
+    crisp = [
+        t
+        for t in scene.things
+        if t.place and scene.at(t.place) == [t] and sum(map(t.is_a, KINDS)) == 1
+    ]
     thing = _pick(rng, crisp)
-    return thing and (dict(place=_where(thing.place)), next(KIND_NAMES[k] for k in KINDS if thing.is_a(k)))
+    return thing and (
+        dict(place=_where(thing.place)),
+        next(KIND_NAMES[k] for k in KINDS if thing.is_a(k)),
+    )
 
 
 def _colour(scene: Scene, rng) -> tuple[dict, str] | None:
@@ -298,7 +372,11 @@ def _odd(scene: Scene, rng) -> tuple[dict, str] | None:
 
 
 _QUESTIONS: dict[str, Callable] = dict(
-    zip(TYPES, (_what, _where_is, _neighbour, _relation, _count, _presence, _kind, _colour, _odd), strict=True)
+    zip(
+        TYPES,
+        (_what, _where_is, _neighbour, _relation, _count, _presence, _kind, _colour, _odd),
+        strict=True,
+    )
 )
 
 
@@ -306,15 +384,26 @@ def caption(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     """A question for all that is there, and what is, row by row."""
     ordered = sorted(scene.things, key=lambda thing: (thing.cell[1], thing.cell[0]))
     table = objects()
-    said = [f"{table.article[t.number]} {t.name}" + (f" {_where(t.place)}" if t.place else "") for t in ordered]
+    said = [
+        f"{table.article[t.number]} {t.name}" + (f" {_where(t.place)}" if t.place else "")
+        for t in ordered
+    ]
     text = ", ".join(said[:-1]) + f" and {said[-1]}."
     return CAPTION[rng.integers(len(CAPTION))], text[0].upper() + text[1:]
 
 
 def turns(scene: Scene, rng: np.random.Generator, count: int) -> list[tuple[str, str, str]]:
     """Up to ``count`` (type, question, answer), none asked twice: half of them ask for names and places."""
-    names, others = rng.permutation(["what", "what", "where", "neighbour"]), rng.permutation(TYPES[3:])
-    order = [*names[: count // 2], *others[: count - count // 2], *names[count // 2 :], *others[count - count // 2 :]]
+    names, others = (
+        rng.permutation(["what", "what", "where", "neighbour"]),
+        rng.permutation(TYPES[3:]),
+    )
+    order = [
+        *names[: count // 2],
+        *others[: count - count // 2],
+        *names[count // 2 :],
+        *others[count - count // 2 :],
+    ]
     order = list(map(str, order))
     asked: dict[str, tuple[str, str]] = {}
     answers: set[tuple[str, str]] = set()
@@ -342,21 +431,33 @@ def build(folder: str | Path, scenes: int = 12000, heldout: int = 150, seed: int
 
 def _write(part: Path, scenes: int, heldout: int, seed: int, version: int) -> None:
     (part / "images").mkdir()
-    splits = (("train", scenes, TRAINED, 6), ("heldout", heldout, TRAINED, 4), ("unseen", heldout, UNSEEN, 4))
+    splits = (
+        ("train", scenes, TRAINED, 6),
+        ("heldout", heldout, TRAINED, 4),
+        ("unseen", heldout, UNSEEN, 4),
+    )
     for number, (split, count, vendors, questions) in enumerate(splits):
         rng = np.random.default_rng([seed, number])
         entries, captions = [], []
-        for row in tqdm(range(count), desc=f"pictures: {split}", unit="scene", mininterval=2, leave=False):
+        for row in tqdm(
+            range(count), desc=f"pictures: {split}", unit="scene", mininterval=2, leave=False
+        ):
             scene = Scene.sample(rng, vendors)
             identifier, name = f"{split}_{row:06d}", f"images/{split}_{row:06d}.jpg"
             scene.render(rng).save(part / name, quality=92, subsampling=0)
-            shown = [dict(name=thing.name, box=thing.box, vendor=thing.vendor) for thing in scene.things]
+            shown = [
+                dict(name=thing.name, box=thing.box, vendor=thing.vendor) for thing in scene.things
+            ]
             asked_of = turns(scene, rng, questions)
-            if split == "train" and rng.random() < 0.5:  # one of two is described, too, by fewer questions
+            if (
+                split == "train" and rng.random() < 0.5
+            ):  # one of two is described, too, by fewer questions
                 asked_of = [("caption", *caption(scene, rng)), *asked_of[:-2]]
             types, *asked = zip(*asked_of, strict=True)
             pairs = list(zip(*asked, strict=True))
-            entries.append({**entry(identifier, name, pairs), "types": list(types), "objects": shown})
+            entries.append(
+                {**entry(identifier, name, pairs), "types": list(types), "objects": shown}
+            )
             captions.append({**entry(identifier, name, [caption(scene, rng)]), "objects": shown})
         (part / f"{split}.json").write_text(json.dumps(entries))
         if split == "train":

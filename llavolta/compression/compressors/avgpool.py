@@ -56,7 +56,9 @@ class AveragePool(Compressor):
         count = mask.sum(-1)  # (I, M) tokens in each window
         at_least_one = count.clamp(min=1)[..., None]
 
-        hidden = F.pad(tokens.hidden * tokens.mask[..., None].to(tokens.hidden.dtype), (0, 0, 0, pad))
+        hidden = F.pad(
+            tokens.hidden * tokens.mask[..., None].to(tokens.hidden.dtype), (0, 0, 0, pad)
+        )
         total = hidden.view(images, windows, stride, -1).sum(2, dtype=torch.float32)
         positions = F.pad(tokens.positions * tokens.mask[..., None], (0, 0, 0, pad))
         positions = positions.view(images, windows, stride, -1).sum(2) // at_least_one
@@ -64,4 +66,6 @@ class AveragePool(Compressor):
         start = torch.arange(windows, device=mask.device) * stride
         anchor = start + (count - 1).clamp(min=0) // 2  # the token that stands at the mean position
         group = (torch.arange(length, device=mask.device) // stride).expand(images, -1)
-        return CompressedTokens((total / at_least_one).to(tokens.hidden.dtype), count > 0, anchor, positions, group)
+        return CompressedTokens(
+            (total / at_least_one).to(tokens.hidden.dtype), count > 0, anchor, positions, group
+        )

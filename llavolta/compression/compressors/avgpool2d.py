@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llavolta.compression.compressors.avgpool3d import pool_blocks
-from llavolta.compression.compressors.base import CompressedTokens, Compressor, VisualTokens, require_int
+from llavolta.compression.compressors.base import (
+    CompressedTokens,
+    Compressor,
+    VisualTokens,
+    require_int,
+)
 
 
 @dataclass(frozen=True)

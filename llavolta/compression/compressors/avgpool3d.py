@@ -7,7 +7,13 @@ from typing import ClassVar
 
 import torch
 
-from llavolta.compression.compressors.base import CompressedTokens, Compressor, VisualTokens, require_int, sum_groups
+from llavolta.compression.compressors.base import (
+    CompressedTokens,
+    Compressor,
+    VisualTokens,
+    require_int,
+    sum_groups,
+)
 from llavolta.errors import UnsupportedModel
 
 CLIP = 8  # frames of a clip, where only its number of tokens is known
@@ -56,20 +62,32 @@ def pool_blocks(tokens: VisualTokens, frames: int, k: int, owner: str) -> Compre
     each = mask.sum(1) // tokens.frames  # (V,) tokens of a frame
     lead = each - grid.prod(1)  # 1 where a class token comes first
     if bool(((grid[:, 0] == 1) & (grid[:, 1] > 1)).any()):
-        raise UnsupportedModel(f"{owner} needs pictures that are a rectangle of tokens; use avgpool at this place")
-    each, lead, length, height, width = (v[:, None] for v in (each, lead, tokens.frames, *grid.unbind(1)))
-    rows, columns, blocks = (height + k - 1) // k, (width + k - 1) // k, (length + frames - 1) // frames
+        raise UnsupportedModel(
+            f"{owner} needs pictures that are a rectangle of tokens; use avgpool at this place"
+        )
+    each, lead, length, height, width = (
+        v[:, None] for v in (each, lead, tokens.frames, *grid.unbind(1))
+    )
+    rows, columns, blocks = (
+        (height + k - 1) // k,
+        (width + k - 1) // k,
+        (length + frames - 1) // frames,
+    )
     per_block = rows * columns + lead
     windows = int((blocks * per_block).max())
 
     place = torch.arange(mask.shape[1], device=mask.device)
     frame, patch = place // each, place % each - lead  # (V, L)
     inside = torch.where(patch < 0, 0, lead + patch // width // k * columns + patch % width // k)
-    group = (frame // frames * per_block + inside).masked_fill(~mask, windows)  # padding: a window to spare
+    group = (frame // frames * per_block + inside).masked_fill(
+        ~mask, windows
+    )  # padding: a window to spare
 
     count = sum_groups(mask.long()[..., None], group, windows)[..., 0]
     at_least_one = count.clamp(min=1)[..., None]
-    hidden = (sum_groups(tokens.hidden.float(), group, windows) / at_least_one).to(tokens.hidden.dtype)
+    hidden = (sum_groups(tokens.hidden.float(), group, windows) / at_least_one).to(
+        tokens.hidden.dtype
+    )
     positions = sum_groups(tokens.positions, group, windows) // at_least_one
 
     window = torch.arange(windows, device=mask.device)
@@ -79,6 +97,8 @@ def pool_blocks(tokens: VisualTokens, frames: int, k: int, owner: str) -> Compre
         return first + (torch.minimum(most - first, torch.full_like(first, size)) - 1) // 2
 
     row, column = middle(cell // columns * k, height, k), middle(cell % columns * k, width, k)
-    anchor = middle(block * frames, length, frames) * each + torch.where(cell < 0, 0, lead + row * width + column)
+    anchor = middle(block * frames, length, frames) * each + torch.where(
+        cell < 0, 0, lead + row * width + column
+    )
     left = torch.cat([rows, columns], dim=1)
     return CompressedTokens(hidden, count > 0, anchor, positions, group, left, blocks[:, 0])

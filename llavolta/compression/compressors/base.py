@@ -75,7 +75,9 @@ class VisualTokens:
         compressor lists those that it asks for in ``tower_layers``. per_head: the mean of each head's softmax, else
         all heads as one of width D, as in PruMerge (arXiv 2403.15388).
         """
-        if isinstance(query, str) and (query in ("class", "received") or isinstance(self.probe, TowerProbe)):
+        if isinstance(query, str) and (
+            query in ("class", "received") or isinstance(self.probe, TowerProbe)
+        ):
             return self._tower().attention(query, layer, per_head)
         return self._probe().attention(query, previous)
 
@@ -88,9 +90,13 @@ class VisualTokens:
         """(I, L) where a compressor may ask the tower: each head's attention of the class token, its mean over heads;
         if the tower has no class token (SigLIP), the attention that a patch receives, the mean over heads and patches.
         """
-        return self.attention("class" if self._tower().class_token else "received", layer=layer, per_head=True)
+        return self.attention(
+            "class" if self._tower().class_token else "received", layer=layer, per_head=True
+        )
 
-    def keys(self, layer: str | int | None = None, per_head: bool = False, rotated: bool = False) -> Tensor:
+    def keys(
+        self, layer: str | int | None = None, per_head: bool = False, rotated: bool = False
+    ) -> Tensor:
         """(I, L, D) keys of this decoder layer, all heads side by side, before rotation or ``rotated``; no gradient.
 
         layer: of the tower's ("last" where there is none else, at "vision"), before rotation; per_head: their mean over
@@ -136,7 +142,9 @@ class VisualTokens:
         return self._probe().norm(hidden)
 
     def _tower(self) -> TowerProbe:
-        tower = self.probe if isinstance(self.probe, TowerProbe) else getattr(self.probe, "tower", None)
+        tower = (
+            self.probe if isinstance(self.probe, TowerProbe) else getattr(self.probe, "tower", None)
+        )
         if tower is None:
             raise ValueError(
                 "attention and keys of the vision tower exist at 'vision' and layer 0, for a compressor that lists "
@@ -210,7 +218,10 @@ class Compressor(ABC):
         name = vars(cls).get("name")  # an inherited one stays its owner's
         if name:
             held = COMPRESSORS.get(name, cls)
-            if (held.__module__, held.__qualname__) != (cls.__module__, cls.__qualname__):  # the same: defined anew
+            if (held.__module__, held.__qualname__) != (
+                cls.__module__,
+                cls.__qualname__,
+            ):  # the same: defined anew
                 raise NameTaken(
                     f"compressor name {name!r} of {cls.__qualname__} is held by {held.__module__}.{held.__qualname__}; "
                     "choose another"
@@ -242,7 +253,9 @@ class Compressor(ABC):
         for option in fields(self):
             value = getattr(self, option.name)
             if isinstance(value, bool):
-                written += [f"{option.name}={str(value).lower()}"] * (value or option.default is True)
+                written += [f"{option.name}={str(value).lower()}"] * (
+                    value or option.default is True
+                )
             else:
                 written.append(str(value))
         return ":".join([self.name, *written])
@@ -309,7 +322,11 @@ class KeepBudget(Compressor):
         return self.positions != "original"
 
     def num_tokens(self, num_tokens: int) -> int:
-        return min(num_tokens, int(self.keep)) if self.keep > 1 else max(1, round(num_tokens * self.keep))
+        return (
+            min(num_tokens, int(self.keep))
+            if self.keep > 1
+            else max(1, round(num_tokens * self.keep))
+        )
 
     def budget(self, mask: Tensor) -> Tensor:
         """(I,) how many of the tokens mask (I, L) of each picture are left."""
@@ -357,20 +374,26 @@ def cosines(features: Tensor) -> Tensor:
     return (alike + alike.transpose(1, 2)) / 2
 
 
-def by_size(tokens: VisualTokens, work: Callable[..., CompressedTokens], *values: Tensor) -> CompressedTokens:
+def by_size(
+    tokens: VisualTokens, work: Callable[..., CompressedTokens], *values: Tensor
+) -> CompressedTokens:
     """``work(tokens, *values)``, called with pictures of one size at a time, which have no padding and no probe.
 
     values: (I, L, ...) what was asked of the probe, cut as the tokens are.
     """
     if bool(tokens.mask.all()) and bool((tokens.grid == tokens.grid[:1]).all()):
         return work(tokens, *values)
-    sizes, which = torch.cat([tokens.grid, tokens.mask.sum(1, keepdim=True)], 1).unique(dim=0, return_inverse=True)
+    sizes, which = torch.cat([tokens.grid, tokens.mask.sum(1, keepdim=True)], 1).unique(
+        dim=0, return_inverse=True
+    )
     parts = []
     for number, count in enumerate(sizes[:, 2].tolist()):
         chosen = (which == number).nonzero()[:, 0]
         names = ("hidden", "mask", "positions", "size")
         cut = {name: getattr(tokens, name)[chosen, :count] for name in names}
-        alike = VisualTokens(**cut, grid=tokens.grid[chosen], frames=tokens.frames[chosen], training=tokens.training)
+        alike = VisualTokens(
+            **cut, grid=tokens.grid[chosen], frames=tokens.frames[chosen], training=tokens.training
+        )
         parts.append((chosen, work(alike, *(value[chosen, :count] for value in values))))
     longest, length = max(part.mask.shape[1] for _, part in parts), tokens.mask.shape[1]
     images = len(tokens.mask)
@@ -382,11 +405,15 @@ def by_size(tokens: VisualTokens, work: Callable[..., CompressedTokens], *values
         for chosen, part in parts:
             value = getattr(part, name).expand(len(chosen), *getattr(part, name).shape[1:])
             whole = value.new_zeros(images, wide, *value.shape[2:]) if whole is None else whole
-            whole = whole.index_put((chosen[:, None], torch.arange(value.shape[1], device=chosen.device)), value)
+            whole = whole.index_put(
+                (chosen[:, None], torch.arange(value.shape[1], device=chosen.device)), value
+            )
         return whole
 
     names = ("hidden", "mask", "anchor", "positions", "size", "calibration")
-    return CompressedTokens(**{name: joined(name, longest) for name in names}, group=joined("group", length))
+    return CompressedTokens(
+        **{name: joined(name, longest) for name in names}, group=joined("group", length)
+    )
 
 
 def keep_tokens(tokens: VisualTokens, keep: Tensor) -> CompressedTokens:
@@ -396,7 +423,9 @@ def keep_tokens(tokens: VisualTokens, keep: Tensor) -> CompressedTokens:
     longest = int(count.max())
     anchor = torch.argsort(~keep, dim=1, stable=True)[:, :longest]
     hidden = tokens.hidden.gather(1, anchor[..., None].expand(-1, -1, tokens.hidden.shape[-1]))
-    return CompressedTokens(hidden, torch.arange(longest, device=keep.device) < count[:, None], anchor)
+    return CompressedTokens(
+        hidden, torch.arange(longest, device=keep.device) < count[:, None], anchor
+    )
 
 
 def check_output(
@@ -414,17 +443,22 @@ def check_output(
     anchor = out.anchor.expand(kept).clamp(0, length - 1)
     found = (
         out.mask.any(1).all(),
-        ((anchor.diff(dim=1) > 0) | ~out.mask[:, 1:]).all() & (tokens.mask.gather(1, anchor) | ~out.mask).all(),
+        ((anchor.diff(dim=1) > 0) | ~out.mask[:, 1:]).all()
+        & (tokens.mask.gather(1, anchor) | ~out.mask).all(),
         (torch.isfinite(out.hidden) | ~out.mask[..., None]).all(),
         out.mask.all(),
     )
-    some_left, sound, finite, whole = torch.stack(found).tolist()  # the host waits for the device once
+    some_left, sound, finite, whole = torch.stack(
+        found
+    ).tolist()  # the host waits for the device once
     if not (some_left or may_empty):
         raise ValueError(f"{where} left an image with no token; every image must keep at least one")
     if not sound:
         raise ValueError(f"{where} returned anchors that do not rise, or that stand at padding")
     if not finite:
-        raise FloatingPointError(f"{where} returned NaN or infinite values; check the compressor and the learning rate")
+        raise FloatingPointError(
+            f"{where} returned NaN or infinite values; check the compressor and the learning rate"
+        )
     return replace(out, anchor=anchor), whole
 
 
@@ -436,7 +470,9 @@ def share_of(mask: Tensor, keep: float) -> Tensor:
 def sum_groups(values: Tensor, group: Tensor, groups: int) -> Tensor:
     """values (I, L, D) -> (I, groups, D), the sum of those of each group; group (I, L), ``groups`` at padding."""
     index = group[..., None].expand_as(values)
-    return values.new_zeros(len(values), groups + 1, values.shape[-1]).scatter_add(1, index, values)[:, :-1]
+    return values.new_zeros(len(values), groups + 1, values.shape[-1]).scatter_add(
+        1, index, values
+    )[:, :-1]
 
 
 _MOST = 2**32 - 1  # beyond it, arithmetic on tensors overflows
@@ -464,7 +500,9 @@ def require_switch(owner: str, name: str, value: bool) -> None:
 
 def require_choice(owner: str, name: str, value: str, known) -> None:
     if value not in get_args(known):
-        raise ValueError(f"{owner}: {name} must be one of {', '.join(get_args(known))}, not {value!r}")
+        raise ValueError(
+            f"{owner}: {name} must be one of {', '.join(get_args(known))}, not {value!r}"
+        )
 
 
 def require_int(owner: str, name: str, value: int, at_least: int, at_most: int = _MOST) -> None:

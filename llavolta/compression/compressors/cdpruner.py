@@ -41,7 +41,9 @@ class CDPruner(KeepBudget):
     def relevance(self, tokens: VisualTokens) -> Tensor:
         """(I, L)."""
         words, behind = tokens.rows()
-        mean = (F.normalize(words.float(), dim=-1) * behind[..., None]).sum(1) / behind.sum(1, keepdim=True)
+        mean = (F.normalize(words.float(), dim=-1) * behind[..., None]).sum(1) / behind.sum(
+            1, keepdim=True
+        )
         found = matmul_float32(F.normalize(tokens.hidden.float(), dim=-1), mean[..., None])[..., 0]
         low = found.masked_fill(~tokens.mask, torch.inf).amin(1, keepdim=True)
         high = found.masked_fill(~tokens.mask, -torch.inf).amax(1, keepdim=True)

@@ -27,4 +27,6 @@ class ClassAttention(KeepBudget):
     tower_layers: ClassVar[tuple[str | int, ...]] = ("selected",)
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
-        return keep_tokens(tokens, largest_of(tokens.salience(), self.budget(tokens.mask), tokens.mask))
+        return keep_tokens(
+            tokens, largest_of(tokens.salience(), self.budget(tokens.mask), tokens.mask)
+        )

@@ -55,13 +55,18 @@ class DART(KeepBudget):
         """(I, L) bool."""
         hidden, behind = tokens.rows()  # (I, T, C), (I, T)
         norms, column = tokens.row_keys().float().abs().sum(-1), tokens.column
-        counts = [norms.new_full((len(norms),), count) for count in (self.image_pivots, self.text_pivots)]
+        counts = [
+            norms.new_full((len(norms),), count) for count in (self.image_pivots, self.text_pivots)
+        ]
         kept = largest_of(norms.gather(1, column), counts[0], tokens.mask)
         text = largest_of(norms, counts[1], behind)
 
         pivots, there = first_of(torch.zeros_like(text).scatter(1, column, kept), self.image_pivots)
         more = first_of(text, self.text_pivots)
-        pivots, there = torch.cat([pivots, more[0]], dim=1), torch.cat([there, more[1]], dim=1)  # (I, P)
+        pivots, there = (
+            torch.cat([pivots, more[0]], dim=1),
+            torch.cat([there, more[1]], dim=1),
+        )  # (I, P)
         unit = F.normalize(tokens.final_norm(hidden).float(), dim=-1)
         visual, references = take(unit, column), take(unit, pivots)
         similarity = matmul_float32(visual, references.transpose(1, 2))  # (I, L, P)

@@ -31,7 +31,9 @@ class DivPrune(KeepBudget):
     name: ClassVar[str] = "divprune"
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
-        return keep_tokens(tokens, self._diverse(tokens.hidden.detach(), tokens.mask, self.budget(tokens.mask)))
+        return keep_tokens(
+            tokens, self._diverse(tokens.hidden.detach(), tokens.mask, self.budget(tokens.mask))
+        )
 
     @staticmethod
     def _diverse(hidden: Tensor, mask: Tensor, count: Tensor) -> Tensor:
@@ -42,5 +44,7 @@ class DivPrune(KeepBudget):
             own = distance[picture, chosen]
             return own if step == 0 else torch.minimum(gain, own)
 
-        nearest = distance.diagonal_scatter(distance.new_full(mask.shape, torch.inf), dim1=1, dim2=2).amin(2)
+        nearest = distance.diagonal_scatter(
+            distance.new_full(mask.shape, torch.inf), dim1=1, dim2=2
+        ).amin(2)
         return choose_greedily(count, mask, nearest, nearest_chosen)

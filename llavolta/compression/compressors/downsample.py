@@ -8,7 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llavolta.compression.compressors.base import CompressedTokens, Compressor, VisualTokens, require_share
+from llavolta.compression.compressors.base import (
+    CompressedTokens,
+    Compressor,
+    VisualTokens,
+    require_share,
+)
 from llavolta.compression.probe import matmul_float32
 from llavolta.errors import UnsupportedModel
 
@@ -45,24 +50,34 @@ class Downsample(Compressor):
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
         rectangle = tokens.grid.prod(1) == tokens.mask.sum(1)
         if bool((~rectangle | (tokens.grid[:, 0] == 1) & (tokens.grid[:, 1] > 1)).any()):
-            raise UnsupportedModel(f"{self} needs pictures that are a rectangle of tokens; use avgpool or kmeans here")
+            raise UnsupportedModel(
+                f"{self} needs pictures that are a rectangle of tokens; use avgpool or kmeans here"
+            )
         mask, grid = tokens.mask, tokens.grid
         size = (grid.double() * self.keep**0.5).round().clamp(min=1).long()  # (I, 2) the new grid
         count = size.prod(1, keepdim=True)
         old = _rows_and_columns(torch.arange(mask.shape[1], device=mask.device), grid)  # (I, L, 2)
-        new = _rows_and_columns(torch.arange(int(count.max()), device=mask.device), size)  # (I, M, 2)
+        new = _rows_and_columns(
+            torch.arange(int(count.max()), device=mask.device), size
+        )  # (I, M, 2)
 
         scale = (grid / size)[:, None]  # (I, 1, 2) old tokens per new one
         first, last = new * scale, (new + 1) * scale
-        covered = torch.minimum(last[:, :, None], old[:, None] + 1) - torch.maximum(first[:, :, None], old[:, None])
+        covered = torch.minimum(last[:, :, None], old[:, None] + 1) - torch.maximum(
+            first[:, :, None], old[:, None]
+        )
         weight = covered.clamp(min=0).prod(-1) * mask[:, None]  # (I, M, L)
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
         hidden = matmul_float32(weight, tokens.hidden).to(tokens.hidden.dtype)
 
         centre = ((2 * new + 1) * grid[:, None]) // (2 * size[:, None])  # (I, M, 2)
-        cell = ((2 * old + 1) * size[:, None]) // (2 * grid[:, None])  # (I, L, 2) the cell over each token's centre
+        cell = ((2 * old + 1) * size[:, None]) // (
+            2 * grid[:, None]
+        )  # (I, L, 2) the cell over each token's centre
         left = torch.arange(new.shape[1], device=mask.device) < count
-        return CompressedTokens(hidden, left, _number(centre, grid), group=_number(cell, size), grid=size)
+        return CompressedTokens(
+            hidden, left, _number(centre, grid), group=_number(cell, size), grid=size
+        )
 
 
 def _rows_and_columns(number: Tensor, grid: Tensor) -> Tensor:

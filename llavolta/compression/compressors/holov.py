@@ -48,7 +48,9 @@ class HoloV(KeepBudget):
         require_int(self.name, "crops", self.crops, at_least=1, at_most=10_000)
         require_choice(self.name, "shape", self.shape, Shape)
         if self.shape == "square" and round(self.crops**0.5) ** 2 != self.crops:
-            raise ValueError(f"{self.name}: square crops are a square number, such as 16, not {self.crops}")
+            raise ValueError(
+                f"{self.name}: square crops are a square number, such as 16, not {self.crops}"
+            )
         require_number(self.name, "alpha", self.alpha)
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
@@ -71,8 +73,13 @@ class HoloV(KeepBudget):
         size = member.sum(0)
         budget = _shares(self.scores(tokens, salience, crop), size, count)
         order = salience.argsort(dim=1, descending=True, stable=True)
-        order = order.gather(1, crop[order].argsort(dim=1, stable=True))  # crop by crop, the best first
-        rank = torch.arange(len(crop), device=crop.device) - (size.cumsum(0) - size)[crop.sort().values]
+        order = order.gather(
+            1, crop[order].argsort(dim=1, stable=True)
+        )  # crop by crop, the best first
+        rank = (
+            torch.arange(len(crop), device=crop.device)
+            - (size.cumsum(0) - size)[crop.sort().values]
+        )
         rank = torch.empty_like(order).scatter_(1, order, rank.long().expand_as(order).contiguous())
         return keep_tokens(tokens, rank < budget.long()[:, crop])
 
@@ -85,7 +92,9 @@ class HoloV(KeepBudget):
         away = (alike - (alike.sum(-1) / size)[..., None]) * inside
         variance = away.square().sum(-1) / (size - 1).clamp(min=1)
         attention = 1000 * salience
-        scale = attention.abs().mean(1, keepdim=True) / variance.abs().mean(1, keepdim=True).clamp(min=1e-12)
+        scale = attention.abs().mean(1, keepdim=True) / variance.abs().mean(1, keepdim=True).clamp(
+            min=1e-12
+        )
         member = torch.nn.functional.one_hot(crop, self.crops).float()
         return (attention + self.alpha * scale * variance) @ member / member.sum(0).clamp(min=1)
 

@@ -58,24 +58,39 @@ class KMeans(Compressor):
         count = sum_groups(tokens.mask.long()[..., None], group, clusters)
         hidden = sum_groups(features, group, clusters) / count.clamp(min=1)
         longest = int((count > 0).sum(1).max())
-        left = [part[:, :longest] for part in (hidden.to(tokens.hidden.dtype), count[..., 0] > 0, anchor.sort().values)]
+        left = [
+            part[:, :longest]
+            for part in (hidden.to(tokens.hidden.dtype), count[..., 0] > 0, anchor.sort().values)
+        ]
         return CompressedTokens(*left, group=group)
 
     def _clusters(self, features: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
         """(I, L) the cluster of each token, of ``wanted`` (I,); their largest number at padding."""
         clusters = int(wanted.max())
-        start = torch.rand(mask.shape[1], generator=torch.Generator().manual_seed(self.seed)).to(mask.device)
-        start = start.expand(mask.shape).masked_fill(~mask, -1).argsort(dim=1, descending=True)[:, :clusters]
+        start = torch.rand(mask.shape[1], generator=torch.Generator().manual_seed(self.seed)).to(
+            mask.device
+        )
+        start = (
+            start.expand(mask.shape)
+            .masked_fill(~mask, -1)
+            .argsort(dim=1, descending=True)[:, :clusters]
+        )
         centre = features.gather(1, start[..., None].expand(-1, -1, features.shape[-1]))
         unused = torch.arange(clusters, device=mask.device) >= wanted[:, None]  # (I, M)
 
         for step in range(self.iterations + 1):
             product = matmul_float32(features, centre.transpose(1, 2))
             distance = (centre**2).sum(-1)[:, None] - 2 * product  # + |x|^2, (I, L, M)
-            group = distance.masked_fill(unused[:, None], torch.inf).argmin(-1).masked_fill(~mask, clusters)
+            group = (
+                distance.masked_fill(unused[:, None], torch.inf)
+                .argmin(-1)
+                .masked_fill(~mask, clusters)
+            )
             if step < self.iterations:
                 count = sum_groups(mask.float()[..., None], group, clusters)
-                centre = torch.where(count > 0, sum_groups(features, group, clusters) / count.clamp(min=1), centre)
+                centre = torch.where(
+                    count > 0, sum_groups(features, group, clusters) / count.clamp(min=1), centre
+                )
         return group
 
 
@@ -85,6 +100,12 @@ def _nearest_to_mean(features: Tensor, group: Tensor, clusters: int) -> Tensor:
     count = sum_groups(torch.ones_like(features[..., :1]), group, clusters)
     mean = F.pad(sum_groups(features, group, clusters) / count.clamp(min=1), (0, 0, 0, 1))
     distance = (features - mean.gather(1, group[..., None].expand(-1, -1, width))).norm(dim=-1)
-    nearest = distance.new_full((images, clusters + 1), torch.inf).scatter_reduce(1, group, distance, "amin")
-    place = torch.arange(length, device=group.device).where(distance == nearest.gather(1, group), length)
-    return group.new_full((images, clusters + 1), length).scatter_reduce(1, group, place, "amin")[:, :-1]
+    nearest = distance.new_full((images, clusters + 1), torch.inf).scatter_reduce(
+        1, group, distance, "amin"
+    )
+    place = torch.arange(length, device=group.device).where(
+        distance == nearest.gather(1, group), length
+    )
+    return group.new_full((images, clusters + 1), length).scatter_reduce(1, group, place, "amin")[
+        :, :-1
+    ]

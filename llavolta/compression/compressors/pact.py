@@ -85,7 +85,15 @@ class PACT(Compressor):
         groups = anchor.shape[1]
         number = torch.nn.functional.pad(centres.cumsum(1) - 1, (0, 1), value=groups)
         group = number.gather(1, nearest)
-        count = sum_groups(torch.ones_like(group, dtype=torch.float)[..., None], group, groups).clamp(min=1)
+        count = sum_groups(
+            torch.ones_like(group, dtype=torch.float)[..., None], group, groups
+        ).clamp(min=1)
         hidden = sum_groups(tokens.hidden.float(), group, groups) / count
-        size = sum_groups(tokens.size[..., None], group, groups)[..., 0].clamp(min=1) if self.proportional else None
-        return CompressedTokens(hidden.to(tokens.hidden.dtype), mask, anchor, group=group, size=size)
+        size = (
+            sum_groups(tokens.size[..., None], group, groups)[..., 0].clamp(min=1)
+            if self.proportional
+            else None
+        )
+        return CompressedTokens(
+            hidden.to(tokens.hidden.dtype), mask, anchor, group=group, size=size
+        )

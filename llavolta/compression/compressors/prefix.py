@@ -42,7 +42,9 @@ class Prefixed(Compressor):
         # Places that rise, from the first on; which ones they are plays no part where the sequence closes up.
         place = torch.arange(more + left.mask.shape[1], device=prefix.device)
         anchor = pad(left.anchor.expand(left.mask.shape), (more, 0)).maximum(place)
-        return CompressedTokens(torch.cat([prefix, left.hidden], 1), pad(left.mask, (more, 0), value=True), anchor)
+        return CompressedTokens(
+            torch.cat([prefix, left.hidden], 1), pad(left.mask, (more, 0), value=True), anchor
+        )
 
     def num_tokens(self, num_tokens: int) -> float:
         return self.compressor.num_tokens(num_tokens) + self.prefix(1).shape[1]

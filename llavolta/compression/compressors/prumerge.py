@@ -54,7 +54,9 @@ class PruMerge(Compressor):
     def __post_init__(self):
         if self.keep != "adaptive":
             if isinstance(self.keep, str):
-                raise ValueError(f'{self.name}: keep must be "adaptive" or a share of the tokens, not {self.keep!r}')
+                raise ValueError(
+                    f'{self.name}: keep must be "adaptive" or a share of the tokens, not {self.keep!r}'
+                )
             require_share(self.name, "keep", self.keep)
         require_choice(self.name, "weights", self.weights, Weights)
         require_choice(self.name, "positions", self.positions, Positions)
@@ -84,9 +86,13 @@ class PruMerge(Compressor):
         attention, keys, length = tokens.attention("class"), tokens.keys(), tokens.mask.shape[1]
         kept = self.kept(attention)
         count = kept.sum(1, keepdim=True)  # (I, 1)
-        total = count + (count < length)  # with the extra token, if there is anything to put into it
+        total = count + (
+            count < length
+        )  # with the extra token, if there is anything to put into it
         slot = torch.arange(int(total.max()), device=kept.device)  # (M,)
-        patch = torch.argsort(~kept, dim=1, stable=True)[:, : len(slot)]  # (I, M), kept ones first, in raster order
+        patch = torch.argsort(~kept, dim=1, stable=True)[
+            :, : len(slot)
+        ]  # (I, M), kept ones first, in raster order
 
         weight = self._weights(patch, attention, keys)
         extra = attention.masked_fill(kept, 0)[:, None]  # (I, 1, L)
@@ -110,7 +116,11 @@ class PruMerge(Compressor):
         similarity.scatter_(2, itself, -torch.inf)
         nearest = similarity.topk(min(self.neighbours, keys.shape[1] - 1), dim=2).indices
         a = attention[:, None].expand_as(similarity)
-        return torch.zeros_like(similarity).scatter_(2, nearest, a.gather(2, nearest)).scatter_(2, itself, 1)
+        return (
+            torch.zeros_like(similarity)
+            .scatter_(2, nearest, a.gather(2, nearest))
+            .scatter_(2, itself, 1)
+        )
 
 
 @dataclass(frozen=True)
@@ -147,4 +157,6 @@ def outliers(attention: Tensor) -> Tensor:
 
 def largest(values: Tensor, count: int) -> Tensor:
     """(I, L) bool, the ``count`` largest of each row."""
-    return torch.zeros_like(values, dtype=torch.bool).scatter(1, values.topk(count, dim=1).indices, True)
+    return torch.zeros_like(values, dtype=torch.bool).scatter(
+        1, values.topk(count, dim=1).indices, True
+    )

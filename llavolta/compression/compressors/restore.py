@@ -41,7 +41,9 @@ class Restore(Compressor):
 
     def __post_init__(self):
         if not isinstance(self.inner, Compressor) or isinstance(self.inner, Restore):
-            raise ValueError(f"restore: inner must be another compressor, such as divprune:0.25, not {self.inner!r}")
+            raise ValueError(
+                f"restore: inner must be another compressor, such as divprune:0.25, not {self.inner!r}"
+            )
         require_number(self.name, "calibration", self.calibration)
         if 0 < self.calibration <= 1:
             raise ValueError(f"restore: calibration must be 0 or above 1, not {self.calibration!r}")
@@ -67,7 +69,9 @@ class Restore(Compressor):
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
         out, (images, length) = self.inner(tokens), tokens.mask.shape
         at = out.anchor.expand(out.mask.shape).masked_fill(~out.mask, length)
-        kept = torch.zeros(images, length + 1, dtype=torch.bool, device=at.device).scatter(1, at, True)[:, :-1]
+        kept = torch.zeros(images, length + 1, dtype=torch.bool, device=at.device).scatter(
+            1, at, True
+        )[:, :-1]
         anchor, mask = first_of(kept, int(kept.sum(1).max()))
         groups = anchor.shape[1]
         group = nearest_kept(tokens.hidden, kept, anchor, mask).masked_fill(~tokens.mask, groups)
@@ -77,7 +81,13 @@ class Restore(Compressor):
         marks = torch.where(size > 1, float(self.calibration), 0.0) if self.calibration else None
         positions = medians(tokens.positions, group, groups)
         return CompressedTokens(
-            hidden.to(tokens.hidden.dtype), mask, anchor, positions, group=group, size=size, calibration=marks
+            hidden.to(tokens.hidden.dtype),
+            mask,
+            anchor,
+            positions,
+            group=group,
+            size=size,
+            calibration=marks,
         )
 
 
@@ -86,15 +96,23 @@ def medians(positions: Tensor, group: Tensor, groups: int) -> Tensor:
     found = []
     for axis in positions.unbind(-1):
         order = axis.argsort(dim=1, stable=True)
-        order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))  # group by group, rising
+        order = order.gather(
+            1, group.gather(1, order).argsort(dim=1, stable=True)
+        )  # group by group, rising
         count = torch.zeros(len(group), groups + 1, dtype=torch.long, device=group.device)
         count = count.scatter_add(1, group, torch.ones_like(group))[:, :-1]
-        middle = (count.cumsum(1) - count + (count - 1).clamp(min=0) // 2).clamp(max=group.shape[1] - 1)
+        middle = (count.cumsum(1) - count + (count - 1).clamp(min=0) // 2).clamp(
+            max=group.shape[1] - 1
+        )
         found.append(axis.gather(1, order.gather(1, middle)))
     return torch.stack(found, -1)
 
 
 def options_of_restore(options: list[str]) -> tuple[list[str], list[str]]:
     """Restore's own options, and the text of INNER, of what stands behind ``restore:``."""
-    own = [option for option in options[:1] if option.partition("=")[0] in {f.name for f in fields(Restore)}]
+    own = [
+        option
+        for option in options[:1]
+        if option.partition("=")[0] in {f.name for f in fields(Restore)}
+    ]
     return own, options[len(own) :]

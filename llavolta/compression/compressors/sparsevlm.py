@@ -55,14 +55,20 @@ class SparseVLM(KeepBudget):
 
     def num_tokens(self, num_tokens: int) -> int:
         kept = super().num_tokens(num_tokens)
-        return kept + _groups(_recycled(num_tokens - kept)) if self.recycle and kept < num_tokens else kept
+        return (
+            kept + _groups(_recycled(num_tokens - kept))
+            if self.recycle and kept < num_tokens
+            else kept
+        )
 
     @torch.no_grad()
     def raters(self, tokens: VisualTokens) -> Tensor:
         """(I, T0) of the tokens of each picture's row at layer 0."""
         start = tokens.start
         hidden, behind = start.rows()
-        logits = matmul_float32(start.hidden, hidden.transpose(1, 2)).masked_fill(~behind[:, None], -torch.inf)
+        logits = matmul_float32(start.hidden, hidden.transpose(1, 2)).masked_fill(
+            ~behind[:, None], -torch.inf
+        )
         weights = logits.softmax(-1) * start.mask[..., None]
         mean = weights.sum(1) / start.mask.sum(1, keepdim=True)
         return behind & (mean > mean.sum(1, keepdim=True) / behind.sum(1, keepdim=True))
@@ -72,7 +78,9 @@ class SparseVLM(KeepBudget):
         """(I, L)."""
         raters = self.raters(tokens)
         behind = tokens.start.rows()[1]  # which rates where every word weighs the same
-        return tokens.attention(query=tokens.from_start(torch.where(raters.any(1, keepdim=True), raters, behind)))
+        return tokens.attention(
+            query=tokens.from_start(torch.where(raters.any(1, keepdim=True), raters, behind))
+        )
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
         scores, mask = self.scores(tokens), tokens.mask
@@ -85,7 +93,9 @@ class SparseVLM(KeepBudget):
         merged, count, cluster = merge_by_density(tokens.hidden, again)
         left = first_of(kept, int(kept.sum(1).max()))
         out = _behind(tokens, left, merged, count)
-        into = torch.where(again, kept.sum(1, keepdim=True) + cluster, out.mask.shape[1])  # dropped: into none
+        into = torch.where(
+            again, kept.sum(1, keepdim=True) + cluster, out.mask.shape[1]
+        )  # dropped: into none
         return replace(out, group=torch.where(kept, kept.cumsum(1) - 1, into))
 
 
@@ -134,7 +144,9 @@ def merge_by_density(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Te
         there = torch.arange(most, device=away.device) < groups[:, None]
         to_centre = take(away, centres).masked_fill(~there[..., None], torch.inf)  # (I, G, n)
         own = torch.arange(most, device=away.device).expand_as(centres)
-        group = pad(to_centre.argmin(1), (0, 1))  # a centre to itself, whatever lies at the same place
+        group = pad(
+            to_centre.argmin(1), (0, 1)
+        )  # a centre to itself, whatever lies at the same place
         group = group.scatter(1, centres.where(there, group.shape[1] - 1), own)[:, :-1]
     size = sum_groups(real.float()[..., None], group, most)
     means = sum_groups(features.float() * real[..., None], group, most) / size.clamp(min=1)
@@ -143,7 +155,9 @@ def merge_by_density(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Te
     return means.to(hidden.dtype), groups, cluster
 
 
-def _behind(tokens: VisualTokens, left: tuple[Tensor, Tensor], merged: Tensor, count: Tensor) -> CompressedTokens:
+def _behind(
+    tokens: VisualTokens, left: tuple[Tensor, Tensor], merged: Tensor, count: Tensor
+) -> CompressedTokens:
     """The tokens at ``left`` (places and whether they are real), and behind them ``count`` (I,) of merged (I, G, C),
     in the last places of each picture, as far as kept ones do not stand there."""
     place, real = left

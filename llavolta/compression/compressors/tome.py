@@ -40,14 +40,22 @@ class ToMe(KeepBudget):
         require_switch(self.name, "proportional", self.proportional)
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
-        left, into = self._merged(tokens.hidden.detach().float(), tokens.mask, self.budget(tokens.mask))
+        left, into = self._merged(
+            tokens.hidden.detach().float(), tokens.mask, self.budget(tokens.mask)
+        )
         anchor, mask = first_of(left, int(left.sum(1).max()))
         groups = anchor.shape[1]
         group = (left.cumsum(1) - 1).gather(1, into).masked_fill(~tokens.mask, groups)
         size = sum_groups(tokens.mask.float()[..., None], group, groups)
         hidden = sum_groups(tokens.hidden.float(), group, groups) / size.clamp(min=1)
-        size = sum_groups(tokens.size[..., None], group, groups)[..., 0].clamp(min=1) if self.proportional else None
-        return CompressedTokens(hidden.to(tokens.hidden.dtype), mask, anchor, group=group, size=size)
+        size = (
+            sum_groups(tokens.size[..., None], group, groups)[..., 0].clamp(min=1)
+            if self.proportional
+            else None
+        )
+        return CompressedTokens(
+            hidden.to(tokens.hidden.dtype), mask, anchor, group=group, size=size
+        )
 
     @staticmethod
     @torch.no_grad()
@@ -67,7 +75,9 @@ class ToMe(KeepBudget):
             alike = matmul_float32(take(unit, a), take(unit, b).transpose(1, 2))
             best, partner = alike.masked_fill(~real[:, None, 1::2], -torch.inf).max(-1)
             rank = (
-                best.masked_fill(~real[:, ::2], -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+                best.masked_fill(~real[:, ::2], -torch.inf)
+                .argsort(dim=1, descending=True, stable=True)
+                .argsort(dim=1)
             )
             goes = rank < pairs[:, None]  # (I, A)
             place = torch.where(goes, b.gather(1, partner), a)  # where each of A is from now on

@@ -53,18 +53,24 @@ class VisionZip(KeepBudget):
         require_choice(self.name, "weights", self.weights, Weights)
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
-        return by_size(tokens, self._zipped, tokens.salience(), tokens.keys("selected", per_head=True))
+        return by_size(
+            tokens, self._zipped, tokens.salience(), tokens.keys("selected", per_head=True)
+        )
 
     def _zipped(self, tokens: VisualTokens, salience: Tensor, keys: Tensor) -> CompressedTokens:
         images, length = tokens.mask.shape
         total = self.num_tokens(length)
         targets = min(round(self.contextual * total), total)
         dominant = largest_of(salience, self.budget(tokens.mask) - targets, tokens.mask)
-        order = torch.argsort(dominant.long(), dim=1, descending=True, stable=True)  # dominant first, in raster order
+        order = torch.argsort(
+            dominant.long(), dim=1, descending=True, stable=True
+        )  # dominant first, in raster order
         count = total - targets
         first, rest = order[:, :count], order[:, count:]
         dropped = torch.full_like(order, total)  # what there is no target for
-        group = dropped.scatter_(1, first, torch.arange(count, device=order.device).expand_as(first))
+        group = dropped.scatter_(
+            1, first, torch.arange(count, device=order.device).expand_as(first)
+        )
         kept = take(tokens.hidden, first)
         if targets:
             step = max(1, rest.shape[1] // targets)
@@ -75,7 +81,9 @@ class VisionZip(KeepBudget):
         slot = torch.arange(total, device=order.device)
         place = torch.cat([first, first.new_full((images, targets), length - 1)], dim=1)
         anchor = torch.minimum(place, length - total + slot)
-        return CompressedTokens(kept, torch.ones_like(anchor, dtype=torch.bool), anchor, group=group)
+        return CompressedTokens(
+            kept, torch.ones_like(anchor, dtype=torch.bool), anchor, group=group
+        )
 
     @staticmethod
     @torch.no_grad()

@@ -52,7 +52,9 @@ class VisPruner(KeepBudget):
         total = self.num_tokens(tokens.mask.shape[1])
         order = salience.argsort(dim=1, descending=True, stable=True)
         first = int(total * self.important)
-        chosen = torch.cat([order[:, :first], self._thinned(tokens.hidden, order[:, first:], total - first)], dim=1)
+        chosen = torch.cat(
+            [order[:, :first], self._thinned(tokens.hidden, order[:, first:], total - first)], dim=1
+        )
         return keep_tokens(tokens, torch.zeros_like(tokens.mask).scatter(1, chosen, True))
 
     @torch.no_grad()
@@ -63,5 +65,8 @@ class VisPruner(KeepBudget):
             even, odd = rest[:, ::2], rest[:, 1::2]
             go = min(self.batch, rest.shape[1] - wanted, even.shape[1])
             score = matmul_float32(take(unit, even), take(unit, odd).transpose(1, 2)).amax(-1)
-            rest = torch.cat([even.gather(1, score.argsort(dim=1, descending=True, stable=True)[:, go:]), odd], dim=1)
+            rest = torch.cat(
+                [even.gather(1, score.argsort(dim=1, descending=True, stable=True)[:, go:]), odd],
+                dim=1,
+            )
         return rest[:, :wanted]

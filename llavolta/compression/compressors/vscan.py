@@ -58,7 +58,9 @@ class VScan(KeepBudget):
         rank = torch.zeros_like(local, dtype=torch.long)
         for number in range(int(part[-1]) + 1):  # the windows of one size, for all pictures at once
             inside = (part == number).nonzero()[:, 0]
-            rank[:, inside] = local[:, inside].argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            rank[:, inside] = (
+                local[:, inside].argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            )
         half, windows = total // 2, int(part[-1]) + 1
         kept = rank < half // windows
         rest = torch.full((images,), half, device=local.device) - kept.sum(1)
@@ -76,7 +78,9 @@ class VScan(KeepBudget):
 
 
 @torch.no_grad()
-def nearest_kept(hidden: Tensor, kept: Tensor, anchor: Tensor, mask: Tensor | None = None) -> Tensor:
+def nearest_kept(
+    hidden: Tensor, kept: Tensor, anchor: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """(I, L) for each token of hidden (I, L, C) the number of the anchor (I, M), one of those ``kept`` (I, L), to which
     it has the highest cosine; a kept one its own. mask (I, M): False at padding of ``anchor``."""
     alike = cosines(hidden).gather(2, anchor[:, None].expand(-1, hidden.shape[1], -1))

@@ -7,7 +7,12 @@ from typing import ClassVar
 
 import torch
 
-from llavolta.compression.compressors.base import CompressedTokens, Compressor, VisualTokens, keep_tokens
+from llavolta.compression.compressors.base import (
+    CompressedTokens,
+    Compressor,
+    VisualTokens,
+    keep_tokens,
+)
 
 
 @dataclass(frozen=True)
