@@ -393,7 +393,7 @@ def test_what_cannot_be_told_of_packed_samples_is_refused(model):
         name = "asking-of-the-text"
 
         def scores(self, tokens):
-            return tokens.question[0].sum() + tokens.hidden[..., 0]
+            return tokens.rows()[1].sum() + tokens.hidden[..., 0]
 
     try:
         row = packed([ragged_batch([[3, 6]]), ragged_batch([[1, 9]], seed=1)])

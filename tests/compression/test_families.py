@@ -143,7 +143,6 @@ def test_generation_with_a_cache_equals_generation_without(name, plan):
 OTHERS = {  # what studies.budgets.METHODS has not
     "2-D pooling": "1:avgpool2d:2",
     "3-D pooling": "1:avgpool3d:2:2",
-    "late entry": "2:enter",
     "RESTORE without calibration, withdrawal": "1:restore:calibration=0:divprune:0.5;3:withdraw",
 }
 

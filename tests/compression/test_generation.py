@@ -93,29 +93,10 @@ def test_the_tower_ranks_beams_as_it_ranks_their_prompt(name):
         with compress(family.model, "0:cls:0.5", observe=watched):
             family.model(**asked) if how is None else family.model.generate(**asked, **GREEDY, **how)
         tokens, out = watched.calls[0]
-        for image, row in enumerate(tokens.row.tolist()):
+        for image, row in enumerate(tokens.probe.row().tolist()):
             by_row.setdefault(row, []).append(out.anchor[image][out.mask[image]].tolist())
         chosen.append([by_row[row] for row in sorted(by_row)])
     assert chosen[1] == chosen[0] and chosen[2] == [row for row in chosen[0] for _ in range(3)]
-
-
-def test_generate_knows_the_tiles_of_its_own_images():
-    """Not those of the pass before, of other images."""
-    family, asked = FAMILIES["llava_next"]("left"), {}
-    for turn in (0, 1):
-        asked[turn] = {k: v for k, v in family.batch.items() if k != "labels"}
-        family.batch["image_sizes"] = family.batch["image_sizes"].flip(0)  # 4, 2 and 2 tiles
-        family.batch["pixel_values"] = family.batch["pixel_values"].flip(0)
-        rows = [[2, ("image", [16, 8 * 5], 0), 4]]
-        rows += [[2, ("image", [16, 4 * 9], 0), 1, ("image", [16, 8 * 9], 0), 6]]
-        family.inputs(rows, "left")
-    watched = Watched()
-    with compress(family.model, "vision:cls:0.25:overview=0.5", observe=watched):
-        for turn in (0, 1):
-            family.model(**asked[turn])
-        family.model.generate(**asked[0], **GREEDY)
-    tiles = [tokens.tiles.tolist() for tokens, _ in watched.calls]
-    assert len(tiles) == 3 and tiles[2] == tiles[0] != tiles[1]
 
 
 class Learnt(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Tokens that leave for good, that enter late, and that weigh as much as several: against the stock layers."""
+"""Tokens that leave for good, and tokens that weigh as much as several: against the stock layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import IMAGE, ragged_batch, tiny_llava
 
-from llavolta import CompressedTokens, PlanError, UnsupportedModel, compress, parse_plan
+from llavolta import CompressedTokens, PlanError, UnsupportedModel, compress
 from llavolta.compression.compressors import COMPRESSORS, Compressor
 from llavolta.compression.plan import tokens_per_layer
 
@@ -58,45 +58,7 @@ def test_withdrawn_tokens_leave_the_text_alone(layer, side):
         torch.testing.assert_close(found[row][real][~visual], expected, rtol=1e-4, atol=1e-5)
 
 
-@sides
-@pytest.mark.parametrize("plan", ["2:enter", "0:avgpool:4;2:enter", "1:enter;3:withdraw"])
-@torch.no_grad()
-def test_tokens_that_enter_late(plan, side):
-    model, batch = tiny_llava(), ragged_batch(ROWS, side=side)
-    found = logits_under(model, batch, plan)
-    enters = next(layer for layer, compressor in parse_plan(plan).items() if compressor.name == "enter")
-    for row, (hidden, positions, visual, real) in enumerate(rows_of(model, batch)):
-        if "avgpool" in plan and visual.any():
-            four = visual.nonzero()[:, 0].view(-1, 4)
-            hidden[four[:, 1]] = hidden[four].mean(1)  # at the mean position
-            left = ~visual
-            left[four[:, 1]] = True
-            hidden, positions, visual, kept = hidden[left], positions[left], visual[left], left
-        else:
-            kept = torch.ones_like(visual)
-        hidden[~visual] = through(model, hidden[~visual], positions[~visual], 0, enters)
-        if "withdraw" in plan:
-            hidden = through(model, hidden, positions, enters, 3)[~visual]
-            expected = logits_of(model, through(model, hidden, positions[~visual], 3))
-        else:
-            expected = logits_of(model, through(model, hidden, positions, enters))[~visual]
-        torch.testing.assert_close(found[row][real][kept][~visual], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_gradients_reach_tokens_that_enter_late():
-    model, batch, found = tiny_llava().train(), ragged_batch(ROWS), []
-    for checkpointed in (False, True):
-        model.zero_grad()
-        if checkpointed:
-            model.gradient_checkpointing_enable()
-        with compress(model, "2:enter"):
-            model(**batch).loss.backward()
-        found.append(model.model.multi_modal_projector.linear_1.weight.grad.clone())
-    assert found[0].abs().sum() > 0
-    torch.testing.assert_close(*found)
-
-
-@pytest.mark.parametrize("plan", ["1:withdraw", "2:enter", "0:avgpool:4;2:enter", "1:enter;3:withdraw"])
+@pytest.mark.parametrize("plan", ["1:withdraw", "0:avgpool:4;2:withdraw"])
 @sides
 def test_generation_is_the_same_with_and_without_a_cache(plan, side):
     model, batch = tiny_llava(), ragged_batch([[3, 4], [2, 5], [6]], side=side)
@@ -113,15 +75,13 @@ def test_generation_is_the_same_with_and_without_a_cache(plan, side):
 
 def test_how_many_tokens_each_layer_has():
     assert tokens_per_layer("2:withdraw", 4, 16) == [16, 16, 0, 0]
-    assert tokens_per_layer("0:avgpool:4;2:enter", 4, 16) == [0, 0, 4, 4]
+    assert tokens_per_layer("0:avgpool:4;2:withdraw", 4, 16) == [4, 4, 0, 0]
 
 
 @pytest.mark.parametrize(
     ("plan", "told"),
     [
         ("2:withdraw;3:avgpool:2", "nothing can follow"),
-        ("0:enter", "layers from 1 on"),
-        ("1:avgpool:2;2:enter", "no visual token before layer 2"),
         ("vision:withdraw", "not at 'vision'"),
     ],
 )

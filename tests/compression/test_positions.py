@@ -45,7 +45,7 @@ def layers_of(name: str) -> list[int]:
     needs = COMPRESSORS[name].needs
     if {"class_token", "tower"} & needs:
         return [] if "class_token" in needs else [0]
-    return [2] if name == "enter" or "previous_layer" in needs else [0, 2]
+    return [2] if "previous_layer" in needs else [0, 2]
 
 
 @pytest.mark.parametrize(("family", "side"), in_turn(QWEN, ["left", "right"]))
@@ -65,13 +65,9 @@ def test_text_keeps_its_3d_positions(family, side):
         for layer in layers_of(name):
             plan = "restore:calibration=0:divprune:0.5" if name == "restore" else example(name)
             plan = f"{layer}:{plan}"
-            try:
-                with compress(model, plan) as handle:
-                    rows = last_rows(handle)
-                    model(**family.batch)
-            except UnsupportedModel:
-                assert name == "enter"  # deep-stack
-                continue
+            with compress(model, plan) as handle:
+                rows = last_rows(handle)
+                model(**family.batch)
             [rows] = rows
             for row in range(len(ids)):
                 valid = rows.valid[row]

@@ -1,16 +1,16 @@
-"""PruMerge and PruMerge+ against the slow loop of llavolta.cost.bench, the stock tower and the stock language model."""
+"""PruMerge and PruMerge+ against a slow loop, the stock tower and the stock language model."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from benchmarks.methods import prumerge_loop, tower_tokens
 from families_tiny import FAMILIES
 from tiny import IMAGE, Watched, ragged_batch, tiny_llava
 from transformers import CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from llavolta import PruMerge, PruMergePlus, UnsupportedModel, compress, parse_plan, tokens_per_layer
 from llavolta.compression.probe import TowerLayer, TowerProbe
-from llavolta.cost.bench import prumerge_loop, tower_tokens
 
 RAGGED = [[3, 4], [2, 0, 5], [6], [1, 3, 2]]  # one image, two in a row, none, two apart
 both = pytest.mark.parametrize("kind", [PruMerge, PruMergePlus])
@@ -263,4 +263,4 @@ def test_the_class_token_of_a_clip_is_one_of_its_tokens():
         torch.testing.assert_close(tokens.attention("class"), full[:, -tokens.mask.shape[1] :])
         assert torch.equal(tokens.keys(), last.key[:, -tokens.mask.shape[1] :])
         with pytest.raises(ValueError, match="no question yet"):
-            _ = tokens.question
+            tokens.rows()

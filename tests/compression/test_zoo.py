@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from families_tiny import FAMILIES, VIDEO
+from benchmarks.methods import tower_tokens
+from families_tiny import FAMILIES
 from tiny import IMAGE, Watched, in_turn, ragged_batch, tiny_llava
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -34,7 +34,6 @@ from llavolta.compression.compressors.base import choose_greedily
 from llavolta.compression.compressors.sparsevlm import merge_by_density
 from llavolta.compression.plan import format_plan
 from llavolta.compression.probe import TowerProbe
-from llavolta.cost.bench import tower_tokens
 
 BUDGETS = [0.5, 7, 0.1, 100]
 GRIDS = [3, 6, 7]  # 9 and 49 tokens: odd
@@ -66,65 +65,6 @@ def test_class_attention(grid, keep):
     for picture in range(3):
         best = ranked(class_attention(tokens, picture))[: ClassAttention(keep).num_tokens(grid * grid)]
         assert out.anchor[picture][out.mask[picture]].tolist() == sorted(best)
-
-
-LAYOUT = [[0, -1, -1, 2, 3], *([0, row, column, 2, 3] for row in range(2) for column in range(3))]
-LAYOUT += [[1, -1, -1, 1, 1], [2, -1, -1, 1, 2], [2, 0, 0, 1, 2], [2, 0, 1, 1, 2]]
-
-
-@pytest.mark.parametrize(
-    ("grid", "keep", "overview"),
-    [(7, 0.04, 0.25), (6, 0.2, 0.5), (3, 0.5, 0.5), (7, 3, 0.5), (6, 100, 0.25), (7, 0.2, 1.0)],
-)
-def test_shares_of_tiles(grid, keep, overview):
-    """HiRED, tile by tile and patch by patch, of three images of seven tiles, one and three."""
-    tokens, length = tower_tokens(len(LAYOUT), grid, 128), grid * grid
-    tokens.tiles = torch.tensor(LAYOUT)
-    of_first = (value.flip(-1) for value in (tokens.probe.layers["last"].query, tokens.probe.layers["last"].key.sin()))
-    tokens.probe.layers[0] = replace(tokens.probe.layers["last"], **dict(zip(("query", "key"), of_first, strict=True)))
-    out = ClassAttention(keep, overview=overview)(tokens)
-    for image in range(3):
-        numbers = [number for number, tile in enumerate(LAYOUT) if tile[0] == image]
-        budget = len(numbers) * min(keep, length) if keep > 1 else max(1, int(len(numbers) * length * keep))
-        first = min(length, max(1, int(budget * overview)) if len(numbers) > 1 else budget)
-        marked = ranked(class_attention(tokens, numbers[0], layer=0))[: int(length * (1 - overview))]
-        for number in numbers:
-            _, row, column, rows, columns = LAYOUT[number]
-            mine = [p for p in marked if (p // grid * rows // grid, p % grid * columns // grid) == (row, column)]
-            share = min(length, (budget - first) * len(mine) // max(1, len(marked))) if row >= 0 else first
-            best = ranked(class_attention(tokens, number))[:share]
-            assert out.anchor[number][out.mask[number]].tolist() == sorted(best)
-
-
-@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
-def test_the_tiles_of_an_image_share_its_budget(name):
-    """In the model: which tiles are of one image, and that one without any token goes through."""
-    family, seen = FAMILIES[name](), []
-    if "pixel_values_videos" in family.batch:  # whose frames are tiles of no image
-        with compress(family.model, "vision:cls:0.25:overview=0.5"), pytest.raises(UnsupportedModel, match="which of"):
-            family.model(**family.batch)
-        family.batch["input_ids"][family.batch["input_ids"] == VIDEO] = 9
-        del family.batch["pixel_values_videos"]
-    with compress(family.model, "vision:cls:0.25:overview=0.5", observe=lambda layer, *given: seen.append(given)):
-        loss = family.model(**family.batch).loss
-    (tokens, out), *_ = seen
-    image, length = tokens.tiles[:, 0], tokens.mask.shape[1]
-    assert [*tokens.tiles[:, 1:3].tolist()].count([-1, -1]) == int(image.max()) + 1 and loss.isfinite()
-    for number in range(int(image.max()) + 1):
-        tiles = image == number
-        total, left = int(int(tiles.sum()) * length * 0.25), int(out.mask[tiles].sum())
-        assert total - int(tiles.sum()) < left <= total  # what is rounded down is lost
-        down, across = tokens.tiles[tiles][0, 3:].tolist()
-        assert int(tiles.sum()) in (1, 1 + down * across)
-    assert len(set(out.mask.sum(1).tolist())) > 1
-
-
-def test_tiles_need_to_be_known():
-    family = FAMILIES["llava_next"]()
-    with pytest.raises(PlanError, match="write 'vision:cls'"):
-        compress(family.model, "0:cls:0.25:overview=0.5")
-    with compress(family.model, "vision:cls:0.25:overview=0.5"), pytest.raises(UnsupportedModel, match="which of the"):
-        family.model.get_image_features(**{k: family.batch[k] for k in ("pixel_values", "image_sizes")})
 
 
 @pytest.mark.parametrize(

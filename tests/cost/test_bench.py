@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from benchmarks import methods, training
 
-from llavolta.bench import main
 from llavolta.compression.labelled import IGNORED
 from llavolta.compression.plan import tokens_per_layer
 from llavolta.cost import bench
@@ -48,9 +48,10 @@ def test_cache_bytes_follow_the_tokens_per_layer(report):
 
 
 @pytest.mark.slow
-def test_overhead_and_memory_name_their_variants(report):
-    assert report["overhead"].variant.tolist() == ["stock", "stride 1", "labelled rows only"]
-    memory = report["memory"].set_index("variant")
+def test_overhead_and_memory_name_their_variants():
+    overhead = training.overhead_times(SMALL, rounds=1, progress=False)
+    assert overhead.variant.tolist() == ["stock", "stride 1", "labelled rows only"]
+    memory = training.peak_memory(SMALL).set_index("variant")
     assert memory.index.tolist() == ["stock", "stride 1", "labelled rows only", "2:avgpool:8"]
     # 28 tokens an example, 32000 logits of 4 bytes, more than one copy: a seventh of the rows need far less. Sixteen
     # examples, because of two the copies would be no larger than what an allocator happens to keep.
@@ -68,9 +69,9 @@ def test_the_batch_is_labelled_at_its_end():
 
 
 def test_compressors_are_set_against_the_tower_and_the_loop():
-    table = bench.compressor_times(images=2, tower_images=1, grid=4, width=64, layers=2, rounds=1, progress=False)
+    table = methods.compressor_times(images=2, tower_images=1, grid=4, width=64, layers=2, rounds=1, progress=False)
     table = table.set_index("compressor")
-    assert table.index.tolist() == list(bench.BEFORE_PROJECTOR)
+    assert table.index.tolist() == list(methods.BEFORE_PROJECTOR)
     assert table.tokens_left.drop(["prumerge", "prumerge+"]).tolist() == [4] * 5
     assert (table.seconds > 0).all() and (table.tower > 0).all()
     assert table.loop.dropna().index.tolist() == ["prumerge", "prumerge+"]
@@ -98,7 +99,7 @@ def test_step_times_leave_the_model_as_it_was(small_model, small_world, own):
 
 def test_precisions_compute_the_same_step(small_model, small_world, capsys):
     given = ["precision", "--model", str(small_model), "--batch", "2", "--rounds", "1"]
-    assert main(given) == 0
+    assert training.main(given) == 0
     rows = capsys.readouterr().out.strip().splitlines()[-3:]
     assert [row.split()[0] for row in rows] == ["float32", "autocast", "bfloat16"]
     full, autocast, master = (float(row.split()[-1]) for row in rows)
@@ -108,7 +109,7 @@ def test_precisions_compute_the_same_step(small_model, small_world, capsys):
 def test_recipes_are_timed_with_their_alignment():
     sizes = bench.Sizes(width=64, layers=4, visual=36, text=16, batch=2, vocabulary=100)
     schemes = {name: SCHEMES[name].scaled(4) for name in ("single-stage", "heavy", "dualspeed")}
-    table = bench.recipe_times(sizes, schemes, 1, False).set_index("scheme")
+    table = training.recipe_times(sizes, schemes, 1, False).set_index("scheme")
     assert table.loc["single-stage"].tolist() == [1] * 6
     assert table["align"]["heavy"] == 1 < table.recipe_promised["heavy"] < table.tuning_promised["heavy"]
     dual = table.loc["dualspeed"]  # is aligned on few tokens, too

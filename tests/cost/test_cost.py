@@ -77,7 +77,7 @@ def test_the_products_of_every_compressor_are_counted(counting, name):
         assert (cost.compressor.total > 0) == (name not in WITHOUT_PRODUCTS)
 
 
-WITHOUT_PRODUCTS = ["avgpool", "avgpool2d", "avgpool3d", "enter", "loudest", "random", "withdraw"]
+WITHOUT_PRODUCTS = ["avgpool", "avgpool2d", "avgpool3d", "loudest", "random", "withdraw"]
 
 
 @pytest.mark.parametrize("plan", ["0:cls:0.5", "0:divprune:3;2:fastv:0.5", "0:visionzip:3"])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
-from llavolta.cost.load import tiny_load
 
-from llavolta import bench, compress
-from llavolta.cost import gpu, gpu_report
+from llavolta import compress
+from benchmarks import gpu
+from benchmarks.gpu import tiny_load
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def load(monkeypatch):
 @pytest.mark.slow
 def test_every_part_is_saved_when_done(load, tmp_path):
     parts = ["peaks", "training", "inference", "host_reads", "long"]
-    assert bench.main(["gpu", "--tiny", "--folder", str(tmp_path), "--parts", *parts]) == 0
+    assert gpu.main(["--tiny", "--folder", str(tmp_path), "--parts", *parts]) == 0
     [file] = tmp_path.glob("gpu-*.csv")
     table = pd.read_csv(file).set_index("part")
     assert set(table.index) == set(parts)
@@ -29,7 +29,7 @@ def test_every_part_is_saved_when_done(load, tmp_path):
     assert training.implied[training.plan == "none"].eq(1).all()
     assert table.loc["inference"].groupby("plan").decode_ms.size().eq(len(load.prefill)).all()
     page = file.with_suffix(".md").read_text()
-    assert "bench gpu --tiny" in page and torch.__version__ in page and "a CPU" in page
+    assert "gpu.py --tiny" in page and torch.__version__ in page and "a CPU" in page
     assert all(f"## {part}\n" in page for part in parts)
 
 
@@ -54,11 +54,11 @@ def test_a_part_that_fails_is_told_and_the_next_one_begins(load, tmp_path, monke
     def whole(load):
         return pd.DataFrame({"plan": ["none"], "seconds": [1.0]})
 
-    monkeypatch.setattr(gpu_report, "PARTS", {"peaks": broken, "host_reads": whole})
-    assert bench.main(["gpu", "--tiny", "--folder", str(tmp_path)]) == 1
+    monkeypatch.setattr(gpu, "PARTS", {"peaks": broken, "host_reads": whole})
+    assert gpu.main(["--tiny", "--folder", str(tmp_path)]) == 1
     [page] = tmp_path.glob("*.md")
     assert "peaks: RuntimeError: CUDA error: something" in page.read_text() and "## host_reads" in page.read_text()
-    assert bench.main(["gpu", "--tiny", "--folder", str(tmp_path), "--minutes", "-1"]) == 1
+    assert gpu.main(["--tiny", "--folder", str(tmp_path), "--minutes", "-1"]) == 1
     assert "peaks: not begun, -1 minutes were over" in capsys.readouterr().out
 
 
@@ -67,7 +67,7 @@ def test_a_part_that_fails_is_told_and_the_next_one_begins(load, tmp_path, monke
     [([], "no CUDA device"), (["--tiny", "--parts", "nonsense"], "no part nonsense; there are peaks")],
 )
 def test_what_cannot_be_measured_is_said_in_one_line(load, tmp_path, given, said, capsys):
-    assert bench.main(["gpu", "--folder", str(tmp_path), *given]) == 1
+    assert gpu.main(["--folder", str(tmp_path), *given]) == 1
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
 

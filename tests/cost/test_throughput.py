@@ -5,9 +5,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import scaling
+from benchmarks import training
 from scaling import Cluster, simulate
 
-from llavolta.cost import throughput
 from llavolta.data import Collator, LlavaData
 from llavolta.train.models import load_model
 
@@ -22,27 +22,27 @@ def test_the_parts_of_a_step_add_up(scenes, small_model):
     batch = collate([data[i] for i in range(8)])
     model(**batch)  # transformers leaves hooks of its own at the first call
     before = hooks(model)
-    table = throughput.part_times(model, [batch], ["1:avgpool:8"], rounds=2, progress=False)
+    table = training.part_times(model, [batch], ["1:avgpool:8"], rounds=2, progress=False)
     assert table.index.tolist() == ["none", "1:avgpool:8"]
-    assert table[throughput.PARTS].sum(axis=1).tolist() == pytest.approx([1, 1])
-    assert (table[throughput.PARTS] > 0).all(axis=None)
+    assert table[training.PARTS].sum(axis=1).tolist() == pytest.approx([1, 1])
+    assert (table[training.PARTS] > 0).all(axis=None)
     assert (table.images_per_second * table.seconds).tolist() == pytest.approx([8, 8])
     tokens = int(batch["attention_mask"].sum())
     assert (table.tokens_per_second * table.seconds).tolist() == pytest.approx([tokens, tokens])
     assert hooks(model) == before
 
-    loading = throughput.loading_times(data, collate, 8, [0, 1], batches=3)
+    loading = training.loading_times(data, collate, 8, [0, 1], batches=3)
     assert loading.index.tolist() == [0, 1] and (loading.examples_per_second > 0).all()
 
 
 def test_loading_must_be_twice_as_fast_as_its_use():
-    assert throughput.keeps_up(pd.DataFrame({"times_consumption": [0.5, 2.0]}))
-    assert not throughput.keeps_up(pd.DataFrame({"times_consumption": [0.5, 1.9]}))
+    assert training.keeps_up(pd.DataFrame({"times_consumption": [0.5, 2.0]}))
+    assert not training.keeps_up(pd.DataFrame({"times_consumption": [0.5, 1.9]}))
 
 
 @pytest.mark.slow
 def test_memory_grows_with_the_batch_and_shrinks_with_compression(small_model):
-    table = throughput.memory_by_batch(str(small_model), [4, 32], ["none", "1:avgpool:8"], rounds=1)
+    table = training.memory_by_batch(str(small_model), [4, 32], ["none", "1:avgpool:8"], rounds=1)
     assert table["none"][32] > 2 * table["none"][4] > 0
     assert table["1:avgpool:8"][32] < table["none"][32]
 

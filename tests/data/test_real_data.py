@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from benchmarks import training
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,7 +21,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from llavolta.cost import throughput
 from llavolta.data import Collator, DataError, GroupedSampler, LlavaData, find_bad, jsonlist, open_image, open_video
 from llavolta.data import index as data_index
 from llavolta.data.__main__ import main
@@ -84,7 +84,7 @@ def test_an_index_finds_what_the_json_module_reads(tmp_path, values, ascii_only,
 
 
 def test_opening_holds_neither_entries_nor_pictures(tmp_path, monkeypatch):
-    throughput.write_mix(tmp_path / "mix.json", 3000)
+    training.write_mix(tmp_path / "mix.json", 3000)
     monkeypatch.setattr(Image, "open", None)
     opened = LlavaData(tmp_path / "mix.json")
     assert len(opened) == 3000 and 0.9 < opened.has_image.mean() < 0.97

@@ -111,7 +111,8 @@ class VisualTokens:
         (I, T) bool, the text behind its last picture (all text where none is behind), without answers where labels are
         given. Raises UnsupportedModel for a row without text."""
         probe = self._probe()
-        return probe.here.hidden[probe.row()], probe.behind()
+        behind = probe.behind()
+        return probe.here.hidden[probe.row()], behind
 
     def row_keys(self) -> Tensor:
         """(I, T, D) keys in the layer before, with their rotation, of all T tokens of each picture's row, heads side by
