@@ -324,8 +324,8 @@ class CacheBook:
             past = self._held.get(state.cache, {}).get(segment) if state.cache is not None else None
             query = columns(state.real.shape[1], state.real) if rows is None else rows.index
             valid = torch.ones_like(query, dtype=torch.bool) if rows is None else rows.valid
-            # The stock mask's column of each cached row. A mask for a whole cache has one column
-            # per token (``original``), any other has one per row that layer 0 has cached (``later``).
+            # The stock mask's column of each cached row. A mask for a whole cache has a column per
+            # token (``original``), any other has one per row that layer 0 has cached (``later``).
             before = columns(state.past, state.real)
             if past is not None:
                 before = past.original if state.whole else past.later

@@ -1,8 +1,9 @@
-"""Where the parts are that compression needs, in any Hugging Face vision-language model: the adapter layer.
+"""Find the parts and the images of any Hugging Face vision-language model.
 
-What differs between families is found from the model's own structure, not from its name: placeholder ids from the
-config, the extent of each picture from the encoder's output, tiles from newline tokens and text between them, frames
-of a clip from 3-D positions. So a new family usually needs nothing here.
+What differs between model families is read from the model's structure, not from its name. The
+placeholder ids come from the config, the number of tokens of each image from the encoder's output.
+Tiles are found by newline tokens and by text between them, frames of a clip by 3-D positions. So a
+new family usually needs no change here.
 """
 
 from __future__ import annotations
@@ -17,19 +18,27 @@ from torch.nn.modules.conv import _ConvNd
 
 from llavolta.errors import UnsupportedModel
 
+# By modality, the model's argument with the pixels.
 PIXELS = {
     "image": "pixel_values",
     "video": "pixel_values_videos",
-}  # by modality, the argument with the raw pictures
+}
 
 
 @dataclass(frozen=True)
 class Parts:
     """The modules of a vision-language model.
 
-    top: takes labels and returns the loss (None if the model has no head). base: joins pictures and text.
-    decoder: the language model; its ``layers`` and ``rotary_emb``. visual_ids: the placeholder token of "image",
-    "video". projector: maps the vision tower's tokens one by one to the decoder's width, None if it merges some.
+    Attributes:
+        top: The model with its head, which takes labels and returns the loss. None if the model has
+            no head.
+        base: The model that inserts encoded images into the text.
+        decoder: The language model.
+        layers: The decoder's layers.
+        rotary: The decoder's rotary embedding.
+        visual_ids: By modality ("image", "video"), the id of the placeholder token.
+        projector: Maps each token of the vision tower to the decoder's width. None if the model's
+            projector merges tokens, or has another name than ``multi_modal_projector``.
     """
 
     top: nn.Module | None
@@ -43,12 +52,20 @@ class Parts:
 
 @dataclass
 class Pictures:
-    """Which tokens belong to which picture: an image, a tile of one, a frame of a clip.
+    """Which tokens belong to which image.
 
-    rows (I, L): indices into the flat (B * T) sequence, and mask (I, L), False at padding. grid (I, 2): height and
-    width without a class token, (1, n) where n tokens are no known rectangle. clip (I,): rising, the same for the
-    frames of a clip that no text parts. frames (I,): in each row. has_clips: whether some pictures are frames of one
-    clip; known to the host, which need not wait for the device.
+    Each of the I images is an image, a tile of one, a frame of a clip, or, after ``by_clip``, a
+    clip. L is the largest number of tokens of one image.
+
+    Attributes:
+        rows: (I, L) flat rows: indices into the B * T rows of the batch.
+        mask: (I, L) bool, False at padding.
+        grid: (I, 2) height and width in tokens, without a class token. (1, n) where the n tokens
+            are no known rectangle.
+        clip: (I,) rising numbers, equal for the frames of a clip without text between them.
+        frames: (I,) number of frames in each row.
+        has_clips: Whether some images are frames of one clip. It is stored as a Python bool, so
+            that the host need not wait for the device.
     """
 
     rows: Tensor
@@ -59,11 +76,18 @@ class Pictures:
     has_clips: bool
 
     def by_clip(self) -> Pictures:
-        """The same with clips, each in one row, in place of frames."""
-        frames = self.clip.bincount()
-        first = frames.cumsum(0) - frames
+        """Merge the frames of each clip into one row.
+
+        Returns:
+            Images with one row per clip, in which the frames follow each other. If the frames of a
+            clip differ in size, its grid is (1, n), and it counts as one frame.
+        """
+        frames = self.clip.bincount()  # (I,) -> (clips,)
+        first = frames.cumsum(0) - frames  # the index of each clip's first frame
+        # Compare grid and number of tokens (I, 3) of each frame with those of its clip's first one.
         sizes = torch.cat([self.grid, self.mask.sum(1, keepdim=True)], dim=1)
         alike = (sizes == sizes[first][self.clip]).all(1)
+        # (I,) -> (clips,): whether all frames of the clip are equal in size
         alike = torch.ones_like(frames).scatter_reduce(0, self.clip, alike.long(), "amin").bool()
         mask = self.merge(self.mask[..., None].long())[..., 0].bool()
         count = mask.sum(1)
@@ -79,16 +103,30 @@ class Pictures:
         return Pictures(rows, mask, grid, clip, frames, has_clips=False)
 
     def merge(self, values: Tensor) -> Tensor:
-        """values (I, L, D) of these pictures as those of ``by_clip``, 0 at padding."""
+        """Merge values of the frames' tokens as ``by_clip`` merges the frames.
+
+        Args:
+            values: (I, L, D) values of the tokens of these images.
+
+        Returns:
+            (clips, L', D), 0 at padding.
+        """
         count = torch.zeros_like(self.clip.bincount()).index_add(0, self.clip, self.mask.sum(1))
         mask = torch.arange(int(count.max()), device=count.device) < count[:, None]
         merged = values.new_zeros(*mask.shape, values.shape[-1])
-        merged[mask] = values[self.mask]
+        merged[mask] = values[self.mask]  # clips are in the order of their frames
         return merged
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The Hugging Face model inside DistributedDataParallel, DeepSpeed, torch.compile and PEFT wrappers."""
+    """The Hugging Face model inside DDP, DeepSpeed, torch.compile and PEFT wrappers.
+
+    Args:
+        model: A model, wrapped any number of times or not at all.
+
+    Returns:
+        The innermost model.
+    """
     while True:
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
@@ -108,7 +146,18 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def find_parts(model: nn.Module) -> Parts:
-    """The parts of ``model``, wrapped or not. Raises UnsupportedModel if it has no visual tokens or no decoder."""
+    """Find the parts of a model.
+
+    Args:
+        model: A vision-language model, wrapped or not.
+
+    Returns:
+        Its parts.
+
+    Raises:
+        UnsupportedModel: The config names no placeholder token, the decoder has no ``layers`` or no
+            ``rotary_emb``, or the base model takes no ``mm_encoder_outputs``.
+    """
     model = unwrap(model)
     name = type(model).__name__
     config = getattr(model, "config", None)
@@ -139,26 +188,33 @@ def find_parts(model: nn.Module) -> Parts:
 
 
 def _projector(base: nn.Module) -> nn.Module | None:
-    """The projector, if it works token by token; those with weights of their own (Gemma 3) or by other names pool."""
+    """The projector, if it works token by token.
+
+    A projector with parameters of its own, outside its submodules, pools tokens (Gemma 3), and so
+    do those of other names.
+    """
     projector = getattr(base, "multi_modal_projector", None)
     if projector is None or any(True for _ in projector.parameters(recurse=False)):
         return None
-    if getattr(projector, "merges_tokens", False) or hasattr(
-        projector, "pixel_shuffle"
-    ):  # our own, Aya Vision's
+    # The projectors of this package that merge, and that of Aya Vision.
+    if getattr(projector, "merges_tokens", False) or hasattr(projector, "pixel_shuffle"):
         return None
     return projector
 
 
 def towers(parts: Parts) -> dict[str, nn.Module]:
-    """The vision towers, by their names in the base model."""
+    """The vision towers, by their names in the base model.
+
+    A tower is a child of the base model that contains a stack of layers, and is neither the decoder
+    nor ``parts.projector``.
+    """
     others = (parts.decoder, parts.projector)
     children = parts.base.named_children()
     return {name: _running(part) for name, part in children if part not in others and _stacks(part)}
 
 
 def _running(part: nn.Module) -> nn.Module:
-    """The module that runs: where PEFT trains a part whole, its copy of it, not the original."""
+    """The module that runs: PEFT's trained copy (``modules_to_save``), or the part itself."""
     if not hasattr(part, "original_module"):
         return part
     running = (
@@ -171,17 +227,31 @@ def _running(part: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Roles:
-    """What the parameters of a model are for, by the names of modules and lone parameters within the unwrapped model:
-    ``projector`` (what leads from the tower's width to the decoder's: also Qwen's mergers, newlines), ``tower``; the
-    rest is the language model's."""
+    """Which parameters of a model belong to the projector and which to the vision tower.
+
+    All other parameters belong to the language model.
+
+    Attributes:
+        projector: Names, in the unwrapped model, of modules and single parameters that lead from
+            the tower's width to the decoder's; also Qwen's mergers and newline embeddings.
+        tower: Names of the vision towers.
+    """
 
     projector: tuple[str, ...]
     tower: tuple[str, ...]
 
     def of(self, parameter: str) -> str:
-        """Of a parameter, by its name in the unwrapped model: "projector", "tower" or "language"."""
+        """The role of a parameter.
+
+        Args:
+            parameter: Its name in the unwrapped model.
+
+        Returns:
+            "projector", "tower" or "language".
+        """
         parameter = parameter.replace(".modules_to_save.default", "")  # PEFT's copy of a part
-        for role in ("projector", "tower"):  # a merger stands within its tower
+        # The projector first, because a merger is a part of its tower.
+        for role in ("projector", "tower"):
             if any(
                 parameter == name or parameter.startswith(f"{name}.")
                 for name in getattr(self, role)
@@ -191,8 +261,21 @@ class Roles:
 
 
 def roles(model: nn.Module) -> Roles:
-    """Found from the structure: a tower has a stack of layers and takes pixels by a convolution; a projector stands
-    beside it, or within it, behind the layers, and ends at the decoder's width."""
+    """Find the roles of a model's parameters from its structure.
+
+    A tower has a stack of layers and a convolution over pixels. A projector is a child of the base
+    model beside the tower. If there is none, it is the part of the tower after the layers that ends
+    at the decoder's width.
+
+    Args:
+        model: A vision-language model, wrapped or not.
+
+    Returns:
+        The roles, by names in the unwrapped model.
+
+    Raises:
+        UnsupportedModel: See ``find_parts``.
+    """
     top = unwrap(model)
     parts = find_parts(top)
     names = {module: name for name, module in top.named_modules()}
@@ -207,18 +290,19 @@ def roles(model: nn.Module) -> Roles:
         for name, part in beside
         if _stacks(part) and any(isinstance(m, _ConvNd) for m in part.modules())
     ]
+    # Without a convolution (linear patch embedding), any stack of layers is taken for a tower.
     seeing = seeing or [name for name, part in beside if _stacks(part)]
     projector = [name for name, _ in beside if name not in seeing]
     if not projector:
         width = parts.decoder.config.hidden_size
         for name in seeing:
             projector += [f"{name}.{inner}" for inner in _mergers(dict(beside)[name], width)]
-    projector += [name for name, _ in parts.base.named_parameters(recurse=False)]
+    projector += [name for name, _ in parts.base.named_parameters(recurse=False)]  # newlines
     return Roles(tuple(base + name for name in projector), tuple(base + name for name in seeing))
 
 
 def _mergers(tower: nn.Module, width: int) -> list[str]:
-    """The parts of a vision tower that stand behind its layers and end at the decoder's ``width``."""
+    """Names of the tower's children after its layers with a linear layer of ``width`` outputs."""
     stack = max(_stacks(tower), key=len)
     children = list(tower.named_children())
     at = next(place for place, (_, part) in enumerate(children) if stack in list(part.modules()))
@@ -230,18 +314,27 @@ def _mergers(tower: nn.Module, width: int) -> list[str]:
 
 
 def _stacks(module: nn.Module) -> list[nn.ModuleList]:
+    """All lists of layers in a module."""
     return [part for part in module.modules() if isinstance(part, nn.ModuleList) and len(part)]
 
 
 def tower_attentions(parts: Parts, layers: Iterable[str | int]) -> dict[str | int, list[nn.Module]]:
-    """The attention, with ``q_proj`` and ``k_proj`` or with ``qkv``, of ``layers`` of each vision tower.
+    """Find attention modules of the vision towers.
 
-    layers: "last", "selected" (the layer whose output the model selects), "early" (5 of 24) or a number, from the
-    end if below 0. Raises UnsupportedModel for a tower without such a layer.
+    Args:
+        parts: The model's parts.
+        layers: Which layers: "last", "selected" (the one whose output the model uses), "early"
+            (layer 5 of 24, scaled to the tower's depth), or a number, from the end if below 0.
+
+    Returns:
+        By layer, the attention of each tower: a module with ``q_proj`` and ``k_proj``, or ``qkv``.
+
+    Raises:
+        UnsupportedModel: A tower has no such layer, or the layer no such module.
     """
     selected = getattr(parts.base.config, "vision_feature_layer", -1)
     selected = selected[-1] if isinstance(selected, list | tuple) else selected
-    # The model counts hidden states, of which the first stands before all layers.
+    # ``vision_feature_layer`` counts hidden states, the first of which is the input of layer 0.
     numbers = {"last": -1, "selected": selected - 1 if selected > 0 else selected}
     found: dict[str | int, list[nn.Module]] = {layer: [] for layer in layers}
     for name, tower in towers(parts).items():
@@ -268,7 +361,17 @@ def tower_attentions(parts: Parts, layers: Iterable[str | int]) -> dict[str | in
 
 
 def tower_heads(attention: nn.Module) -> int:
-    """How many heads an attention of a vision tower has."""
+    """The number of heads of a vision tower's attention.
+
+    Args:
+        attention: An attention module.
+
+    Returns:
+        The number of heads.
+
+    Raises:
+        UnsupportedModel: The module has no attribute with this number.
+    """
     for name in ("num_heads", "num_attention_heads"):
         if hasattr(attention, name):
             return getattr(attention, name)
@@ -278,7 +381,14 @@ def tower_heads(attention: nn.Module) -> int:
 
 
 def without_class_token(parts: Parts) -> list[str]:
-    """The vision towers that have no class token before their patches (SigLIP), by name and class."""
+    """List the vision towers that have no class token before their patches, such as SigLIP.
+
+    Args:
+        parts: The model's parts.
+
+    Returns:
+        Name and class of each such tower, as text for messages.
+    """
     known = {"class_embedding", "cls_token"}
     return [
         f"{name} ({type(tower).__name__})"
@@ -290,13 +400,22 @@ def without_class_token(parts: Parts) -> list[str]:
 
 
 def has_3d_positions(parts: Parts) -> bool:
-    """Whether tokens have a position in time, height and width each (M-RoPE)."""
+    """Whether tokens have positions in time, height and width (M-RoPE)."""
     return hasattr(parts.base, "rope_deltas")
 
 
 def holds_state(parts: Parts) -> str:
-    """What of the decoder's layers holds a running state of the tokens, such as linear attention,
-    Mamba or a convolution over tokens: its types in the config, else its classes; "" if nothing."""
+    """Name the decoder's layers that carry a running state instead of keys and values.
+
+    These are linear attention, Mamba, and convolutions over tokens.
+
+    Args:
+        parts: The model's parts.
+
+    Returns:
+        Their types in the config, or else the classes that contain a convolution, separated by
+        commas; "" if there is none.
+    """
     kinds = map(str, getattr(parts.decoder.config, "layer_types", None) or ())
     found = {k for k in kinds if k == "linear_attention" or not k.endswith("attention")} or {
         type(module).__name__
@@ -307,9 +426,19 @@ def holds_state(parts: Parts) -> str:
 
 
 def encode_pictures(base: nn.Module, args: tuple, kwargs: dict) -> dict:
-    """The arguments of the base model with its pictures encoded ahead, as ``generate`` hands them over too.
+    """Encode the images before the base model does.
 
-    Then the encoder's output tells how many tokens each picture fills, whatever the family makes of its pixels.
+    The encoder's output tells how many tokens each image has in any model family. The base model
+    accepts it in place of pixels, as it does from ``generate``.
+
+    Args:
+        base: The base model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        All arguments by name. If there are images, ``mm_encoder_outputs`` has the encoder's output
+        by modality, and the pixels are removed.
     """
     names = inspect.signature(base.forward).parameters
     inputs = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -321,6 +450,7 @@ def encode_pictures(base: nn.Module, args: tuple, kwargs: dict) -> dict:
     for kind, pixels in PIXELS.items():
         if inputs.get(pixels) is not None and len(inputs[pixels]):
             encode = getattr(base, f"get_{kind}_features")
+            # Families differ in what the encoder needs besides pixels, such as sizes or grids.
             wanted = [
                 name
                 for name in inspect.signature(encode).parameters
@@ -332,7 +462,19 @@ def encode_pictures(base: nn.Module, args: tuple, kwargs: dict) -> dict:
 
 
 def visual_tokens(parts: Parts, inputs: dict) -> dict[str, Tensor]:
-    """(B, T) bool by modality: the placeholders that pictures fill. Without pictures they are ordinary tokens."""
+    """Find the placeholders that images fill.
+
+    Args:
+        parts: The model's parts.
+        inputs: Arguments of the base model, from ``encode_pictures``.
+
+    Returns:
+        By modality, (B, T) bool. A modality without images is missing, because then its
+        placeholders are ordinary tokens.
+
+    Raises:
+        UnsupportedModel: There are no ``input_ids``.
+    """
     ids = inputs.get("input_ids")
     if ids is None:
         raise UnsupportedModel(
@@ -345,55 +487,75 @@ def visual_tokens(parts: Parts, inputs: dict) -> dict[str, Tensor]:
 def find_pictures(
     base: nn.Module, visual: dict[str, Tensor], encoded: dict, positions: Tensor
 ) -> Pictures:
-    """The pictures of a batch, in the order of their tokens.
+    """Find which tokens belong to which image, and the height and width of each.
 
-    visual: (B, T) bool by modality, on the CPU, where all of this is computed: it is hundreds of small steps, and many
-    need their results. encoded: the encoder's output by modality. positions: (B, T, A), on the device of the result.
+    The n visual tokens of the batch are put in text order and cut into images. An image begins
+    where a feature of the encoder, a tile or a clip begins (``_marks``), after text, and, with 3-D
+    positions, where a new frame begins. For example, LLaVA-NeXT gives one feature for a base tile b
+    of 2 x 2 tokens and a grid g of 2 x 2 tokens with a newline token n after each of its rows::
 
-    A newline token at the end of each row of a high-resolution grid counts as the grid's last column. One that stands
-    alone behind a picture is no part of it and stays, as text does.
+        feature    b b b b g g n g g n
+        start      1 0 0 0 1 0 0 0 0 0
+        lines      0 0 0 0 0 0 1 0 0 1
+
+    The result is two images with the grids (2, 2) and (2, 3): a newline counts as the last column
+    of its row. A single newline after an image is not a part of the image, and stays as text does.
+
+    Args:
+        base: The base model.
+        visual: By modality, (B, T) bool on the CPU, True at placeholders. The computation takes
+            hundreds of small steps, and the host needs many of their results, so it runs on the
+            CPU.
+        encoded: By modality, the encoder's output.
+        positions: (B, T, A) rotary positions, on the device of the result.
+
+    Returns:
+        The images, in the order of their tokens.
+
+    Raises:
+        UnsupportedModel: The number of placeholders is not the number of encoded tokens.
     """
     flat, start, lines, first = (
         torch.cat(part) for part in zip(*_marks(base, visual, encoded), strict=True)
-    )
-    order = flat.argsort()
+    )  # (n,) each, images before clips
+    order = flat.argsort()  # text order
     flat, start, lines, first = flat[order], start[order], lines[order], first[order]
-    first |= torch.nn.functional.pad(
-        flat[1:] != flat[:-1] + 1, (1, 0), value=True
-    )  # text stands between
+    # Text stands before a token whose flat row does not follow on the one before.
+    first |= torch.nn.functional.pad(flat[1:] != flat[:-1] + 1, (1, 0), value=True)
     start |= first
     device = positions.device
-    positions = positions.reshape(-1, positions.shape[-1])
-    positions = positions.cpu()[flat] if positions.shape[1] > 1 else positions[:0]
-    if (
-        positions.shape[1] > 1
-    ):  # (time, height, width): a new frame starts where the height falls back
+    positions = positions.reshape(-1, positions.shape[-1])  # (B, T, A) -> (B * T, A)
+    positions = positions.cpu()[flat] if positions.shape[1] > 1 else positions[:0]  # (n or 0, A)
+    # Axes are time, height and width. Height falls only where a new frame begins.
+    if positions.shape[1] > 1:
         start[1:] |= positions[1:, 1] < positions[:-1, 1]
 
-    number = start.cumsum(0) - 1
-    count = number.bincount()
+    number = start.cumsum(0) - 1  # (n,) the image of each token
+    count = number.bincount()  # (I,)
     mask = torch.arange(int(count.max()), device=flat.device) < count[:, None]
     rows = flat.new_zeros(mask.shape)
-    rows[mask] = flat
+    rows[mask] = flat  # (n,) -> (I, L)
 
+    # Reduce values per token (n,) to one per image (I,).
     def per_picture(values: Tensor, reduce: str) -> Tensor:
         return values.new_zeros(len(count)).scatter_reduce(
             0, number, values, reduce, include_self=False
         )
 
+    # The height is the extent of 3-D positions, or the number of newlines, or the side of a square.
+    # Where none of these is known or divides the number of tokens, the grid is (1, n).
     height = per_picture(lines.long(), "sum")
     if positions.shape[1] > 1:
         height = per_picture(positions[:, 1], "amax") - per_picture(positions[:, 1], "amin") + 1
     side = count.double().sqrt().round().long()
     inner = (count - 1).double().sqrt().round().long()
-    lead = (
-        (side * side != count) & (inner * inner == count - 1) & _gives_frames(base)
-    )  # a class token
+    # A class token before the patches of a frame: n is no square, and n - 1 is.
+    lead = (side * side != count) & (inner * inner == count - 1) & _gives_frames(base)
     count, side = count - lead.long(), torch.where(lead, inner, side)
     height = torch.where(height > 0, height, torch.where(side * side == count, side, 1))
     height = torch.where((count % height == 0) & (height < count), height, 1)
     grid = torch.stack([height, count // height], dim=1)
-    clip = first.cumsum(0)[start] - 1
+    clip = first.cumsum(0)[start] - 1  # (n,) -> (I,)
     found = (
         part.to(device, non_blocking=True)
         for part in (rows, mask, grid, clip, torch.ones_like(count))
@@ -402,12 +564,18 @@ def find_pictures(
 
 
 def _marks(base: nn.Module, visual: dict[str, Tensor], encoded: dict):
-    """By modality, for the n tokens of its pictures: flat indices, where a picture starts, which ones end a line, where
-    an image, a tile or a clip starts."""
+    """Mark where the images of each modality begin; see ``find_pictures``.
+
+    Yields:
+        For each modality, four tensors over the tokens of its images, in the encoder's order:
+        flat rows; whether an image, tile or frame begins; whether a line ends with this newline;
+        whether an image, tile or clip begins, which a later frame of a clip does not. Single
+        newlines after an image are left out.
+    """
     newline = getattr(base, "image_newline", None)
     for kind, where in visual.items():
-        flat = where.reshape(-1).nonzero().squeeze(1)
-        # Idefics3 makes one of each row of the batch, empty for a row of text alone.
+        flat = where.reshape(-1).nonzero().squeeze(1)  # (B, T) -> (n,)
+        # Idefics3 gives one feature per batch row, an empty one for a row without images.
         features = [feature for feature in encoded[kind].pooler_output if len(feature)]
         lengths = [len(feature) for feature in features]
         if sum(lengths) != len(flat):
@@ -421,11 +589,11 @@ def _marks(base: nn.Module, visual: dict[str, Tensor], encoded: dict):
         )
         clips = []
         frame = _frame_tokens(base) if kind == "video" else None
+        # Tokens of a clip, where the encoder gives one feature per frame. If they do not divide the
+        # tokens of the batch, the clips are shorter or longer, and only text separates them.
         clip = base.config.video_seq_length if kind == "video" and _gives_frames(base) else None
-        clip = (
-            clip if clip and len(flat) % clip == 0 else len(flat)
-        )  # only text parts clips of another length
-        first = 0
+        clip = clip if clip and len(flat) % clip == 0 else len(flat)
+        first = 0  # where the feature begins in ``flat``
         for feature, length in zip(features, lengths, strict=True):
             starts += range(first, first + length, frame or length)
             clips += (
@@ -434,12 +602,13 @@ def _marks(base: nn.Module, visual: dict[str, Tensor], encoded: dict):
                 else []
             )
             if newline is not None:
+                # The places of newline embeddings in the feature (length, C).
                 ends = (feature == newline.to(feature)).all(-1).cpu().nonzero().squeeze(1).tolist()
                 if len(ends) == 1:
                     kept[first + ends[0]] = False
-                elif (
-                    ends
-                ):  # a base tile, then the grid of the others, each of its rows with a newline
+                elif ends:
+                    # The base tile has no newline. The distance of two newlines is the width of the
+                    # grid with its newline, so the grid begins this far before the first row's end.
                     starts.append(first + ends[0] + 1 - (ends[1] - ends[0]))
                     lines[[first + end for end in ends]] = True
             first += length
@@ -451,19 +620,25 @@ def _marks(base: nn.Module, visual: dict[str, Tensor], encoded: dict):
 
 
 def _gives_frames(base: nn.Module) -> bool:
-    """Whether the encoder's output is frame by frame, with a class token each, as Video-LLaVA's is."""
+    """Whether the encoder gives one feature per frame, with a class token, as Video-LLaVA's."""
     return hasattr(base, "video_tower")
 
 
 def pools_frames(base: nn.Module) -> bool:
-    """Whether the model halves each frame of a clip behind the projector, as LLaVA-OneVision does."""
+    """Whether the model halves height and width of frames after the projector (LLaVA-OneVision)."""
     return hasattr(base, "apply_pooling")
 
 
 def _frame_tokens(base: nn.Module) -> int | None:
-    """The tokens of one frame where a clip's frames follow each other in one piece; None if nothing tells."""
+    """The number of tokens of a frame, if the model pools frames by a fixed stride; else None.
+
+    The frames of such a clip follow each other in one feature.
+    """
     stride = getattr(base.config, "spatial_pool_stride", 2 if pools_frames(base) else None)
     if stride is None:
         return None
     vision = base.config.vision_config
-    return (-(-(vision.image_size // vision.patch_size) // stride)) ** 2  # pyright: ignore[reportReturnType]
+    # The side of a frame in patches, divided by the stride and rounded up.
+    return (  # pyright: ignore[reportReturnType]
+        -(-(vision.image_size // vision.patch_size) // stride)
+    ) ** 2
