@@ -1,1 +1,1 @@
-"""Compressing visual tokens inside a stock vision-language model: the product, which needs torch and transformers."""
+"""Compression of visual tokens inside stock vision-language models, with torch and transformers."""

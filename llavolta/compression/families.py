@@ -605,7 +605,7 @@ def _marks(base: nn.Module, visual: dict[str, Tensor], encoded: dict):
                 # The places of newline embeddings in the feature (length, C).
                 ends = (feature == newline.to(feature)).all(-1).cpu().nonzero().squeeze(1).tolist()
                 if len(ends) == 1:
-                    kept[first + ends[0]] = False
+                    kept[first + ends[0]] = False  # a single newline after an image or clip
                 elif ends:
                     # The base tile has no newline. The distance of two newlines is the width of the
                     # grid with its newline, so the grid begins this far before the first row's end.

@@ -1,20 +1,26 @@
-"""``compress``: fewer visual tokens inside a stock Hugging Face vision-language model, by forward hooks alone.
+"""``compress``: fewer visual tokens inside a stock Hugging Face vision-language model, by hooks.
 
 What happens in one forward pass, with a compressor at the input of decoder layer K:
 
-1. The hook on the base model encodes the pictures (as ``generate`` does too) and notes which tokens are visual.
-2. The hook on layer K hands each picture's hidden states to the compressor, and rebuilds the sequence from the text
-   tokens (untouched) and what the compressor left. Padding goes too; rows of the batch that end up shorter are
-   padded at their end.
-3. The hooks on layers K, K+1, ... exchange the attention mask and the rotary embeddings for those of the shorter
-   sequence: the mask is the stock one, looked up at the tokens that stay, so whatever pattern the model uses
-   (causal, sliding window, padding, a cache) is kept. Text tokens keep their positions.
-4. The hook on the decoder's output gives back one row per input token, so that the head, the loss and ``generate``
-   see the shape they expect; in training with labels only the rows that predict a label (see ``compress``).
+1. The hook on the base model encodes the images (``generate`` does this too) and notes which tokens
+   are visual.
+2. The hook on layer K passes the hidden states of each image to the compressor. It rebuilds the
+   sequence from the text tokens, which do not change, and the compressor's output. Padding is
+   removed, and shorter batch rows are padded at the end.
+3. The hooks on layers K, K + 1, ... replace the attention mask and the rotary embeddings by those
+   of the shorter sequence. The mask is looked up in the stock mask at the remaining tokens, so any
+   pattern is preserved (causal, sliding window, padding, cache). Text tokens keep their positions,
+   unless a compressor at layer 0 or "vision" closes gaps.
+4. The hook on the decoder's output restores one row per input token, so that the head, the loss and
+   ``generate`` get the shape that they expect. In training with labels it returns only the rows
+   that predict a label (see ``compress``).
 
-The plan's "vision" entry works at the projector instead: the hook before it shortens each picture, the hook behind it
-puts what is left at its anchors among the placeholders' rows and marks the others, and layer 0 drops the marked ones.
-A compressor that needs "tower" is handed what the projections of queries and keys in the tower's layers gave.
+The plan's "vision" entry works at the projector. The hook before it compresses each image. The hook
+after it writes the remaining tokens to the places of their anchors and fills the others with NaN.
+Layer 0 removes the NaN tokens. Compressors that need "tower" read the queries and keys of the
+vision tower, which hooks on its projections record.
+
+Two methods are replaced as well, ``generate`` and ``_prefill``; see ``generation``.
 """
 
 from __future__ import annotations
@@ -58,10 +64,10 @@ from llavolta.errors import UnsupportedModel
 
 Observer = Callable[[Layer, VisualTokens, CompressedTokens], None]
 
+# Decoders of the models that are being compressed.
 _active: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_plain = (
-    torch.compiler.disable
-)  # these steps depend on data, so the graph would break in them anyway
+# The decorated hooks depend on data, so the graph of torch.compile would break in them anyway.
+_plain = torch.compiler.disable
 
 
 def compress(
@@ -72,43 +78,57 @@ def compress(
     prefix: nn.Module | None = None,
     observe: Observer | None = None,
 ) -> Compression:
-    """Compress the visual tokens of ``model`` by ``plan`` until the returned handle is removed or its block ends.
+    """Compress the visual tokens of a model, until the handle is removed or its block ends.
 
-    model: any supported vision-language model, also inside DDP or PEFT. plan: ``{layer: compressor}`` or its text,
-    such as ``"2:avgpool:8"``; "none" leaves the model as it is.
+    The loss is that of the same labelled tokens as without compression. ``logits`` have one row per
+    input token: a token that was merged or dropped has the row of the last remaining token at or
+    before it. In training with labels, ``logits`` are (1, M + 1, vocabulary) instead: the rows that
+    predict the M labelled tokens of the batch, in order, and an extra one. The loss and all
+    gradients are the same, at a fraction of the memory.
 
-    The loss is that of the same labelled tokens as without compression. ``logits`` hold one row per input token:
-    the row of a token that was merged or dropped is that of the last remaining token at or before it. In training,
-    when labels are given, ``logits`` are (1, M + 1, vocabulary) instead: the rows of the M labelled tokens of the
-    batch in order, and one to spare; the loss and all gradients are the same, at a fraction of the memory.
-    ``labelled_only=False`` keeps the full logits in training too, for trainers that compute metrics from them;
-    ``True`` spares them also under a plan that removes nothing (which otherwise leaves the model untouched, bit for
-    bit).
+    With ``output_hidden_states`` the last entry has the rows that ``logits`` have. The other
+    entries and ``attentions`` have the rows that their layer processed. A plan with "vision" leaves
+    NaN in ``image_hidden_states``, at tokens that no longer exist.
 
-    torch.compile: pass the compiled model, not the one inside it; it is compiled anew when compression starts and
-    when it ends, and the graph breaks where a compressor works.
+    torch.compile: pass the compiled model, not the one inside it. It is compiled again when
+    compression starts and when it ends, and the graph breaks where a compressor works.
 
-    With ``output_hidden_states`` the last entry has the rows that ``logits`` have; the others have those that their
-    layer worked on, and ``attentions`` likewise.
+    Args:
+        model: A supported vision-language model, also inside DDP or PEFT.
+        plan: ``{layer: compressor}`` or its text, such as ``"2:avgpool:8"``. "none" leaves the
+            model as it is.
+        labelled_only: Whether ``logits`` have only the rows of labelled tokens in training. False
+            is for trainers that compute metrics from logits. True applies also to a plan that
+            removes nothing, which otherwise leaves the model untouched. None: True if the plan
+            removes tokens.
+        prefix: A module that returns, for I images, embeddings (I, P, C) to place before each of
+            them in the decoder. They replace tokens that the plan drops at "vision" or layer 0.
+            Later compressors count them among the visual tokens.
+        observe: Called as ``observe(layer, tokens, compressed)`` after each compressor, with the
+            layer as in the plan, layer by layer, in every pass with images. Under gradient
+            checkpointing, too, it is called once a pass. Entries that remove nothing are not
+            observed. The tensors are those that the model continues with, so they must not be
+            changed. An error ends the pass.
 
-    A plan with "vision" leaves NaN in ``image_hidden_states``, at tokens that do not exist any more.
+    Returns:
+        The handle, a context manager with ``remove()``.
 
-    prefix: gives, for I pictures, embeddings (I, P, C) to stand before each of them in the decoder, in place of tokens
-    that the plan drops at "vision" or layer 0; later compressors count them among the visual tokens.
-
-    observe: called as ``observe(layer, tokens, compressed)`` behind each compressor, layer by layer, in every pass that
-    has pictures, once a pass also under gradient checkpointing; layer: as in the plan. Entries that remove nothing are
-    left out, and are not observed. The tensors are those that the model goes on with: look, do not write. An error ends
-    the pass.
-
-    Raises PlanError for a plan that does not fit, UnsupportedModel for a model without visual tokens or one that
-    cannot do what the plan asks, RuntimeError if the model is being compressed already.
+    Raises:
+        PlanError: The plan cannot be read or does not fit the model.
+        UnsupportedModel: The model has no visual tokens, or cannot do what the plan needs.
+        RuntimeError: The model is being compressed already.
     """
     return Compression(model, plan, labelled_only, prefix, observe)
 
 
 class Compression:
-    """The handle that ``compress`` returns: a context manager with ``remove()``. ``plan`` is the parsed plan."""
+    """The handle that ``compress`` returns.
+
+    Attributes:
+        plan: The parsed plan.
+        parts: The parts of the model.
+        labelled_only: Whether logits have only the rows of labelled tokens in training.
+    """
 
     def __init__(
         self, model: nn.Module, plan, labelled_only: bool | None, prefix: nn.Module | None, observe
@@ -117,6 +137,7 @@ class Compression:
         self._compiled = is_compiled(model)
         self.plan: Plan = check_layers(parse_plan(plan), len(self.parts.layers))
         written = format_plan(self.plan)
+        # Entries that remove nothing are left out, so that they cannot change a single bit.
         working = {layer: c for layer, c in self.plan.items() if not c.is_identity}
         before = working.pop(VISION, None)
         self._vision = None if before is None else VisionStep(before, self.parts, written, observe)
@@ -126,7 +147,7 @@ class Compression:
             if 0 in working and "tower" in working[0].needs
             else None
         )
-        if before is not None:
+        if before is not None:  # layer 0 first removes what was dropped before the projector
             self._steps[0] = [DropMarked(before.contiguous), *self._steps.get(0, [])]
         if self._steps and (state := holds_state(self.parts)):
             raise UnsupportedModel(
@@ -141,6 +162,7 @@ class Compression:
                 raise PlanError(
                     f"plan {written!r} makes no room for a prefix at 'vision' or layer 0"
                 )
+            # The last step at layer 0 adds the prefix to its output.
             self._steps[0][-1] = Prefixed(self._steps[0][-1], prefix)
         self._captured = {layer - 1 for layer, c in working.items() if "previous_layer" in c.needs}
         self._keeps_start = any("start" in c.needs for c in working.values())
@@ -151,7 +173,8 @@ class Compression:
         self._hooks: list = []
         if self.parts.decoder in _active:
             raise RuntimeError(
-                "this model is being compressed already; remove() the first handle or leave its block"
+                "this model is being compressed already; remove() the first handle or leave its "
+                "block"
             )
         if self._steps or self.labelled_only:
             try:
@@ -161,7 +184,7 @@ class Compression:
                 raise
 
     def _check_3d(self, prefix: nn.Module | None) -> None:
-        """Raises UnsupportedModel for what 3-D positions (M-RoPE) leave no room for."""
+        """Raise UnsupportedModel for a prefix and for closed gaps, which M-RoPE cannot have."""
         name = type(self.parts.base).__name__
         if prefix is not None:
             raise UnsupportedModel(
@@ -191,7 +214,7 @@ class Compression:
         self.remove()
 
     def remove(self) -> None:
-        """Take every hook off the model; calling it again does nothing."""
+        """Remove every hook from the model. Calling it again does nothing."""
         for hook in self._hooks:
             hook.remove()
         if self._hooks and self._compiled:
@@ -200,6 +223,7 @@ class Compression:
         _active.discard(self.parts.decoder)
 
     def _install(self) -> None:
+        """Register the hooks."""
         parts, add = self.parts, self._hooks.append
         _active.add(parts.decoder)
         if self._compiled:
@@ -212,12 +236,13 @@ class Compression:
         add(parts.base.register_forward_pre_hook(self._before_base, with_kwargs=True))
         add(parts.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
         add(parts.decoder.register_forward_hook(self._after_decoder))
-        if not self._steps:
+        if not self._steps:  # only ``labelled_only``, which needs no more hooks
             return
         if hasattr(parts.top, "_prefill"):
             add(WatchedGeneration(parts.top, self._now))
         add(parts.base.register_forward_hook(self._after_base, always_call=True))
         add(parts.rotary.register_forward_hook(self._after_rotary, with_kwargs=True))
+        # Layers before the first one that is compressed or recorded stay without a hook.
         first = 0 if self._keeps_start else min(self._steps.keys() | self._captured)
         for number in range(first, len(parts.layers)):
             segment = max((layer for layer in self._steps if layer <= number), default=None)
@@ -232,6 +257,7 @@ class Compression:
 
     @_plain
     def _before_top(self, module, args, kwargs):
+        """Start a pass, and shorten the labels to those of the rows that the head will get."""
         self._now.forget()
         self._now.due = ("base", "decoder")
         self._now.labels = labels = kwargs.get("labels")
@@ -246,15 +272,18 @@ class Compression:
         return args, {**kwargs, "labels": short}
 
     def _after_top(self, module=None, args=None, kwargs=None, output=None):
+        """End a pass, and mark its logits if they are those of labelled tokens only."""
         rows, self._now.labelled, self._now.labels = self._now.labelled, None, None
         return None if rows is None or output is None else labelled.mark_logits(output)
 
     @_plain
     def _before_base(self, module, args, kwargs):
+        """Encode the images and create the state of the pass."""
         self._now.enter("base")
         if not self._steps:
             return None
         inputs = encode_pictures(self.parts.base, args, kwargs)
+        # On the CPU, for the many small steps of find_pictures.
         by_kind = {kind: where.cpu() for kind, where in visual_tokens(self.parts, inputs).items()}
         if self._vision is not None and "video" in by_kind and pools_frames(self.parts.base):
             raise UnsupportedModel(BLENDED)
@@ -272,6 +301,7 @@ class Compression:
 
     @_plain
     def _before_decoder(self, module, args, kwargs):
+        """Note that a pass reaches the decoder, and take over deep-stack features."""
         given, now = kwargs.get("inputs_embeds"), self._now
         like = now.labels if now.state is None else now.state.real
         self._now.enter(
@@ -281,16 +311,19 @@ class Compression:
         deepstack = kwargs.get("deepstack_visual_embeds")
         if state is None or deepstack is None or len(deepstack) <= first:
             return None
-        # The model adds these to the visual tokens after each early layer; from layer ``first`` on we must.
+        # The model adds one of these to the visual tokens after each early layer. From the first
+        # compressed layer on they do not fit, so Rows.add_deepstack adds merged ones.
         state.deepstack = dict(list(enumerate(deepstack))[first:])
         return args, {**kwargs, "deepstack_visual_embeds": deepstack[:first]}
 
     def _after_rotary(self, module, args, kwargs, output):
+        """Record the call, which Pass.rotary_of_rows repeats with other positions."""
         if self._now.state is not None:
             self._now.state.rotary.append((args, kwargs, output))
 
     @_plain
     def _after_decoder(self, module, args, output):
+        """Save the state of the cache, and give the output the rows that its caller expects."""
         now, state = self._now, self._now.state
         if state is not None:
             self._book.close(state)
@@ -302,7 +335,19 @@ class Compression:
 
     @_plain
     def _before_layer(self, number: int, segment: int | None, module, args, kwargs):
-        """The pre-forward hook of layer ``number``, whose rows the compressors at layer ``segment`` made."""
+        """Prepare the inputs of a layer, and run its compressors.
+
+        Args:
+            number: The layer.
+            segment: The last layer of the plan at or before it, which made its rows; or None.
+            module: The layer's module.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            The arguments with the hidden states (B, T', C) of the present rows, and the mask,
+            positions and rotary embeddings that fit them.
+        """
         state = self._now.state
         if state is None:
             return None
@@ -323,9 +368,7 @@ class Compression:
                 self._book.note(number, state)
         if state.rows is not None:
             kwargs["position_embeddings"] = state.rotary_of_rows(stock_rotary, self.parts.rotary)
-            kwargs["position_ids"] = (
-                None  # the attention code takes gaps in them for packed sequences
-            )
+            kwargs["position_ids"] = None  # attention code may read gaps in them as packed samples
         if state.rows is not None or segment in state.cached:
             kwargs["attention_mask"] = self._book.mask(
                 stock_mask, segment, number, state, hidden.dtype
@@ -338,7 +381,11 @@ class Compression:
         return (hidden, *args[1:]), kwargs
 
     def _shrink(self, compressor: Compressor, number: int, at: LayerInput, state: Pass) -> Tensor:
-        """hidden (B, T, C) -> (B, T', C) after ``compressor``; state.rows then describes the new rows."""
+        """Run a compressor at a layer; ``state.rows`` then describes the new rows.
+
+        Returns:
+            The hidden states: (B, T, C) of ``at`` -> (B, T', C).
+        """
         rows = state.rows or state.first_rows(self.parts)
         if compressor.over_clips and rows.pictures.has_clips:
             rows = rows.by_clip()
@@ -350,6 +397,7 @@ class Compression:
             at_rows = dict(
                 spread=rows.pictures.mask, rows=rows.pictures.rows, image_sizes=state.image_sizes
             )
+            # In ``generate``, image sizes come from its own call, and beams repeat batch rows.
             if self._now.rows is not None:
                 at_rows["image_sizes"] = self._now.image_sizes
                 at_rows["times"] = len(state.real) // self._now.rows
@@ -372,9 +420,8 @@ class Compression:
             and not isinstance(compressor, DropMarked)
         ):
             self._observe(number, tokens, out)
-        contiguous = (
-            compressor.contiguous and number == 0
-        )  # deeper, earlier layers have rotated keys by the places
+        # After layer 0, earlier layers have rotated keys by the original positions, so gaps stay.
+        contiguous = compressor.contiguous and number == 0
         hidden, state.rows, moved = rows.compressed(at.hidden, out, whole, number == 0, contiguous)
         state.moved = state.moved + moved
         return hidden

@@ -1,9 +1,10 @@
-"""Plans: which compressor sits at the input of which decoder layer, as a dict or as text.
+"""Plans: which compressor works at the input of which decoder layer, as a dict or as text.
 
-``"2:avgpool:8"`` is ``{2: AveragePool(stride=8)}``; several entries are joined by ``;``, options after the name
-are given in order or as ``option=value``; ``"none"`` is the empty plan; ``"0:avgpool2d:1|2|4"``,
-where a stage of a scheme can stand, is one of three, drawn for each step. Layer ``"vision"`` stands for the vision
-tower's output, before the projector; layer 0 is the decoder's input, after it.
+``"2:avgpool:8"`` is ``{2: AveragePool(stride=8)}``. Several entries are joined by ``;``. Options
+follow the compressor's name in order, or as ``option=value``. ``"none"`` is the empty plan. Layer
+"vision" is the vision tower's output, before the projector. Layer 0 is the decoder's input, after
+the projector. In a stage of a scheme, ``"0:avgpool2d:1|2|4"`` is one of three plans, drawn for each
+step.
 """
 
 from __future__ import annotations
@@ -27,7 +28,17 @@ class PlanError(UserError, ValueError):
 
 
 def parse_plan(plan: str | Mapping[Layer, Compressor] | None) -> Plan:
-    """A checked plan, "vision" first, then layers in rising order. Raises PlanError, which quotes what is wrong."""
+    """Read and check a plan.
+
+    Args:
+        plan: The plan's text, ``{layer: compressor}``, or None for the empty plan.
+
+    Returns:
+        The plan, "vision" first, then the layers in rising order.
+
+    Raises:
+        PlanError: The plan cannot be read. The message quotes what is wrong.
+    """
     if plan is None:
         return {}
     if isinstance(plan, Mapping):
@@ -57,14 +68,17 @@ def parse_plan(plan: str | Mapping[Layer, Compressor] | None) -> Plan:
 
 
 def _depth(entry: tuple[Layer, Compressor]) -> int:
+    """The key to sort entries by; "vision" comes before layer 0."""
     return -1 if entry[0] == VISION else entry[0]  # pyright: ignore[reportReturnType]
 
 
 def _parse_entry(entry: str, plan: str) -> tuple[Layer, Compressor]:
+    """Read one entry of a plan's text. Raises PlanError, which quotes ``plan``."""
     layer, *rest = (part.strip() for part in entry.split(":"))
     if not rest or not (layer == VISION or layer.lstrip("-").isdecimal()):
         raise PlanError(
-            f"cannot read {entry!r} in plan {plan!r}; write LAYER:COMPRESSOR:OPTION, as in '2:avgpool:8'"
+            f"cannot read {entry!r} in plan {plan!r}; write LAYER:COMPRESSOR:OPTION, as in "
+            "'2:avgpool:8'"
         )
     name, *options = rest
     if name not in COMPRESSORS:
@@ -76,6 +90,7 @@ def _parse_entry(entry: str, plan: str) -> tuple[Layer, Compressor]:
     try:
         if issubclass(kind, Restore) and options:
             options, inner = options_of_restore(options)
+            # The text of the inner compressor is read as an entry at the same layer.
             inside = {"inner": _parse_entry(":".join([layer, *inner]), plan)[1]} if inner else {}
             parsed = parse_options(name, options, ["calibration"])
             return layer if layer == VISION else int(layer), kind(**inside, **parsed)
@@ -95,7 +110,19 @@ def _parse_entry(entry: str, plan: str) -> tuple[Layer, Compressor]:
 
 
 def parse_options(owner: str, options: list[str], names: list[str]) -> dict:
-    """{name: value} of ``options`` in the order of ``names`` or written ``name=value``. Raises ValueError."""
+    """Read the options of a compressor or projector.
+
+    Args:
+        owner: Its name, for messages.
+        options: The texts of the options, in the order of ``names`` or written ``name=value``.
+        names: The names of its options.
+
+    Returns:
+        By name, the values: numbers and true or false are converted, other values stay text.
+
+    Raises:
+        ValueError: An option is unknown or given twice, or there are too many.
+    """
     given = {}
     for place, option in enumerate(options):
         key, equals, value = option.partition("=")
@@ -114,12 +141,20 @@ def parse_options(owner: str, options: list[str], names: list[str]) -> dict:
 
 
 def drawn_from(plan: str) -> tuple[str, ...]:
-    """The plans that ``plan`` is drawn from: ``"0:avgpool2d:1|2|4"`` gives three; of several ``|`` each with each."""
+    """List the plans that a stage's plan is drawn from.
+
+    Args:
+        plan: The plan's text, such as ``"0:avgpool2d:1|2|4"``.
+
+    Returns:
+        The texts of the plans, three for this one. Several lists with ``|`` give every combination.
+    """
     parts = [part.split("|") for part in re.split("([:;])", plan)]
     return tuple("".join(chosen) for chosen in product(*parts))
 
 
 def _number_or_text(value: str) -> int | float | bool | str:
+    """Convert an option's text to a bool or a number if it is one."""
     if value.lower() in ("true", "false"):
         return value.lower() == "true"
     for kind in (int, float):
@@ -131,7 +166,14 @@ def _number_or_text(value: str) -> int | float | bool | str:
 
 
 def format_plan(plan: Mapping[Layer, Compressor]) -> str:
-    """The text that ``parse_plan`` reads back as ``plan``."""
+    """Write a plan as text.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        The text, which ``parse_plan`` reads back as ``plan``.
+    """
     return (
         ";".join(f"{layer}:{compressor}" for layer, compressor in sorted(plan.items(), key=_depth))
         or "none"
@@ -139,12 +181,23 @@ def format_plan(plan: Mapping[Layer, Compressor]) -> str:
 
 
 def check_layers(plan: Plan, num_layers: int) -> Plan:
-    """``plan``, if its layers exist in a model of ``num_layers`` decoder layers; else PlanError."""
+    """Check that a plan fits a model.
+
+    Args:
+        plan: The plan.
+        num_layers: Number of decoder layers of the model.
+
+    Returns:
+        ``plan``.
+
+    Raises:
+        PlanError: A layer does not exist, or a compressor cannot work at its layer.
+    """
     for layer in plan:
         if layer != VISION and layer >= num_layers:
             raise PlanError(
-                f"plan {format_plan(plan)!r} names layer {layer}, but this model's {num_layers} decoder layers "
-                f"are 0..{num_layers - 1}"
+                f"plan {format_plan(plan)!r} names layer {layer}, but this model's {num_layers} "
+                f"decoder layers are 0..{num_layers - 1}"
             )
     for layer, compressor in plan.items():
         wrong = None
@@ -157,11 +210,17 @@ def check_layers(plan: Plan, num_layers: int) -> Plan:
         elif "tower" in compressor.needs and layer not in (VISION, 0):
             wrong = "ranks by the vision tower, so at 'vision' or layer 0"
         elif "tower" in compressor.needs and layer == 0 and VISION in plan:
-            wrong = "ranks by the vision tower, all of whose tokens must come to layer 0: nothing can stand at 'vision'"
+            wrong = (
+                "ranks by the vision tower, all of whose tokens must come to layer 0: nothing can "
+                "stand at 'vision'"
+            )
         elif compressor.may_empty and layer != list(plan)[-1]:
             wrong = f"leaves no visual token behind layer {layer}, so nothing can follow it"
         elif layer not in (VISION, 0) and getattr(compressor, "positions", None) == "contiguous":
-            wrong = "closes gaps at 'vision' and layer 0 only; deeper, leave positions out or write positions=original"
+            wrong = (
+                "closes gaps at 'vision' and layer 0 only; deeper, leave positions out or write "
+                "positions=original"
+            )
         if wrong:
             raise PlanError(f"plan {format_plan(plan)!r}: {compressor.name} {wrong}")
     return plan
@@ -170,7 +229,19 @@ def check_layers(plan: Plan, num_layers: int) -> Plan:
 def tokens_per_layer(
     plan: str | Mapping[Layer, Compressor] | None, num_layers: int, num_tokens: int
 ) -> list[float]:
-    """Visual tokens of one image of ``num_tokens`` tokens that each of ``num_layers`` layers works on."""
+    """Count the visual tokens of one image that each layer processes.
+
+    Args:
+        plan: The plan, or its text.
+        num_layers: Number of decoder layers.
+        num_tokens: Number of tokens of the image before compression.
+
+    Returns:
+        One number per layer, a mean if a compressor's number depends on the image.
+
+    Raises:
+        PlanError: The plan cannot be read or does not fit ``num_layers``.
+    """
     plan = check_layers(parse_plan(plan), num_layers)
     counts, left = [], plan[VISION].num_tokens(num_tokens) if VISION in plan else num_tokens
     for layer in range(num_layers):

@@ -148,11 +148,11 @@ class Rows:
         # The stable sort puts the columns to keep first, in their order: (B, T) -> (B, T')
         take = torch.argsort(~keep, dim=1, stable=True)[:, :new_length]
         valid = torch.arange(new_length, device=keep.device) < count[:, None]
-        # Padding repeats the first kept column, because removed rows may hold NaN.
+        # Padding repeats the first column to keep, because removed rows may contain NaN.
         take = torch.where(valid, take, take[:, :1])
         start = torch.arange(batch, device=keep.device)[:, None]
         source = (take + start * length).view(-1)  # (B, T') -> (B * T',), flat rows of the input
-        # The running count of kept rows is each kept row's new column: (B, T) -> (I, M), flat rows
+        # The running count of rows to keep tells each one's new column: (B, T) -> (I, M), flat rows
         # of the output.
         target = (keep.cumsum(1) - 1 + start * new_length).view(-1)[anchor_rows]
 
@@ -263,7 +263,7 @@ def begins(positions: Tensor, valid: Tensor) -> Tensor:
     """Mark where a further sample of a packed batch row begins.
 
     A sample begins at a real token whose position is below that of the real token before it. The
-    first sample of a batch row is not marked.
+    first real token is compared with the padding before it, if any.
 
     Args:
         positions: (B, T) positions.
