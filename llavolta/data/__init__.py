@@ -1,4 +1,11 @@
-"""LLaVA's JSON to batches: a list of conversations with pictures and clips, indexed, checked, collated, ordered."""
+"""Conversations with images and videos in LLaVA's format, read, checked and collated to batches.
+
+``entries`` brings each conversation into one form. ``jsonlist`` and ``table`` read the files, and
+``index`` records where the entries are. ``LlavaData`` opens them with their images (``images``) and
+videos (``video``). ``check`` lists those that cannot be trained on. ``chat`` renders a conversation
+with the processor's template, ``Collator`` makes batches of them, and ``GroupedSampler`` orders the
+batches.
+"""
 
 from llavolta.data.check import check_words, find_bad, find_too_long
 from llavolta.data.collate import Collator

@@ -1,5 +1,9 @@
-"""``python -m llavolta.data check FILE [FOLDER]`` names every entry that cannot be trained on, and why; its exit status
-is 0 if there is none, 1 if there are some, 2 if the file itself cannot be read."""
+"""``python -m llavolta.data check FILE [FOLDER]`` lists every entry that cannot be trained on.
+
+Each line names an entry and the reason. The exit status is 0 if there is no such entry and 1 if
+there are some, or if the model's tokenizer does not know the words. It is 2 if FILE, FOLDER or the
+tokenizer cannot be read.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,14 @@ from llavolta.worlds import model_path
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: The arguments of the command; None reads them from ``sys.argv``.
+
+    Returns:
+        The exit status: 0, 1 or 2, as in the module's docstring.
+    """
     parser = argparse.ArgumentParser(prog="python -m llavolta.data", description=__doc__)
     check = parser.add_subparsers(required=True).add_parser(
         "check", help="name every bad entry of a data set"
@@ -35,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     check.add_argument(
         "--model",
-        help="folder or hub name of the model, whose tokenizer must know the words and processor read the images",
+        help="folder or hub name of the model, whose tokenizer must know the words and processor "
+        "read the images",
     )
     check.add_argument(
         "--ignore", action="append", default=[], metavar="KEY", help="take this key as not there"
@@ -52,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         index = read_index(options.file, options.ignore)
         entries = len(index.start)
+        # If every entry is bad, LlavaData would raise, and the list of reasons would be lost.
         if options.model and len(bad) < entries:
             bad = dict(sorted((bad | _refused(options, bad)).items()))
         strange = _strange_words(options, bad) if options.model and len(bad) < entries else None
@@ -76,12 +90,14 @@ def main(arguments: list[str] | None = None) -> int:
             )
         )
         print(
-            "of the others, {images} have images, {videos} videos, {text} text alone; of their answers, {learned} are "
+            "of the others, {images} have images, {videos} videos, {text} text alone; of their "
+            "answers, {learned} are "
             "learned, {unlearned} are not".format(**counts)
         )
         if index.unread:
             print(
-                f"keys that are not read: {', '.join(f'{key} ({n})' for key, n in index.unread.items())}"
+                "keys that are not read: "
+                f"{', '.join(f'{key} ({n})' for key, n in index.unread.items())}"
             )
         if not options.model:
             print("words were not checked against a tokenizer; --model NAME does", file=sys.stderr)
@@ -89,11 +105,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _good(options: argparse.Namespace, bad: dict[int, str]) -> LlavaData:
+    """Return the data set without its bad entries."""
     return LlavaData(options.file, options.folder, skip=bad, ignore=options.ignore)
 
 
 def _refused(options: argparse.Namespace, bad: dict[int, str]) -> dict[int, str]:
-    """The entries that a model's processor refuses, for the sizes of their images."""
+    """Return the entries that the model's processor rejects, such as for image sizes, and why."""
+    # Imported here: only --model needs it, and it takes seconds.
     from llavolta.train.models import load_processor, read_config, whole_path
 
     data = _good(options, bad)
@@ -111,7 +129,7 @@ def _refused(options: argparse.Namespace, bad: dict[int, str]) -> dict[int, str]
 
 
 def _strange_words(options: argparse.Namespace, bad: dict[int, str]) -> str | None:
-    """What is wrong with the words of a data set for a model, or None."""
+    """Return the message that the model's tokenizer does not know the words, or None."""
     from transformers import AutoTokenizer
 
     try:

@@ -1,4 +1,8 @@
-"""Conversations as text and tokens by the processor's chat template: one way for training and for asking."""
+"""Conversations as text, rendered with the processor's chat template.
+
+Training (``Collator``) and evaluation both render through this module, so a model is asked in the
+format that it was trained on.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +21,19 @@ REWRITES = (
 
 
 def render(processor, messages: list[dict], **options) -> str:
-    """Returns ``messages`` as the chat template of ``processor`` writes them.
+    """Render messages with the chat template of a processor.
 
     Args:
-        messages: Of transformers' chat format. Control tokens that their texts quote are text; see ``as_text``.
-        options: For the template, such as ``add_generation_prompt``.
+        processor: A transformers processor with a chat template.
+        messages: Messages in transformers' chat format. Control tokens that their texts quote are
+            broken up, see ``as_text``.
+        **options: Options of ``apply_chat_template``, such as ``add_generation_prompt``.
+
+    Returns:
+        The rendered text.
 
     Raises:
-        DataError: The template refuses the conversation, such as its system turn.
+        DataError: The template rejects the conversation, for example its system turn.
     """
     messages = [_with_texts(message, lambda text: as_text(processor, text)) for message in messages]
     try:
@@ -36,19 +45,29 @@ def render(processor, messages: list[dict], **options) -> str:
 
 
 def as_text(processor, text: str) -> str:
-    """Returns ``text`` with a blank in each control token that it quotes, so that the tokenizer reads none.
+    """Put a blank into each control token that a text quotes, so that it is read as plain text.
 
-    Control tokens are those that the tokenizer and the processor know by a name (begin, end, padding, image, ...) and
-    the special ones that the chat template writes. Other special tokens, such as Qwen's for boxes, stay: a data set
-    may train them.
+    Control tokens are the added tokens that the processor or the tokenizer has a name for (begin,
+    end, padding, image, ...), and the special tokens that the chat template writes. Other special
+    tokens, such as Qwen's for boxes, stay, because a data set may train them.
+
+    Args:
+        processor: The processor whose tokenizer will read the text.
+        text: The text of a turn.
+
+    Returns:
+        The text, with ``<|im_end|>`` as ``< |im_end|>``, for example.
     """
+    # Template and vocabulary are cache keys: a user may change them on the same processor.
     control = _control(processor, str(processor.chat_template), len(processor.tokenizer))
     return control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
 
 @lru_cache(maxsize=8)
 def _control(processor, template: str, vocabulary: int) -> re.Pattern:
+    """Compile the pattern that matches control tokens; see ``as_text``."""
     tokenizer = processor.tokenizer
+    # Processors hold the names of their tokens in attributes, such as processor.image_token.
     values = [*vars(processor).values(), *tokenizer.special_tokens_map.values()]
     named = {value for value in values if isinstance(value, str)}
     added = (token for token in tokenizer.added_tokens_decoder.values() if len(token.content) > 1)
@@ -57,10 +76,12 @@ def _control(processor, template: str, vocabulary: int) -> re.Pattern:
         for token in added
         if token.content in named or token.special and token.content in template
     ]
+    # Longest first, as a token may begin with another one. "(?!)" matches nothing.
     return re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
 
 
 def _with_texts(message: dict, change: Callable[[str], str]) -> dict:
+    """Return a copy of a message with each of its texts changed."""
     content = message["content"]
     if isinstance(content, str):
         return {**message, "content": change(content)}
@@ -72,12 +93,23 @@ def _with_texts(message: dict, change: Callable[[str], str]) -> dict:
 
 
 def split_at(processor, messages: list[dict], role: str, **options) -> list[str]:
-    """Returns the rendered text, cut where the text of each turn of ``role`` begins and ends: 2 n + 1 pieces.
+    """Render a conversation, and cut it where the texts of one role begin and end.
+
+    Args:
+        processor: A transformers processor with a chat template.
+        messages: Messages in transformers' chat format.
+        role: "system", "user" or "assistant".
+        **options: Options of ``apply_chat_template``.
+
+    Returns:
+        2n + 1 pieces for n messages of ``role``: every second one, from the second, is such a
+        message's text. Joined, the pieces are the rendered text.
 
     Raises:
-        DataError: The template refuses the conversation, or does not write these texts as they are.
+        DataError: The template rejects the conversation, or does not write these texts as they are.
     """
     text = render(processor, messages, **options)
+    # A private-use character that the text does not contain marks the cuts.
     mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
     turns = [_marked(message, mark) if message["role"] == role else message for message in messages]
     pieces = render(processor, turns, **options).split(mark)
@@ -90,13 +122,14 @@ def split_at(processor, messages: list[dict], role: str, **options) -> list[str]
 
 
 def _marked(message: dict, mark: str) -> dict:
-    """``message`` with ``mark`` before and behind its text, within blanks, which some templates trim."""
+    """Return a message with ``mark`` before and after its text."""
     content = message["content"]
     count = 1 if isinstance(content, str) else sum(part["type"] == "text" for part in content)
     numbers = iter(range(count))
 
     def put(text: str) -> str:
         number = next(numbers)
+        # Inside the outer blanks, so that a template that trims texts trims these ones the same.
         text = re.sub(r"\A\s*", rf"\g<0>{mark}", text, count=1) if number == 0 else text
         return re.sub(r"\s*\Z", rf"{mark}\g<0>", text, count=1) if number == count - 1 else text
 
@@ -104,28 +137,37 @@ def _marked(message: dict, mark: str) -> dict:
 
 
 def write(processor, messages: list[dict], ask: bool = False) -> tuple[str, list[tuple[int, int]]]:
-    """Returns a conversation as text, and from where to where in it each answer that is learned goes.
+    """Render a conversation, and find the answers in it that are trained on.
 
-    Its end token belongs to it, and is added where the template, as llava-1.5-7b-hf's, writes none behind an answer. A
-    message with ``"learn": False`` is read and not learned.
+    The span of an answer runs from the end of the generation prompt to the end of what the template
+    writes after the answer, such as the end token. Where the template writes no end token, as that
+    of llava-1.5-7b-hf, the tokenizer's end-of-sequence token is added. A message with
+    ``"learn": False`` is rendered but has no span.
 
     Args:
-        messages: Of transformers' chat format.
-        ask: Whether the text ends where the model is to answer.
+        processor: A transformers processor with a chat template.
+        messages: Messages in transformers' chat format.
+        ask: Whether the text ends with the generation prompt.
+
+    Returns:
+        The text, and the (start, end) of each span in characters.
 
     Raises:
-        DataError: The template refuses the conversation, or rewrites earlier turns.
+        DataError: The template rejects the conversation, or writes a turn differently once other
+            turns follow it.
     """
     pieces = split_at(processor, messages, "assistant", add_generation_prompt=ask)
-    text, spans = pieces[0], []
+    text, spans = pieces[0], []  # text grows to the whole conversation
     if len(pieces) == 1:
         return text, spans
     first = next(
         number for number, message in enumerate(messages) if message["role"] == "assistant"
     )
-    # Turns are alike: what stands around the first answer stands around all. So the work grows with the turns alone.
+    # What the template writes around the first answer is found by rendering, and must stand around
+    # all others too. So two more renderings suffice, however many turns there are.
     before = render(processor, messages[:first], add_generation_prompt=True)
     after = render(processor, messages[: first + 1])
+    # lead: between generation prompt and answer, often a blank. behind: after the answer.
     lead, behind = text[len(before) :], after[len(text) + len(pieces[1]) :]
     alike = all(piece.endswith(lead) for piece in pieces[:-1:2]) and all(
         p.startswith(behind) for p in pieces[2::2]
@@ -134,9 +176,8 @@ def write(processor, messages: list[dict], ask: bool = False) -> tuple[str, list
         raise DataError(REWRITES)
     tokenizer = processor.tokenizer
     eos, end = tokenizer.eos_token or "", behind.rstrip()
-    added = (
-        "" if end.endswith((*tokenizer.get_added_vocab(), eos)) else eos
-    )  # else it would never learn to stop
+    # Without an end token in its labels, the model would never learn to stop.
+    added = "" if end.endswith((*tokenizer.get_added_vocab(), eos)) else eos
     answers = (message for message in messages if message["role"] == "assistant")
     for message, answer, rest in zip(answers, pieces[1::2], pieces[2::2], strict=True):
         start = len(text) - len(lead)
@@ -148,20 +189,34 @@ def write(processor, messages: list[dict], ask: bool = False) -> tuple[str, list
 
 
 def within(text: str, spans: list[tuple[int, int]], offsets: torch.Tensor) -> torch.Tensor:
-    """(T,) whether a token goes into one of the ``spans`` of ``text``; offsets (T, 2): see ``Collator.offsets``.
+    """Find the tokens that overlap any of the spans.
 
-    One that begins in the blanks before a span does, too: some tokenizers write a blank and the word behind it as one.
+    A token that starts in the blanks before a span counts as well, because some tokenizers join a
+    blank and the next word in one token.
+
+    Args:
+        text: The rendered text.
+        spans: (start, end) of each span, in characters of ``text``.
+        offsets: (T, 2) start and end of each token in ``text``; -1 for tokens without a place in
+            it.
+
+    Returns:
+        (T,) bool, True for tokens of a span.
     """
     starts, ends = offsets.unbind(1)
     found = torch.zeros(len(offsets), dtype=torch.bool)
     for first, last in spans:
-        blanks = len(text[:first].rstrip())
+        blanks = len(text[:first].rstrip())  # where the blanks before the span begin
         found |= (starts >= blanks) & (ends > first) & (starts < last) & (ends > starts)
     return found
 
 
 def special(processor, text: str) -> dict:
-    """The tokenizer's options for a rendered text: no begin token on top of the template's, as in transformers."""
+    """Return tokenizer options that avoid a second begin token before a rendered text.
+
+    Chat templates often write the begin token themselves. transformers' chat templating does the
+    same.
+    """
     begin = processor.tokenizer.bos_token
     return {"add_special_tokens": False} if begin and text.startswith(begin) else {}
 
@@ -169,16 +224,20 @@ def special(processor, text: str) -> dict:
 def encode(
     processor, texts: Sequence[str], images: list[list], videos: list[list], padding_side: str
 ):
-    """Returns the processor's batch of rendered ``texts``, padded.
+    """Tokenize rendered texts and preprocess their images and videos.
 
     Args:
-        texts: B of them, all by one template.
-        images: Of each text its opened images.
-        videos: The frames of each clip of the batch.
+        processor: A transformers processor.
+        texts: B texts, all rendered with the same template.
+        images: B lists, the opened images of each text.
+        videos: The frames of each video of the batch, in the order of the texts.
         padding_side: "left" or "right".
 
+    Returns:
+        The processor's batch, padded: input_ids and attention_mask (B, T), and the pixel values.
+
     Raises:
-        DataError: The processor reads no video.
+        DataError: There are videos, and the processor has no video processor.
     """
     if videos and not hasattr(processor, "video_processor"):
         raise DataError(

@@ -1,10 +1,10 @@
-"""What a file is that stands where an image, a clip or a data file is expected, and what to do about it."""
+"""Recognises files that are not what was expected, such as an archive, and says what to do."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-HEAD = 512  # bytes that tell
+HEAD = 512  # bytes that are read; the mark of a tar archive starts at byte 257
 _FETCH = "fetch the file itself"
 _BEGINNINGS = (
     (b"version https://git-lfs", f"a Git LFS pointer; {_FETCH} with 'git lfs pull'"),
@@ -22,10 +22,14 @@ _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 def kind_of(file: str | Path | bytes) -> str | None:
-    """What a file is by its first bytes, and the cure, to stand behind "is"; None if that is not known.
+    """Say what a file is by its first bytes, and what to do about it.
 
     Args:
-        file: its path, or its content.
+        file: The path of the file, or its content.
+
+    Returns:
+        Text that follows "is" in an error message. None if the file cannot be opened or is of no
+        kind that is known here.
     """
     if isinstance(file, bytes):
         head = file[:HEAD]
@@ -40,6 +44,7 @@ def kind_of(file: str | Path | bytes) -> str | None:
     for beginning, kind in _BEGINNINGS:
         if head.startswith(beginning):
             return kind
+    # The others cannot be recognised by a fixed beginning.
     if head[257:262] == b"ustar":
         return "a tar archive; unpack it"
     if head[4:8] == b"ftyp" and head[8:12] in _HEIC:

@@ -1,4 +1,4 @@
-"""The order of the data: batches of one modality and of like length."""
+"""The order of the data: batches of one modality and of similar length."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from torch.utils.data import Sampler
 
 
 class GroupedSampler(Sampler[int]):
-    """Batches of one modality and of like length, in random order: LLaVA's ``group_by_modality_length``.
+    """Random order in which each batch has one modality and examples of similar length.
 
-    The order is a function of the seed and the epoch alone, so a resumed run sees the same batches. medium: (n,)
-    which kind of pictures an example has, see LlavaData. batch: examples of an optimizer step over all processes. The
-    few left over at the end may mix them.
+    This is LLaVA's ``group_by_modality_length``. The order depends on the seed and the epoch alone,
+    so a resumed run sees the same batches. The examples that fill no whole batch come last, where
+    modalities may mix.
+
+    Args:
+        lengths: (n,) length of each example; in training, words.
+        medium: (n,) modality of each example: 0 text, 1 images, 2 video.
+        batch: Examples of an optimizer step over all processes.
+        seed: Seed of the order.
     """
 
     def __init__(self, lengths: np.ndarray, medium: np.ndarray, batch: int, seed: int):
@@ -26,6 +32,7 @@ class GroupedSampler(Sampler[int]):
         )
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, from 0, whose order the next iteration has."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -36,12 +43,11 @@ class GroupedSampler(Sampler[int]):
         batches, rest = [], []
         for wanted in (1, 2, 0):
             chosen = rng.permutation(np.flatnonzero(self.medium == wanted))
-            mega = (
-                self.batch * 50
-            )  # sort by length only within some 50 batches, so that epochs differ
+            # Sorting all examples at once would give every epoch nearly the same batches.
+            mega = self.batch * 50
             for start in range(0, len(chosen), mega):
                 part = chosen[start : start + mega]
-                part = part[np.argsort(-self.lengths[part], kind="stable")]
+                part = part[np.argsort(-self.lengths[part], kind="stable")]  # longest first
                 whole = len(part) // self.batch * self.batch
                 batches += list(part[:whole].reshape(-1, self.batch))
                 rest.append(part[whole:])

@@ -1,4 +1,4 @@
-"""What a data set is made of, in tokens of a model: for models whose pictures have as many as their size makes them."""
+"""Token counts of a data set for one model, where the visual tokens depend on the image size."""
 
 from __future__ import annotations
 
@@ -10,13 +10,21 @@ from llavolta.data.collate import Collator
 from llavolta.data.entries import chat_messages, media_paths_of
 from llavolta.data.llava import LlavaData
 
-SAMPLE = 500  # entries that are looked at, evenly over the data set
+SAMPLE = 500  # entries that are inspected, spread evenly over the data set
 
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Means over the entries looked at. text_tokens, images: of an entry; visual_tokens: of a picture; picture_size:
-    (width, height) of the picture that comes nearest to that; None without pictures. Clips are left out."""
+    """Means over the inspected entries. Videos are not counted.
+
+    Attributes:
+        entries: Entries of the whole data set.
+        text_tokens: Text tokens per entry, with the chat template's.
+        images: Images per entry.
+        visual_tokens: Visual tokens per image; 0 without images.
+        picture_size: (width, height) in pixels of the image whose visual tokens are nearest to that
+            mean; None without images.
+    """
 
     entries: int
     text_tokens: float
@@ -26,8 +34,20 @@ class TokenStatistics:
 
 
 def token_statistics(data: LlavaData, collate: Collator, sample: int = SAMPLE) -> TokenStatistics:
-    """Counted on at most ``sample`` entries, the same each time; of a picture only the head of its file is read."""
-    texts, images, counts = [], [], {}
+    """Count the tokens of at most ``sample`` entries.
+
+    The entries are spread evenly, so they are the same at each call. Images are not decoded: only
+    their sizes are read.
+
+    Args:
+        data: The data set.
+        collate: The collator whose processor counts the tokens.
+        sample: How many entries are inspected at most.
+
+    Returns:
+        The means.
+    """
+    texts, images, counts = [], [], {}  # counts: visual tokens of the images of each size
     for index in np.unique(
         np.linspace(0, len(data) - 1, min(sample, len(data))).astype(int)
     ).tolist():
