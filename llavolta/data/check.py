@@ -1,4 +1,4 @@
-"""What of a data set cannot be trained on, and why: structure, pictures, words, lengths."""
+"""Finds entries that cannot be trained on, and why: structure, media, unknown words, lengths."""
 
 from __future__ import annotations
 
@@ -23,17 +23,26 @@ from llavolta.data.index import Index, keep, kept_path, read_index
 from llavolta.data.llava import LlavaData
 from llavolta.errors import DataError
 
-RARE = "\ua66e \U00013000"  # letters that no vocabulary of words holds
-QUESTION = len(
-    '{"from":"human","value":""},{"from":"gpt","value":""},'
-)  # bytes of a file beside its text, at least
-MAY_BE_UNKNOWN = 0.01  # of a file's words
+# Letters that no vocabulary of words contains: a tokenizer that can write them can write any text.
+RARE = "\ua66e \U00013000"
+# Bytes that a question and its answer take in a file beside their texts, at least.
+QUESTION = len('{"from":"human","value":""},{"from":"gpt","value":""},')
+MAY_BE_UNKNOWN = 0.01  # share of the words
 
 
 def check_words(texts: Iterable[str], tokenizer, name: object) -> None:
-    """Raise DataError, naming ``name``, if the tokenizer knows less than 99% of the words of ``texts``.
+    """Check that a tokenizer knows at least 99% of the words of some texts.
 
-    Fewer that it does not know are told on stderr. A tokenizer that can write any text, by bytes, is asked nothing.
+    If it does not know a smaller share, a note on stderr names some of them. A tokenizer that can
+    write any text, for example by bytes, passes at once.
+
+    Args:
+        texts: The texts of a data set.
+        tokenizer: The model's tokenizer.
+        name: What messages call the data set.
+
+    Raises:
+        DataError: Over 1% of the words, counted as often as they occur, have an unknown token.
     """
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown not in tokenizer(RARE, add_special_tokens=False)["input_ids"]:
@@ -46,10 +55,14 @@ def check_words(texts: Iterable[str], tokenizer, name: object) -> None:
     share = sum(counts[word] for word in strange) / counts.total()
     if not strange:
         return
-    told = f"{share:.1%} of the words of {name} are unknown to the tokenizer: {', '.join(map(short, strange[:10]))}"
+    told = (
+        f"{share:.1%} of the words of {name} are unknown to the tokenizer: "
+        f"{', '.join(map(short, strange[:10]))}"
+    )
     if share > MAY_BE_UNKNOWN:
         raise DataError(
-            f"{told}; each would be {tokenizer.unk_token}. Use a model that can read any word, such as nano-tuned "
+            f"{told}; each would be {tokenizer.unk_token}. Use a model that can read any word, "
+            "such as nano-tuned "
             "(-p model nano-tuned)"
         )
     print(f"note: {told}", file=sys.stderr)
@@ -63,23 +76,33 @@ def find_bad(
     progress: bool = True,
     ignore: Collection[str] = (),
 ) -> dict[int, str]:
-    """The bad entries of a data file, in order, and the reason of each: structure, pictures and clips (all decoded).
+    """Find the entries of a data file whose structure, images or videos cannot be used.
 
-    What was found is saved in data/cache. It holds while the data file, its images and clips (by size, time and inode)
-    and this code stay as they are: entries whose files have changed, come or gone are looked at again.
+    Every image and video is decoded. The findings are saved in data/cache, and are used again while
+    the data file, its media (by size, modification time and inode), Pillow's settings and the code of
+    ``llavolta.data`` are the same. Where only media have changed, their entries alone are checked
+    again.
 
     Args:
-        workers: threads, for Pillow decodes outside Python's lock; None: one a core.
-        fresh: look at all entries again.
-        ignore: keys that are taken as not there; see entries.read_entry.
+        file: The data file; see ``LlavaData``.
+        images: The folder that media paths are relative to; None: the folder of ``file``.
+        workers: Threads that decode, which Pillow does outside of Python's lock; None: one per
+            core.
+        fresh: Whether to check every entry, whatever was saved.
+        progress: Whether to show a progress bar.
+        ignore: Keys that are treated as absent; see ``entries.read_entry``.
+
+    Returns:
+        The reason of each bad entry, by its number in the file, in rising order.
 
     Raises:
-        DataError: the file itself cannot be read.
+        DataError: The data file cannot be read, or the image folder does not exist.
     """
     file, folder = Path(file), Path(images) if images else Path(file).parent
     index = read_index(file, ignore)
     saved = kept_path(file, "json", folder.resolve(), *sorted(ignore))
     version = [*index.version, Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES]
+    # media: of each path its stamp and the entries that name it. todo: entries to check; None: all.
     bad, media, todo = (None if fresh else _read_findings(saved, version, folder)) or (
         dict(index.bad),
         {},
@@ -92,6 +115,7 @@ def find_bad(
         entries = (
             np.arange(len(data)) if todo is None else np.flatnonzero(np.isin(data.rows, list(todo)))
         )
+        # Parts of 64 entries or so, as a task for each entry would cost more than it saves.
         parts, seen = np.array_split(entries, -(-len(entries) // 64)), {}
         with (
             ThreadPoolExecutor(workers or os.cpu_count()) as pool,
@@ -118,11 +142,11 @@ def find_bad(
 def _read_findings(
     saved: Path, version: list, folder: Path
 ) -> tuple[dict[int, str], dict[str, list], set[int]] | None:
-    """What an earlier check saved of entries whose files are as they were; None if there is nothing of use.
+    """Read what an earlier check saved about entries whose media have not changed.
 
     Returns:
-        The reasons of bad entries, by entry; of each path its stamp and the entries that name it; and the entries that
-        are to be looked at again.
+        None if nothing of use was saved. Else the reasons by bad entry; for each media path its
+        stamp and the entries that name it; and the entries to check again.
     """
     try:
         found = json.loads(saved.read_text())
@@ -140,18 +164,13 @@ def _read_findings(
             media,
             changed,
         )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # none, or damaged; it is made again
+    # No findings, or damaged ones: the entries are checked again.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _stamp(folder: Path, path: str) -> list[int] | None:
-    """What changes when the image or clip at ``path`` does; None if there is none."""
+    """Return what changes when the file at ``path`` does; None if there is no such file."""
     try:
         stat = find_file(folder, path, "").stat()
     except (DataError, OSError):
@@ -162,11 +181,13 @@ def _stamp(folder: Path, path: str) -> list[int] | None:
 def _look_at(
     data: LlavaData, part: np.ndarray
 ) -> tuple[dict[int, str], list[tuple[str, list[int] | None, int]]]:
-    """The bad entries of ``part``, and the path and stamp of each of its files, taken before it is read."""
+    """Return the bad entries of ``part``, and (path, stamp, entry) of each media file."""
     bad, seen = {}, []
     for index in part:
         row = int(data.rows[index])
         try:
+            # Media inside of the data file change with it and need no stamp. The others' stamps
+            # are taken before they are read, so that a change in between is noticed next time.
             outside = [path for path, content in data.sources(index) if content is None]
             seen += [(path, _stamp(data.folder, path), row) for path in outside]
             data.check_media(index)
@@ -176,8 +197,16 @@ def _look_at(
 
 
 def count_entries(index: Index, bad: Collection[int]) -> dict[str, int]:
-    """How many of a file's entries that are not ``bad`` have images, videos or text alone, and of their answers, how
-    many are learned and how many are not."""
+    """Count the usable entries of a data file by modality, and their answers.
+
+    Args:
+        index: The index of the file.
+        bad: The entries that are not counted.
+
+    Returns:
+        How many entries have "images", "videos" or "text" alone, and how many answers are trained
+        on ("learned") or not ("unlearned").
+    """
     good = np.setdiff1d(np.arange(len(index.start)), list(bad))
     text, images, videos = np.bincount(index.medium[good], minlength=3).tolist()
     learned, unlearned = (int(turns[good].sum()) for turns in (index.learned, index.unlearned))
@@ -191,17 +220,27 @@ def count_entries(index: Index, bad: Collection[int]) -> dict[str, int]:
 
 
 def find_too_long(data: LlavaData, collate: Collator, progress: bool = True) -> dict[int, str]:
-    """The entries of ``data``'s file of which ``collate`` would refuse what ``max_length`` leaves, or whose images its
-    processor refuses for their sizes, and why.
+    """Find entries that do not fit into ``max_length``, or whose images the processor rejects.
 
-    Without decoding a picture: how many tokens one becomes depends on its size. A text has at most a token a byte, so
-    of most entries not even the text is tokenized, unless the chat template refuses system turns: then all are.
+    Images are not decoded, as their visual tokens follow from their sizes; videos are. Most entries
+    need not be tokenized either: a text has at most one token per byte, so many are certain to fit.
+    If the chat template rejects system turns there is no such bound, and all are tokenized.
+
+    Args:
+        data: The data set.
+        collate: The collator whose ``max_length`` and processor must take the entries.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The reason of each such entry, by its number in the file.
     """
     fixed, bytes_ = collate.fixed_picture_tokens, (data.index.stop - data.index.start)[data.rows]
-    pictures = data.index.media[data.rows]
+    pictures = data.index.media[data.rows]  # (n,) images and videos of each entry
     first, each = collate.template_tokens or (np.inf, 0)
+    # (n,) upper bound of the tokens: one a byte. Each further question adds ``each`` tokens of the
+    # template, and has at least QUESTION bytes beside its text to pay for them.
     at_most = bytes_ * max(1, each / QUESTION) + first + pictures * (fixed or 0)
-    unsure = (pictures > 0) & (fixed is None) | (data.medium == 2)
+    unsure = (pictures > 0) & (fixed is None) | (data.medium == 2)  # (n,)
     found = {}
     for index in tqdm(
         np.flatnonzero(unsure | (at_most > collate.max_length)),
@@ -213,7 +252,7 @@ def find_too_long(data: LlavaData, collate: Collator, progress: bool = True) -> 
         entry = data.entry(index)
         name = data._name(index, entry)
         try:
-            if data.medium[index] == 2:
+            if data.medium[index] == 2:  # the tokens of a video are known once it is processed
                 collate([data[index]])
             else:
                 counts = [fixed] * int(pictures[index])

@@ -1,4 +1,4 @@
-"""Pictures and clips as a viewer shows them: found below their folder, upright, RGB."""
+"""Opens images as a viewer shows them (upright, RGB), and videos, from paths below a folder."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ from llavolta.data.kinds import kind_of
 from llavolta.data.video import read_frames
 from llavolta.errors import DataError
 
-# No reader that starts other programs.
+# Pillow's readers of other formats may start other programs, such as Ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
-DEPTHS = (8, 10, 12, 14, 16)  # bits of what cameras and scanners save in 16
+DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners use of 16
 
 
 def check_folder(folder: Path) -> None:
-    """Raise DataError unless ``folder`` is one."""
+    """Check that an image folder exists.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        DataError: There is no such folder, or it is a file.
+    """
     if not folder.is_dir():
         kind = kind_of(folder) or "a file" if folder.is_file() else None
         why = f"the image folder {folder} is {kind}" if kind else f"no image folder {folder}"
@@ -27,13 +34,22 @@ def check_folder(folder: Path) -> None:
 
 
 def find_file(folder: Path, path: str, name: str, medium: str = "image") -> Path:
-    """The file at ``path`` below ``folder``, also by Windows' backslashes.
+    """Find an image or video below a folder. Windows' backslashes are accepted in its path.
 
-    Links in the folder are followed: data sets are often spread over disks so. A path itself must not lead out, by
-    '..' or by being absolute.
+    Links inside of the folder are followed, because data sets are often spread over disks this way.
+    The path itself must not leave the folder, neither by ".." nor by being absolute.
+
+    Args:
+        folder: The image folder.
+        path: The path as the entry has it.
+        name: What the error calls the entry.
+        medium: "image" or "video", for the error.
+
+    Returns:
+        The file.
 
     Raises:
-        DataError: there is no such file, or its path leads out.
+        DataError: There is no such file, or its path leaves the folder.
     """
     root = os.path.abspath(folder)
     for written in dict.fromkeys((path, path.replace("\\", "/"))):
@@ -51,6 +67,7 @@ def find_file(folder: Path, path: str, name: str, medium: str = "image") -> Path
         raise DataError(
             f"{name}: {medium} {path!r} is an address; download it and give its path in {folder}"
         )
+    # An archive that was not unpacked may have the name of a folder of the path.
     above = next((part for part in Path(full).parents if os.path.isfile(part)), None)
     if above and (kind := kind_of(above)):
         raise DataError(f"{name}: no {medium} {path!r}, as {above} is {kind}")
@@ -60,19 +77,30 @@ def find_file(folder: Path, path: str, name: str, medium: str = "image") -> Path
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An opened picture upright (by its EXIF orientation) and in RGB, 8 bits a channel, as a viewer shows it.
+    """Convert an opened image to RGB with 8 bits per channel, upright by its EXIF orientation.
 
-    ============================== =================================================================
-    1, L, P, RGB, CMYK, YCbCr, HSV converted; of several frames, the first
-    with transparency              composed on white (RGBA, RGBa, LA, La, PA; a transparent colour)
-    I;16 and its byte orders, I    white is the largest value of 8, 10, 12, 14 or 16 bits: of the
-                                   smallest of these depths that holds the image's own maximum
-    F                              from 0 to 1 where 1 is white, or from 0 to 255
-    others; I and F beyond these   ValueError
-    ============================== =================================================================
+    ============================== ==============================================================
+    Mode                           Conversion
+    ============================== ==============================================================
+    1, L, P, RGB, CMYK, YCbCr, HSV Pillow's. Of several frames, the first one is used.
+    with transparency              Composed on white (RGBA, RGBa, LA, La, PA, one transparent
+                                   colour).
+    I;16 of any byte order, I      White is the largest value of 8, 10, 12, 14 or 16 bits: of the
+                                   smallest of these depths that holds the image's maximum.
+    F                              White is 1 if no value is above 1, else 255.
+    ============================== ==============================================================
 
-    Files do not say how many of their 16 bits are used, so a dark image of 16 bits is taken for a bright one of fewer.
-    Of colours with 16 bits a channel Pillow reads the upper 8.
+    Files do not say how many of their 16 bits are used, so a dark image of 16 bits is taken for a
+    bright one of fewer. Of colours with 16 bits per channel Pillow reads the upper 8.
+
+    Args:
+        image: The image as Pillow opened it.
+
+    Returns:
+        The image in mode "RGB".
+
+    Raises:
+        ValueError: The mode is another one, or an I or F image has values outside of these ranges.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
@@ -82,12 +110,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
             white = 1 if high <= 1 else 255
         else:
             white = next((2**bits - 1 for bits in DEPTHS if high < 2**bits), 65535)
-        if not 0 <= low <= high <= white:  # NaN, too
+        if not 0 <= low <= high <= white:  # also true for NaN
             raise ValueError(
-                f"its {image.mode} values from {low:g} to {high:g} have no known white; save it with 8 bits"
+                f"its {image.mode} values from {low:g} to {high:g} have no known white; save it "
+                "with 8 bits"
             )
         return Image.fromarray((values * (255 / white)).round().astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBa", "La"):  # premultiplied
+    if image.mode in ("RGBa", "La"):  # premultiplied by transparency
         image = image.convert(image.mode.upper())
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -103,11 +132,23 @@ def open_image(
     eighth: bool = False,
     content: bytes | None = None,
 ) -> Image.Image:
-    """The picture at ``path`` below ``folder``, or of the file's ``content``, RGB. Raises DataError, naming the entry
-    ``name``.
+    """Open an image in RGB, upright.
 
-    eighth: a JPEG at an eighth of its size, which is decoded faster and breaks at the same faults. A picture of more
-    than PIL.Image.MAX_IMAGE_PIXELS is refused, as its decoded form may not fit in memory.
+    Args:
+        folder: The image folder.
+        path: The image's path below it.
+        name: What the error calls the entry.
+        pad: Colour (RGB) that pads the image to a square; None: no padding.
+        eighth: Whether to decode a JPEG at an eighth of its size. That is faster, and fails on the
+            same damage.
+        content: The bytes of the image's file, in place of the one at ``path``.
+
+    Returns:
+        The image.
+
+    Raises:
+        DataError: The file is missing or cannot be decoded. Or the image has more than
+            ``PIL.Image.MAX_IMAGE_PIXELS`` pixels, which might not fit in memory.
     """
     full = find_file(folder, path, name) if content is None else io.BytesIO(content)
     try:
@@ -119,12 +160,13 @@ def open_image(
             if eighth:
                 opened.draft("RGB", (1, 1))
             image = to_rgb(opened)
-    except Exception as error:  # Pillow raises whatever a broken file makes of its readers
+    except Exception as error:  # on broken files Pillow's readers raise errors of many classes
         raise _unreadable(full, path, name, error) from None
     return pad_to_square(image, pad)
 
 
 def _unreadable(file: Path | io.BytesIO, path: str, name: str, error: Exception) -> DataError:
+    """Return the error for an image that cannot be decoded."""
     if kind := kind_of(file.getvalue() if isinstance(file, io.BytesIO) else file):
         return DataError(f"{name}: image {path!r} is {kind}, or drop the entry")
     return DataError(
@@ -135,14 +177,35 @@ def _unreadable(file: Path | io.BytesIO, path: str, name: str, error: Exception)
 def open_video(
     folder: Path, path: str, name: str, frames: int, content: bytes | None = None
 ) -> list[Image.Image]:
-    """``frames`` frames of the clip at ``path`` below ``folder``, or of the file's ``content``; see video.read_frames.
-    Raises DataError."""
+    """Read frames of a video.
+
+    Args:
+        folder: The image folder.
+        path: The video's path below it.
+        name: What the error calls the entry.
+        frames: How many frames to read; see ``video.read_frames``.
+        content: The bytes of the video's file, in place of the one at ``path``.
+
+    Returns:
+        The frames, RGB and upright.
+
+    Raises:
+        DataError: The file is missing or cannot be decoded.
+    """
     clip = find_file(folder, path, name, "video") if content is None else content
     return read_frames(clip, frames, f"{name}: video {path!r}")
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int] | None) -> Image.Image:
-    """``image`` in the middle of a square of ``colour`` (RGB), as LLaVA-1.5 sees it; None leaves it as it is."""
+    """Put an image in the middle of a square, as LLaVA-1.5 does.
+
+    Args:
+        image: The image, RGB.
+        colour: The colour (RGB) of the padding; None returns the image as it is.
+
+    Returns:
+        The square image.
+    """
     if colour is None or image.width == image.height:
         return image
     side = max(image.size)
@@ -152,7 +215,14 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int] | None) -> Im
 
 
 def padding_colour(processor) -> tuple[int, int, int]:
-    """The colour (RGB) that ``processor`` normalises to 0, which LLaVA-1.5 pads with."""
+    """Return the colour (RGB) that a processor normalises to 0, with which LLaVA-1.5 pads.
+
+    Args:
+        processor: A processor whose ``image_processor`` has an ``image_mean``.
+
+    Returns:
+        Red, green and blue, 0 to 255.
+    """
     return tuple(round(255 * mean) for mean in processor.image_processor.image_mean)
 
 
@@ -163,10 +233,25 @@ def image_size(
     pad: tuple[int, int, int] | None = None,
     content: bytes | None = None,
 ) -> tuple[int, int]:
-    """(width, height) of a picture as ``open_image`` gives it, from the head of its file. Raises DataError."""
+    """Read the size that ``open_image`` would return, from the head of the file alone.
+
+    Args:
+        folder: The image folder.
+        path: The image's path below it.
+        name: What the error calls the entry.
+        pad: Colour of the padding; None: no padding.
+        content: The bytes of the image's file, in place of the one at ``path``.
+
+    Returns:
+        (width, height) in pixels, upright and padded.
+
+    Raises:
+        DataError: The file is missing or cannot be read.
+    """
     full = find_file(folder, path, name) if content is None else io.BytesIO(content)
     try:
         with Image.open(full, formats=FORMATS) as opened:
+            # EXIF orientations 5 to 8 swap width and height.
             size, turned = opened.size, opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     except Exception as error:  # as in open_image
         raise _unreadable(full, path, name, error) from None

@@ -1,4 +1,4 @@
-"""Where the entries of a data file are: one pass over it, kept for the next time."""
+"""Records where the entries of a data file are, in one pass that is cached for large files."""
 
 from __future__ import annotations
 
@@ -25,38 +25,57 @@ from llavolta.errors import DataError
 from llavolta.paths import DATA
 
 CACHE = DATA / "cache" / "llava"
-KEPT_FROM = (
-    1 << 25
-)  # bytes of a data file whose index is kept: a smaller one is indexed in a second
+KEPT_FROM = 1 << 25  # bytes of a file whose index is cached; a smaller one takes a second
 
 
 @dataclass(frozen=True)
 class Index:
-    """Where the n entries of a data file are, and what is known of them. Arrays (n,); bad: reasons by entry."""
+    """Where the n entries of a data file are, and what is known of them.
 
-    start: np.ndarray  # first byte
+    Attributes:
+        start: (n,) first byte of the entry; 0 in a table.
+        stop: (n,) byte after the entry. In a table: its size as JSON, estimated.
+        medium: (n,) modality: 0 for text alone, 1 with images, 2 with a video.
+        media: (n,) number of images and videos.
+        lengths: (n,) words of the text, counted by blanks and line breaks.
+        learned: (n,) number of answers that are trained on.
+        unlearned: (n,) number of answers that are not trained on.
+        bad: Reason of each entry with a wrong structure, by its number. Its medium, media and
+            counts are 0.
+        unread: Keys of entries and turns that nothing reads, and how many entries have each.
+        version: Bytes of the file, and its modification time in nanoseconds.
+    """
+
+    start: np.ndarray
     stop: np.ndarray
-    medium: np.ndarray  # 0 text alone, 1 with images, 2 with a video
-    media: np.ndarray  # how many of them
-    lengths: np.ndarray  # words, about: blanks are counted
-    learned: np.ndarray  # answers with a label
-    unlearned: np.ndarray  # answers without one
+    medium: np.ndarray
+    media: np.ndarray
+    lengths: np.ndarray
+    learned: np.ndarray
+    unlearned: np.ndarray
     bad: dict[int, str]
-    unread: dict[
-        str, int
-    ]  # keys of entries and turns that are taken for notes: how many entries have each
-    version: list[int]  # of the file: bytes and time
+    unread: dict[str, int]
+    version: list[int]
 
 
 def read_index(file: Path, ignore: Collection[str] = ()) -> Index:
-    """The index of a data file: one pass over it, kept in data/cache for a large one. Raises DataError.
+    """Index a data file. The index of a large JSON file is cached in data/cache.
 
-    ignore: keys that are taken as not there; see entries.read_entry.
+    Args:
+        file: A JSON list, JSON Lines, or a table; see ``table.is_table``.
+        ignore: Keys that are treated as absent; see ``entries.read_entry``.
+
+    Returns:
+        The index, the cached one if the file is unchanged.
+
+    Raises:
+        DataError: The file does not exist, is of another format, or has no entry.
     """
     table = is_table(file)
     if not table and not file.is_file():
         raise DataError(
-            f"no data file {file}; give the path of a JSON list of conversations, or of a Parquet file"
+            f"no data file {file}; give the path of a JSON list of conversations, or of a Parquet "
+            "file"
         )
     version, kept = file_version(file), kept_path(file, "npz", *sorted(ignore))
     if kept.exists() and not table:
@@ -70,7 +89,7 @@ def read_index(file: Path, ignore: Collection[str] = ()) -> Index:
             index = Index(**{**held, **words, "version": held["version"].tolist()})
             if index.version == version:
                 return index
-        except Exception:  # whatever numpy makes of a damaged file; it is made again
+        except Exception:  # a damaged file makes numpy raise errors of many classes; index again
             kept.unlink(missing_ok=True)
     index = _scan_index(file, _rows(file, version) if table else _elements(file), version, ignore)
     if version[0] >= KEPT_FROM and not table:
@@ -84,7 +103,7 @@ def read_index(file: Path, ignore: Collection[str] = ()) -> Index:
 
 
 def _rows(file: Path, version: list[int]) -> Iterator[tuple[int, int, object]]:
-    """Of a table, as ``scan`` gives those of JSON; start and end are 0."""
+    """Yield the rows of a table as ``_elements`` does those of JSON; start and end are 0."""
     _note(choose_split(file)[1])
     table = open_table(file, tuple(version))
     for row in range(len(table)):
@@ -93,12 +112,13 @@ def _rows(file: Path, version: list[int]) -> Iterator[tuple[int, int, object]]:
 
 @cache
 def _note(text: str | None) -> None:
-    """Once a process."""
+    """Print a note on stderr, once per process."""
     if text:
         print(f"note: {text}", file=sys.stderr)
 
 
 def _elements(file: Path) -> Iterator[tuple[int, int, object]]:
+    """Yield (first byte, end, value) of each entry of a JSON file."""
     try:
         yield from scan(file)
     except WrongFormat as error:
@@ -114,15 +134,15 @@ def _elements(file: Path) -> Iterator[tuple[int, int, object]]:
 def _scan_index(
     file: Path, entries: Iterable, version: list[int], ignore: Collection[str]
 ) -> Index:
+    """Check the structure of each entry, and collect what the index holds."""
     numbers, bad, unread = array("q"), {}, Counter()
     for row, (start, stop, entry) in enumerate(entries):
-        about = [0] * 5
+        about = [0] * 5  # of a bad entry: medium, media, words, learned, unlearned
         try:
             entry = read_entry(entry, f"{file.name} entry {row}", ignore)
             text, turns = text_of(entry), entry["conversations"]
-            stop = stop or len(text.encode()) + 32 * len(
-                turns
-            )  # a table's: as JSON has it, with a turn's keys
+            # A row of a table has no bytes in JSON; some 32 stand for the keys of a turn.
+            stop = stop or len(text.encode()) + 32 * len(turns)
             images, videos = len(media_paths_of(entry)), len(media_paths_of(entry, "video"))
             unlearned = sum(not turn.get("learn", True) for turn in turns)
             learned = sum(turn["from"] == "gpt" for turn in turns) - unlearned
@@ -140,6 +160,7 @@ def _scan_index(
         numbers.extend((start, stop, *about))
     if not numbers:
         raise DataError(f"{file} must hold a JSON list with at least one conversation")
+    # One flat array takes a fraction of the memory that n tuples would: (7 n,) -> 7 of (n,)
     start, stop, medium, media, words, *turns = np.array(numbers).reshape(-1, 7).T
     small = [media, words, *turns]
     return Index(
@@ -150,7 +171,14 @@ def _scan_index(
 
 
 def file_version(file: str | Path | int) -> list[int]:
-    """What changes when a file, or one that a table is read from, does."""
+    """Return what changes when a data file changes.
+
+    Args:
+        file: The file, the folder of a table, or an open file descriptor.
+
+    Returns:
+        Bytes of all files that are read, and the latest modification time in nanoseconds.
+    """
     parts = choose_split(file)[0] if isinstance(file, Path) and is_table(file) else [file]
     parts = [
         own
@@ -163,7 +191,7 @@ def file_version(file: str | Path | int) -> list[int]:
 
 @cache
 def _code() -> str:
-    """Of what reads and checks data files, with the versions of the libraries that decode."""
+    """Hash the code that reads and checks data files, and the versions of the decoders."""
     digest = hashlib.sha256(f"{PIL.__version__} {version_of('av')}".encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
@@ -171,7 +199,16 @@ def _code() -> str:
 
 
 def kept_path(file: Path, suffix: str, *more: object) -> Path:
-    """Where something about ``file`` (and ``more``) is kept, as this code finds it."""
+    """Return the path at which something about a data file is cached.
+
+    Args:
+        file: The data file.
+        suffix: Suffix of the cache file, without a dot.
+        *more: What else the cached content depends on, such as options.
+
+    Returns:
+        A path in data/cache. It changes with the code that reads data files.
+    """
     key = hashlib.sha256(
         repr([str(part) for part in (file.resolve(), *more, _code())]).encode()
     ).hexdigest()[:16]
@@ -179,8 +216,15 @@ def kept_path(file: Path, suffix: str, *more: object) -> Path:
 
 
 def keep(kept: Path, content: bytes) -> None:
-    """Write ``content`` at once, whatever other processes do; where that cannot be, say so and go on without."""
-    part = kept.with_name(f"{kept.name}.part{os.getpid()}")
+    """Write a cache file in one step, so that other processes see all of it or nothing.
+
+    If it cannot be written, a note on stderr says so and nothing is raised.
+
+    Args:
+        kept: The path; see ``kept_path``.
+        content: The bytes to write.
+    """
+    part = kept.with_name(f"{kept.name}.part{os.getpid()}")  # of this process alone
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content)
@@ -193,4 +237,12 @@ def keep(kept: Path, content: bytes) -> None:
 
 
 def read_reasons(text: str) -> dict[int, str]:
+    """Read reasons by entry from JSON, whose keys are text.
+
+    Args:
+        text: A JSON object.
+
+    Returns:
+        The reasons by the entry's number.
+    """
     return {int(index): reason for index, reason in json.loads(text).items()}
