@@ -38,19 +38,17 @@ def box_notes(data: LlavaData, pad_to_square: bool | None) -> list[str]:
     if shares and not pad_to_square:
         notes.append(
             f"{shares} {of} have boxes from 0 to 1; where these are LLaVA's, they are shares of "
-            "the padded square: "
-            "train with 'pad_to_square: true'"
+            "the padded square: train with 'pad_to_square: true'"
         )
     if places and pad_to_square is not False:
         notes.append(
             f"{places} {of} have boxes or points of the image as it is, which 'pad_to_square: "
-            "true' moves: train "
-            "without it"
+            "true' moves: train without it"
         )
     if places and not pad_to_square:
         notes.append(
             f"{places} {of} have boxes or points; those in pixels must count in the image as the "
-            "model's processor "
-            "resizes it (size.longest_edge), and a processor that crops moves them"
+            "model's processor resizes it (size.longest_edge), and a processor that crops moves "
+            "them"
         )
     return notes

@@ -179,12 +179,14 @@ def write(processor, messages: list[dict], ask: bool = False) -> tuple[str, list
     # Without an end token in its labels, the model would never learn to stop.
     added = "" if end.endswith((*tokenizer.get_added_vocab(), eos)) else eos
     answers = (message for message in messages if message["role"] == "assistant")
+    # pieces alternate: the template's text up to an answer, the answer, the template's text, ...
     for message, answer, rest in zip(answers, pieces[1::2], pieces[2::2], strict=True):
         start = len(text) - len(lead)
         text += answer + end + added
         if message.get("learn", True):
+            # The blanks that the template writes after its end token belong to the span.
             spans.append((start, len(text) + (0 if added else len(behind) - len(end))))
-        text += rest[len(end) :]
+        text += rest[len(end) :]  # rest begins with ``end``, which is in the text already
     return text, spans
 
 

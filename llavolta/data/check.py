@@ -62,8 +62,7 @@ def check_words(texts: Iterable[str], tokenizer, name: object) -> None:
     if share > MAY_BE_UNKNOWN:
         raise DataError(
             f"{told}; each would be {tokenizer.unk_token}. Use a model that can read any word, "
-            "such as nano-tuned "
-            "(-p model nano-tuned)"
+            "such as nano-tuned (-p model nano-tuned)"
         )
     print(f"note: {told}", file=sys.stderr)
 
@@ -78,8 +77,8 @@ def find_bad(
 ) -> dict[int, str]:
     """Find the entries of a data file whose structure, images or videos cannot be used.
 
-    Every image and video is decoded. The findings are saved in data/cache, and are used again while
-    the data file, its media (by size, modification time and inode), Pillow's settings and the code of
+    Every image and video is decoded. The findings are saved in data/cache and used again while the
+    data file, its media (by size, modification time and inode), Pillow's settings and the code of
     ``llavolta.data`` are the same. Where only media have changed, their entries alone are checked
     again.
 
@@ -129,7 +128,7 @@ def find_bad(
                 bad |= found
                 for path, stamp, row in looked:
                     rows = seen.setdefault(path, [stamp, []])[1]
-                    if rows[-1:] != [row]:
+                    if rows[-1:] != [row]:  # an entry may name the same file twice
                         rows.append(row)
                 bar.update(len(part))
         for path, (stamp, rows) in seen.items():

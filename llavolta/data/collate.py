@@ -62,12 +62,13 @@ class Collator:
         videos = [frames for example in examples for frames in example.videos]
         try:
             encoded = chat.encode(self.processor, texts, images, videos, padding_side="right")
-        except DataError:
+        except DataError:  # is a ValueError as well, but has its message already
             raise
         except REFUSALS as error:
             for example in examples:  # raises for the image that was rejected, and names its entry
                 for image in example.images:
                     self.picture_tokens(image.size, len(example.images) == 1, example.name)
+            # Which video of several examples was rejected is not known.
             if videos and len(examples) == 1:
                 raise DataError(
                     f"{examples[0].name}: {self._refusal('its video', error)}"
@@ -80,6 +81,7 @@ class Collator:
             offsets = self.offsets(
                 ids[row], encoded["attention_mask"][row], texts[row], example.name
             )
+            # (T,) the ids where an answer is, else IGNORED
             labels[row] = torch.where(
                 chat.within(texts[row], spans[row], offsets), ids[row], IGNORED
             )
@@ -127,7 +129,7 @@ class Collator:
         if found is None:
             raise DataError(f"{name}: the processor rewrote the text; its parts cannot be found")
         offsets = torch.full((len(ids), 2), -1)
-        offsets[columns[found]] = places[is_text]
+        offsets[columns[found]] = places[is_text]  # (text tokens, 2) -> (T, 2)
         return offsets
 
     def _tokenize(self, text: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
-"""One conversation: each form of entry that is read, made LLaVA's own, and transformers' chat format of that.
+"""Brings one conversation from any supported form into LLaVA's, and from that into chat messages.
 
-JSON and tables come through here alike, so that they cannot differ. ``data/README.md`` lists the forms.
+JSON and tables both come through ``read_entry``, so they cannot differ. ``data/README.md`` lists
+the forms.
 """
 
 from __future__ import annotations
@@ -19,29 +20,16 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 SPEAKERS = {role: speaker for speaker, role in ROLES.items()} | {
     speaker: speaker for speaker in ROLES
 }
-MEDIA = {
-    "image": "<image>",
-    "video": "<video>",
-}  # an entry's key, and what stands for it in the text
-MARKS = ("<bbox>", "<ref-object>")  # ms-swift's, which it fills from an entry's 'objects'
+# The placeholder in a text, by the entry's key that has the files.
+MEDIA = {"image": "<image>", "video": "<video>"}
+MARKS = ("<bbox>", "<ref-object>")  # ms-swift fills these from an entry's 'objects'
 PLACEHOLDER = re.compile("<(image|video)>")
-READ = {
-    "id",
-    "image",
-    "video",
-    "conversations",
-    "types",
-    "objects",
-}  # keys of an entry in LLaVA's form
-LEARNED = (
-    "learn",
-    "loss",
-    "weight",
-    "train",
-    "trainable",
-)  # of a turn: whether its answer is learned
+# Keys of an entry in LLaVA's form that are read.
+READ = {"id", "image", "video", "conversations", "types", "objects"}
+# Keys of a turn that say whether its answer is trained on, as several trainers call them.
+LEARNED = ("learn", "loss", "weight", "train", "trainable")
 
-# Keys that change what is trained, and that nothing reads: refused, unless the user ignores them.
+# Keys that change what is trained on, and that nothing reads. They are errors, unless ignored.
 OF_ENTRIES = (
     *(*LEARNED, "audio", "audios", "functions", "history", "loss_scale", "tools"),
     *("rejected", "rejected_images", "rejected_messages", "rejected_response"),
@@ -59,17 +47,10 @@ OF_TURNS = (
         "video_start",
     ),
 )
-HARMLESS = (
-    None,
-    "",
-    "[]",
-    "{}",
-    [],
-    {},
-    True,
-)  # values under which such a key changes nothing; 1 is True
+# With these values such a key changes nothing. 1 equals True.
+HARMLESS = (None, "", "[]", "{}", [], {}, True)
 _TURNS = "this form is not read; write each as two turns of 'messages', a user's and an assistant's"
-OTHER_FORMS = {
+OTHER_FORMS = {  # what to do about an entry that has all of these keys
     (
         "chosen",
     ): "pairs of preferences are not read; keep the chosen answer as the last turn of 'messages'",
@@ -77,48 +58,67 @@ OTHER_FORMS = {
     ("query", "response"): _TURNS,
     ("question", "answer"): _TURNS,
 }
+# Keys that seem to name an image or video, such as "image_path" or "image2".
 _UNREAD = re.compile(
-    "(image|img|picture|photo|video|clip|frame)s?(_?(base64|byte|file|list|name|path|url)s?)?_?[0-9]*"
+    "(image|img|picture|photo|video|clip|frame)s?"
+    "(_?(base64|byte|file|list|name|path|url)s?)?_?[0-9]*"
 )
 _STILLS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
-_BASE64 = re.compile(
-    "(iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/\\s]{50,}={0,2}\\s*"
-)  # PNG, JPEG, GIF, WebP
+# How PNG, JPEG, GIF and WebP files begin in base64.
+_BASE64 = re.compile("(iVBORw0KGgo|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/\\s]{50,}={0,2}\\s*")
 _ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+://")
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: damaged text
 
 
 class Cell(NamedTuple):
-    """An image or clip that stays in its table until it is asked for; place: in the lists of the column's cell."""
+    """Where a table has an image or video, which stays there until it is needed.
+
+    Attributes:
+        column: Name of the column.
+        place: Indices into the lists of the column's cell, from the outermost.
+    """
 
     column: str
     place: tuple[int, ...]
 
 
 def media_paths_of(entry: dict, medium: str = "image") -> list[str | bytes | Cell]:
-    """The images or clips of an entry in LLaVA's form: paths, the files' own bytes, or where a table has them."""
+    """List the images or videos of an entry in LLaVA's form.
+
+    Args:
+        entry: The entry.
+        medium: "image" or "video".
+
+    Returns:
+        For each the path below the image folder, the bytes of the file, or the cell of a table.
+    """
     paths = entry.get(medium)
     return [] if not paths else paths if isinstance(paths, list) else [paths]
 
 
 def _is_text(value: object) -> bool:
+    """Return whether ``value`` is text without lone surrogates, which cannot be encoded."""
     return isinstance(value, str) and (value.isascii() or not _SURROGATE.search(value))
 
 
 def read_entry(entry: object, name: str, ignore: Collection[str] = ()) -> dict:
-    """``entry`` in LLaVA's form: ``conversations`` of ``from`` and ``value``, ``image``, ``video``.
+    """Check an entry, and bring it into LLaVA's form.
+
+    That form has ``conversations``, a list of turns with ``from`` and ``value``, and may have
+    ``image`` and ``video``, a path or a list. An answer that is not to be trained on has ``learn``
+    False.
 
     Args:
-        entry: what a line of JSON or a row of a table holds.
-        name: of the entry, for errors.
-        ignore: keys of entries, turns and parts that are taken as not there.
+        entry: What a line of JSON or a row of a table holds.
+        name: What errors call the entry.
+        ignore: Keys of entries, turns and parts that are treated as absent.
 
     Returns:
-        The same entry where it is in that form already. A turn that is not to be learned has ``learn`` False.
+        A new entry, equal to the given one where that is in LLaVA's form already.
 
     Raises:
-        DataError: The entry is of no form that is read, says what nothing follows, or has other
-            images than places for them.
+        DataError: The entry has no supported form, has a key that would change the training and
+            that nothing reads, or has a different number of placeholders and media.
     """
     entry = dict(entry) if isinstance(entry, dict) else {}
     for key in ignore:
@@ -132,11 +132,12 @@ def read_entry(entry: object, name: str, ignore: Collection[str] = ()) -> dict:
             )
         turns.insert(0, {"from": "system", "value": [("words", system)]})
     asked = _check_order(turns, name)
+    # Modalities whose key is there, even if it is empty: then a placeholder is an error.
     named = {medium for medium in MEDIA if medium in entry or f"{medium}s" in entry}
     given = {medium: _media(entry, medium, name) for medium in MEDIA}
     _refuse(entry, OF_ENTRIES, name, any(given.values()))
     _place(turns, entry, given, named, of_roles, name)
-    for turn in turns:
+    for turn in turns:  # the parts become one text again
         turn["value"] = "".join([value for _, value in turn["value"]])
     entry["conversations"] = turns
     text = text_of(entry)
@@ -147,35 +148,58 @@ def read_entry(entry: object, name: str, ignore: Collection[str] = ()) -> dict:
     mark = next((mark for mark in MARKS if mark in text), None)
     if mark and any(entry.get(medium) for medium in MEDIA):
         raise DataError(
-            f"{name} has the mark {mark}, which is not filled from 'objects' here and would be learned as a word; "
-            "write the box or name itself into the text, in the form of the model's family"
+            f"{name} has the mark {mark}, which is not filled from 'objects' here and would be "
+            "learned as a word; write the box or name itself into the text, in the form of the "
+            "model's family"
         )
     types = entry.get("types")
     if types and not (
         isinstance(types, list) and len(types) == asked and all(map(_is_text, types))
     ):
         raise DataError(
-            f"{name}: 'types' must name a type for each of the {asked} questions, not {short(types)}"
+            f"{name}: 'types' must name a type for each of the {asked} questions, not "
+            f"{short(types)}"
         )
     return entry
 
 
 def text_of(entry: dict) -> str:
-    """A turn a line."""
+    """Join the texts of all turns, one per line.
+
+    Args:
+        entry: An entry in LLaVA's form.
+
+    Returns:
+        The text, with placeholders.
+    """
     return "\n".join([turn["value"] for turn in entry["conversations"]])
 
 
 def unread_keys(entry: dict) -> set[str]:
-    """Of an entry in LLaVA's form, and of its turns: keys that are taken for mere notes."""
+    """Return the keys of an entry and of its turns that nothing reads.
+
+    Args:
+        entry: An entry in LLaVA's form.
+
+    Returns:
+        The keys. ``read_entry`` has taken them for notes.
+    """
     keys = {key for key, value in entry.items() if value is not None} - READ
     return keys.union(*entry["conversations"]) - {"from", "value", "learn"}
 
 
 def form_of(keys: Collection[str]) -> str | None:
-    """The key that holds the conversation of an entry with ``keys``.
+    """Return the key that holds the conversation of an entry.
+
+    Args:
+        keys: The keys of the entry, or the columns of a table.
+
+    Returns:
+        "conversations", "messages", "texts", or "completion" where "prompt" is there too; None if
+        there is no such key.
 
     Raises:
-        DataError: They are those of a form that is not read.
+        DataError: The keys are those of a form that is not supported.
     """
     found = [key for key in ("conversations", "messages", "texts", "completion") if key in keys]
     if len(found) > 1 and found[1] == "messages":
@@ -189,7 +213,8 @@ def form_of(keys: Collection[str]) -> str | None:
 
 
 def _turns(entry: dict, name: str) -> tuple[list, bool]:
-    """The turns of ``entry``, which loses them, and whether they have roles, so that unmarked images go first."""
+    """Take the turns out of ``entry``. Also return whether they have roles in place of "from"."""
+    # The same conversation under both keys is no contradiction.
     if entry.get("messages") == entry.get("conversations"):
         entry.pop("messages", None)
     try:
@@ -197,6 +222,7 @@ def _turns(entry: dict, name: str) -> tuple[list, bool]:
     except DataError as error:
         raise DataError(f"{name} {error}") from None
     turns = entry.pop(form, None)
+    # Some tables have the conversation as JSON text.
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         try:
             turns = json.loads(turns)
@@ -222,7 +248,7 @@ def _turns(entry: dict, name: str) -> tuple[list, bool]:
 
 
 def _prompt_and_completion(prompt: object, completion: object, name: str) -> list[dict]:
-    """As TRL learns them: of the completion alone."""
+    """Join a prompt and a completion to turns; as in TRL, only the completion is trained on."""
     roles = {"user": prompt, "assistant": completion}
     asked, answered = (
         [{"role": role, "content": said}] if isinstance(said, str) else said
@@ -239,17 +265,18 @@ def _prompt_and_completion(prompt: object, completion: object, name: str) -> lis
 
 
 def _turn(turn: object, name: str, ignore: Collection[str]) -> dict:
-    """``value`` becomes parts: ("words", text) that may hold placeholders, or as of ``_part``."""
+    """Return a turn in LLaVA's form, whose value is still a list of parts.
+
+    A part is ("words", text that may hold placeholders), or what ``_part`` returns.
+    """
     others = turn if isinstance(turn, dict) else {}
     if (
         len(others) == 2
         and isinstance(others.get("value"), str)
         and others.get("from") in ("human", "gpt")
     ):
-        return {
-            "from": turn["from"],
-            "value": [("words", turn["value"])],
-        }  # nearly all: this takes most of the time
+        # Nearly every turn ends here, and reading them takes most of the time of an index.
+        return {"from": turn["from"], "value": [("words", turn["value"])]}
     others = {
         key: value for key, value in others.items() if value is not None and key not in ignore
     }
@@ -266,7 +293,8 @@ def _turn(turn: object, name: str, ignore: Collection[str]) -> dict:
         for key, value in marks.items():
             if value not in (0, 1) or value and speaker != "gpt":
                 raise DataError(
-                    f"{name}: {key!r} of a turn is {short(value)}; it may be 0 or 1, and 1 only of answers"
+                    f"{name}: {key!r} of a turn is {short(value)}; it may be 0 or 1, and 1 only of "
+                    "answers"
                 )
         _refuse(others, OF_TURNS, name, False)
         if speaker == "gpt" and not all(marks.values()):
@@ -280,13 +308,19 @@ def _turn(turn: object, name: str, ignore: Collection[str]) -> dict:
 
 
 def _part(part: object, name: str, ignore: Collection[str]) -> tuple[str, object]:
-    """("text", text), or a medium and what stands there: its file, its number in the entry, or None for the next."""
+    """Read a part of a turn's content.
+
+    Returns:
+        ("text", text), or the modality with the part's own file, its number in the entry's list, or
+        None for the next one of that list.
+    """
     if not isinstance(part, dict):
         raise DataError(
             f"{name}: a part of a turn must be an object with 'type' and 'text', not {short(part)}"
         )
     part = {key: value for key, value in part.items() if value is not None and key not in ignore}
     kind = part.get("type") or next((key for key in ("text", *MEDIA) if key in part), None)
+    # OpenAI's "input_image", "output_text" and "image_url" are types of the same three kinds.
     kind = str(kind).removeprefix("input_").removeprefix("output_").removesuffix("_url")
     if kind == "text" and isinstance(part.get("text"), str):
         return "text", part["text"]
@@ -300,7 +334,7 @@ def _part(part: object, name: str, ignore: Collection[str]) -> tuple[str, object
 
 
 def _check_order(turns: list[dict], name: str) -> int:
-    """How many questions ``turns`` have, each with its answer."""
+    """Return the number of questions, each of which must have its answer."""
     speakers = [turn["from"] for turn in turns if turn["from"] != "system"]
     asked = len(speakers) // 2
     if not asked or speakers != ["human", "gpt"] * asked:
@@ -313,7 +347,15 @@ def _check_order(turns: list[dict], name: str) -> int:
 
 
 def _refuse(found: dict, keys: Collection[str], name: str, has_media: bool) -> None:
-    """Raise DataError for what ``found`` says about the training and nothing follows, and for images nothing reads."""
+    """Raise DataError for keys that nothing reads and that may change what is trained on.
+
+    Args:
+        found: An entry, a turn, or a part.
+        keys: The keys that change the training, unless their value is one of ``HARMLESS``.
+        name: What the error calls the entry.
+        has_media: Whether media were found. If not, a key such as "image_path" is an error as well;
+            with a number at its end, as "image2", it always is.
+    """
     refused = [key for key in keys if key in found and found[key] not in HARMLESS]
     for key in found:
         if (
@@ -325,19 +367,21 @@ def _refuse(found: dict, keys: Collection[str], name: str, has_media: bool) -> N
             refused.append(key)
     if refused:
         raise DataError(
-            f"{name}: nothing reads {', '.join(map(repr, refused))}, which may change what is learned; take it out, "
-            "or train without it ('ignore_keys' of a configuration, '--ignore' of the check)"
+            f"{name}: nothing reads {', '.join(map(repr, refused))}, which may change what is "
+            "learned; take it out, or train without it ('ignore_keys' of a configuration, "
+            "'--ignore' of the check)"
         )
 
 
 def _media(entry: dict, medium: str, name: str) -> list[str | bytes | Cell]:
-    """What stands beside the turns, under the medium's name or its plural, which ``entry`` loses."""
+    """Return the media beside the turns, and remove the plural key from ``entry``."""
     found = [entry.get(medium), entry.pop(f"{medium}s", None)]
     lists = [
         [content_of(one, medium, name) for one in (value if isinstance(value, list) else [value])]
         for value in found
         if value is not None
     ]
+    # Both keys may be there if one is empty, or if they say the same.
     lists = [files for files in lists if files] or [[]]
     if lists[0] != lists[-1]:
         raise DataError(
@@ -347,12 +391,27 @@ def _media(entry: dict, medium: str, name: str) -> list[str | bytes | Cell]:
 
 
 def _source(item: dict, medium: str) -> str | None:
+    """Return the key under which an object has the path or content of an image or video."""
     keys = ("bytes", "base64", "path", medium, "url", f"{medium}_url")
     return next((key for key in keys if item.get(key) is not None), None)
 
 
 def content_of(item: object, medium: str, name: str) -> str | bytes | Cell:
-    """The path of an image or a clip, or its content, however it is written. Raises DataError."""
+    """Return the path or the content of an image or video, in whatever form an entry gives it.
+
+    Args:
+        item: A path, a ``file://`` or ``data:`` URL, bare base64, bytes, a cell of a table, or an
+            object that holds one of these.
+        medium: "image" or "video".
+        name: What the error calls the entry.
+
+    Returns:
+        A path, the bytes of the file, or a cell of a table.
+
+    Raises:
+        DataError: The item is none of these, is on the web, is no valid base64, or is a frame of a
+            video.
+    """
     if isinstance(item, dict) and (key := _source(item, medium)):
         inline = key in ("bytes", "base64") and isinstance(item[key], str)
         return content_of(f"data:;base64,{item[key]}" if inline else item[key], medium, name)
@@ -360,11 +419,13 @@ def content_of(item: object, medium: str, name: str) -> str | bytes | Cell:
         return item
     if medium == "video" and (isinstance(item, list) or str(item).lower().endswith(_STILLS)):
         raise DataError(
-            f"{name}: 'video' lists frames ({short(item)}); make them one clip (ffmpeg), or give 'images'"
+            f"{name}: 'video' lists frames ({short(item)}); make them one clip (ffmpeg), or give "
+            "'images'"
         )
     if not isinstance(item, str) or not item.strip() or not _is_text(item):
         raise DataError(
-            f"{name}: {medium!r} must be a path, a list of paths, or a file's content, not {short(item)}"
+            f"{name}: {medium!r} must be a path, a list of paths, or a file's content, not "
+            f"{short(item)}"
         )
     if item.startswith("data:") or _BASE64.fullmatch(item):
         try:
@@ -375,7 +436,8 @@ def content_of(item: object, medium: str, name: str) -> str | bytes | Cell:
         return unquote(item.removeprefix("file://"))
     if _ADDRESS.match(item):
         raise DataError(
-            f"{name}: {medium} {short(item)} is on the web; fetch it (curl -O) and give the file's path"
+            f"{name}: {medium} {short(item)} is on the web; fetch it (curl -O) and give the file's "
+            "path"
         )
     return item
 
@@ -383,19 +445,22 @@ def content_of(item: object, medium: str, name: str) -> str | bytes | Cell:
 def _place(
     turns: list, entry: dict, given: dict, named: set[str], of_roles: bool, name: str
 ) -> None:
-    """Write a placeholder for each image and clip into ``turns``, and the files in that order into ``entry``.
+    """Write a placeholder for each image and video into the turns, and their files into ``entry``.
 
-    Where a part stands for an image, the word <image> in a text part is a word.
+    The files of ``entry`` then are in the order of the placeholders. Where some part of the turns
+    is an image, "<image>" in a text part is a word.
     """
     kinds = {kind for turn in turns for kind, _ in turn["value"]}
+    # LLaVA-Video-178K writes <image> for a video.
     as_image = bool(given["video"]) and not given["image"] and kinds.isdisjoint(MEDIA)
     if as_image:
         text = "".join(value for turn in turns for _, value in turn["value"])
-        as_image = "<image>" in text and "<video>" not in text  # as LLaVA-Video-178K has it
+        as_image = "<image>" in text and "<video>" not in text
     for medium, placeholder in MEDIA.items():
         mark = "<image>" if as_image and medium == "video" else placeholder
         if as_image and medium == "image":
             continue
+        # places: for each placeholder its own file, its number in ``files``, or None for the next.
         files, places = given[medium], []
         if not files and medium not in kinds:
             _check_words(turns, medium, medium in named, name)
@@ -409,17 +474,20 @@ def _place(
                 elif kind == "words" or kind == "text" and medium not in kinds:
                     places += [None] * value.count(mark)
                     value = value.replace(mark, placeholder)
-                elif kind == "text":
+                elif kind == "text":  # parts stand for the media, so this is a word
                     value = value.replace(mark, f"< {medium}>")
                 turn["value"][number] = kind, value
             if turn["from"] != "human" and len(places) > before:
                 raise DataError(
-                    f"{name} has {mark} in an answer or a system message; {medium}s belong to questions"
+                    f"{name} has {mark} in an answer or a system message; {medium}s belong to "
+                    "questions"
                 )
+        # As in TRL, messages without any placeholder have their media before the first question.
         if of_roles and not places:
             first = next(turn for turn in turns if turn["from"] == "human")
             first["value"].insert(0, (medium, f"{placeholder}\n" * len(files)))
             places = [None] * len(files)
+        # Parts name either all files by number, or none.
         numbers = {place for place in places if isinstance(place, int)}
         if numbers and (None in places or numbers != set(range(len(files)))):
             raise DataError(
@@ -427,7 +495,8 @@ def _place(
             )
         if not numbers and places.count(None) != len(files):
             raise DataError(
-                f"{name} has {places.count(None)} {mark} placeholders for {len(files)} {medium}s; they must be equal"
+                f"{name} has {places.count(None)} {mark} placeholders for {len(files)} {medium}s; "
+                "they must be equal"
             )
         rest = iter(files)
         files = [
@@ -439,10 +508,10 @@ def _place(
 
 
 def _check_words(turns: list[dict], medium: str, named: bool, name: str) -> None:
-    """Raise DataError where a question of an entry without a ``medium`` has a place for one.
+    """Raise DataError if a question has a place for an image or video, and the entry has none.
 
-    The words are text in markup and where a sentence speaks of them, as in mix665k; so a place is told by the key that
-    is there and empty, or by the beginning of a line.
+    In markup, and where a sentence speaks of it (as in mix665k), "<image>" is a word. It is a place
+    if the entry's key is there and empty, or if it begins a line.
     """
     mark = MEDIA[medium]
     parts = [part for turn in turns if turn["from"] == "human" for part in turn["value"]]
@@ -451,14 +520,23 @@ def _check_words(turns: list[dict], medium: str, named: bool, name: str) -> None
         named or re.search(rf"(?m)^\s*{mark}", text) and f"</{medium}>" not in text
     ):
         raise DataError(
-            f"{name} has a place for {'an image' if medium == 'image' else 'a video'}, {mark}, and no {medium}; name "
-            f"its file in {medium!r}, or write < {medium}> if it is a word"
+            f"{name} has a place for {'an image' if medium == 'image' else 'a video'}, {mark}, and "
+            f"no {medium}; name its file in {medium!r}, or write < {medium}> if it is a word"
         )
 
 
 def plain_text(entry: dict, text: str) -> str:
-    """``text`` with the words <image> and <video> broken up where ``entry`` has none of it: else tokenizers
-    take them for media."""
+    """Break up "<image>" and "<video>" in a text if its entry has no such media.
+
+    Tokenizers would take the words for placeholders.
+
+    Args:
+        entry: An entry in LLaVA's form.
+        text: The text of one of its turns.
+
+    Returns:
+        The text, with ``< image>``, for example.
+    """
     for medium, placeholder in MEDIA.items():
         if not media_paths_of(entry, medium):
             text = text.replace(placeholder, f"< {medium}>")
@@ -466,12 +544,20 @@ def plain_text(entry: dict, text: str) -> str:
 
 
 def chat_messages(entry: dict) -> list[dict]:
-    """transformers' chat format. Media stand where the text has them; one at an end goes first, as in LLaVA.
+    """Convert an entry to transformers' chat format.
 
-    A message that is not to be learned has ``learn`` False.
+    Media stay where their placeholders are. A single one at the beginning or end of a text goes
+    first, as in LLaVA.
+
+    Args:
+        entry: An entry in LLaVA's form.
+
+    Returns:
+        One message per turn; ``learn`` is False for an answer that is not to be trained on.
     """
     messages = []
     for turn in entry["conversations"]:
+        # Splitting by a pattern with a group gives text, medium, text, medium, ..., text.
         first, *rest = PLACEHOLDER.split(plain_text(entry, turn["value"]).strip())
         media, texts = rest[::2], [first, *rest[1::2]]
         if len(media) == 1 and not all(text.strip() for text in texts):
@@ -480,7 +566,7 @@ def chat_messages(entry: dict) -> list[dict]:
         for medium, text in zip(media, texts[1:], strict=True):
             parts += [{"type": medium}, {"type": "text", "text": text.strip()}]
         parts = [part for part in parts if part.get("text") != ""]
-        if len(parts) == len(media):  # templates look for a text
+        if len(parts) == len(media):  # some templates need a text part
             parts.append({"type": "text", "text": ""})
         marks = {} if turn.get("learn", True) else {"learn": False}
         messages.append({"role": ROLES[turn["from"]], "content": parts, **marks})

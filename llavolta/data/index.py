@@ -82,6 +82,7 @@ def read_index(file: Path, ignore: Collection[str] = ()) -> Index:
         try:
             with kept.open("rb") as source, np.load(source) as archive:
                 held = dict(archive)
+            # npz holds arrays alone, so the two dicts are saved as JSON text.
             words = {
                 "bad": read_reasons(held["bad"].item()),
                 "unread": json.loads(held["unread"].item()),

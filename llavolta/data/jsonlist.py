@@ -15,6 +15,7 @@ LONGEST = 1 << 23  # characters of an element; a longer one means a broken file
 # How a file begins, maybe after a byte-order mark. Group 1 is "]" for an empty list, "" for
 # another list, and None for JSON Lines, which begin with an object.
 _OPENING = re.compile(r"\ufeff?[ \t\n\r]*(?:\[[ \t\n\r]*(\]?)|(?=\{))")
+# What follows an element: a comma or the end of the list, or the end of the line.
 _AFTER = re.compile(r"[ \t\n\r]*([,\]])[ \t\n\r]*")
 _AFTER_LINE = re.compile(r"[ \t\r]*(?:\n[ \t\n\r]*|\Z)")
 
@@ -57,7 +58,7 @@ def scan(file: Path) -> Iterator[tuple[int, int, object]]:
         at, byte, lines = opening.end(), _bytes(text, 0, opening.end()), opening[1] is None
         closed = bool(opening[1])
         while not closed:
-            # An element must be in memory as a whole: read on before less than the longest is left.
+            # An element must be in memory as a whole, so LONGEST characters are read ahead.
             if len(text) - at < LONGEST and (more := _read(source)):
                 text, at = text[at:] + more, 0
             try:
@@ -94,8 +95,7 @@ def _read(source: TextIO) -> str:
             raise
         raise WrongFormat(
             f"is not UTF-8 (byte 0x{error.object[error.start]:02x}), perhaps Latin-1 or "
-            "Windows-1252; save it as "
-            "UTF-8, as 'iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW' does"
+            "Windows-1252; save it as UTF-8, as 'iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW' does"
         ) from None
 
 

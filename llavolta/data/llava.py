@@ -1,4 +1,4 @@
-"""LLaVA's training data: a JSON list of conversations and a folder of pictures and clips."""
+"""The data set: conversations in LLaVA's format, with a folder of images and videos."""
 
 from __future__ import annotations
 
@@ -32,8 +32,14 @@ from llavolta.errors import DataError
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation. messages: transformers' chat format. images: the opened pictures, RGB, in their order. videos:
-    the frames of each clip."""
+    """One conversation with its opened media.
+
+    Attributes:
+        messages: The conversation in transformers' chat format.
+        images: The images in their order, RGB.
+        name: What errors call it: file, number and id of the entry.
+        videos: The frames of each video.
+    """
 
     messages: list[dict]
     images: list[Image.Image]
@@ -42,24 +48,38 @@ class Example:
 
     @property
     def looks(self) -> list:
-        """Pictures, then clips, as ``studies.evaluation.prompts`` takes them with a question as text."""
+        """The images, then the videos, in the form that ``studies.evaluation.prompts`` takes."""
         return [*self.images, *self.videos]
 
 
 class LlavaData(Dataset):
-    """Conversations in LLaVA's format, or another that is read (see data.entries).
+    """Conversations in LLaVA's format, or in another that ``data.entries`` reads.
 
-    file: the JSON list, JSON Lines, or a table of Parquet (see data.table). images: the folder that the image paths are
-    relative to (default: the file's own folder).
-    pad: pad images to squares with this RGB colour, as LLaVA-1.5 does; None leaves them, and clips always are, as
-    they are. frames: of each clip; see video.read_frames.
-    skip: entries of the file to leave out, besides those of a wrong structure (see ``find_bad``, whose reasons are told
-    if no entry is left); None: none are. ignore: keys of the entries that are taken as not there.
+    The structure of every entry is checked when the data set is opened. Entries and media are read
+    from their files at each access, and none stay in memory.
 
-    The structure of every entry is checked on opening, each picture when it is read. Entries, pictures and frames are
-    read from their files when asked for; none stay in memory. medium, has_image, lengths: arrays (n,); medium: 0 for
-    text alone, 1 with images, 2 with a video, which has_image counts, too; lengths are in words. skipped: the entries
-    of the file that are left out. Raises DataError.
+    Args:
+        file: A JSON list, JSON Lines, or a table; see ``data.table``.
+        images: The folder that media paths are relative to; None: the folder of ``file``.
+        pad: Colour (RGB) that pads images to squares, as LLaVA-1.5 does; None: no padding. Videos
+            are never padded.
+        skip: Entries of the file to leave out, besides those with a wrong structure. None: an entry
+            with a wrong structure is an error. A dict of reasons, as of ``find_bad``, is quoted if
+            no entry is left.
+        frames: Frames per video; see ``video.read_frames``.
+        ignore: Keys of the entries that are treated as absent.
+
+    Attributes:
+        index: The index of the whole file; its arrays also cover the entries that are left out.
+        rows: (n,) number in the file of each entry.
+        medium: (n,) modality: 0 for text alone, 1 with images, 2 with a video.
+        has_image: (n,) bool, True for entries with images or a video.
+        lengths: (n,) words of each entry.
+        skipped: Numbers of the entries of the file that are left out.
+
+    Raises:
+        DataError: The file cannot be read, the image folder does not exist, no entry is left, or
+            ``skip`` is None and an entry has a wrong structure.
     """
 
     def __init__(
@@ -79,13 +99,12 @@ class LlavaData(Dataset):
         bad = self.index.bad
         if bad and skip is None:
             raise DataError(
-                f"{next(iter(bad.values()))}. Entries that are bad: {len(bad)} of {len(self.index.start)}; "
-                f"'python -m llavolta.data check {self.file}' names them, 'bad_entries: skip' trains without them"
+                f"{next(iter(bad.values()))}. Entries that are bad: {len(bad)} of "
+                f"{len(self.index.start)}; 'python -m llavolta.data check {self.file}' names them, "
+                "'bad_entries: skip' trains without them"
             )
         self.skipped = sorted({*bad, *(skip or ())})
-        self.rows = np.setdiff1d(
-            np.arange(len(self.index.start)), self.skipped
-        )  # entries of the file
+        self.rows = np.setdiff1d(np.arange(len(self.index.start)), self.skipped)
         if not len(self.rows):
             reasons = {**(skip if isinstance(skip, dict) else {}), **bad}
             first = f"; the first: {next(iter(reasons.values()))}" if reasons else ""
@@ -107,13 +126,13 @@ class LlavaData(Dataset):
 
     @property
     def table(self) -> Table | None:
-        """What the entries are read from, if it is no JSON. Opened anew in each process that loads data."""
+        """The table that entries are read from; None for JSON. It is opened once per process."""
         return open_table(self.file, tuple(self.index.version)) if self._of_table else None
 
     def _found(
         self, index: int, path: str | bytes | Cell, name: str, medium: str = "image"
     ) -> tuple[str, bytes | None]:
-        """Where an image or a clip of an entry is below the folder, or what to call it and its content."""
+        """Return (path below the folder, None) or (a description, content) of an image or video."""
         if not isinstance(path, Cell):
             return (path, None) if isinstance(path, str) else ("in the entry", path)
         found = content_of(self.table.content(int(self.rows[index]), path), medium, name)
@@ -122,27 +141,84 @@ class LlavaData(Dataset):
     def picture(
         self, index: int, path: str | bytes | Cell, name: str, eighth: bool = False
     ) -> Image.Image:
-        """The picture at ``path`` of an entry, which ``name`` names; see images.open_image."""
+        """Open an image of an entry.
+
+        Args:
+            index: Number of the entry in the data set.
+            path: One of ``media_paths_of`` the entry.
+            name: What the error calls the entry.
+            eighth: Whether to decode a JPEG at an eighth of its size, without padding.
+
+        Returns:
+            The image, RGB and upright.
+
+        Raises:
+            DataError: It cannot be opened; see ``images.open_image``.
+        """
         path, content = self._found(index, path, name)
         return open_image(self.folder, path, name, None if eighth else self.pad, eighth, content)
 
     def picture_size(self, index: int, path: str | bytes | Cell, name: str) -> tuple[int, int]:
-        """(width, height) of ``picture``, from the head of its file."""
+        """Read the size of an image of an entry from the head of its file.
+
+        Args:
+            index: Number of the entry in the data set.
+            path: One of ``media_paths_of`` the entry.
+            name: What the error calls the entry.
+
+        Returns:
+            (width, height) in pixels that ``picture`` would have.
+
+        Raises:
+            DataError: It cannot be read.
+        """
         path, content = self._found(index, path, name)
         return image_size(self.folder, path, name, self.pad, content)
 
     def clip(self, index: int, path: str | bytes | Cell, name: str) -> list[Image.Image]:
-        """The frames of the clip at ``path`` of an entry; see images.open_video."""
+        """Read the frames of a video of an entry.
+
+        Args:
+            index: Number of the entry in the data set.
+            path: One of ``media_paths_of`` the entry.
+            name: What the error calls the entry.
+
+        Returns:
+            ``frames`` frames, RGB and upright.
+
+        Raises:
+            DataError: They cannot be read; see ``images.open_video``.
+        """
         path, content = self._found(index, path, name, "video")
         return open_video(self.folder, path, name, self.frames, content)
 
     def without(self, reasons: dict[int, str]) -> LlavaData:
-        """This data set without the entries of the file that ``reasons`` names. Raises DataError if none is left."""
+        """Open the data set again with fewer entries.
+
+        Args:
+            reasons: The entries of the file to leave out as well, and why.
+
+        Returns:
+            A new data set.
+
+        Raises:
+            DataError: No entry is left.
+        """
         skip = {**reasons, **dict.fromkeys(self.skipped)}
         return LlavaData(self.file, self.folder, self.pad, skip, self.frames, self.ignore)
 
     def entry(self, index: int) -> dict:
-        """The entry, in LLaVA's format."""
+        """Read an entry in LLaVA's form.
+
+        Args:
+            index: Number of the entry in the data set.
+
+        Returns:
+            The entry; see ``entries.read_entry``.
+
+        Raises:
+            DataError: The file has changed since it was opened, or can no longer be read.
+        """
         row = int(self.rows[index])
         name = f"{self.file.name} entry {row}"
         if (table := self.table) is not None:
@@ -152,6 +228,7 @@ class LlavaData(Dataset):
         start, stop = int(self.index.start[row]), int(self.index.stop[row])
         try:
             with self.file.open("rb") as source:
+                # By descriptor, so that the file that is checked is the one that is read.
                 if file_version(source.fileno()) != self.index.version:
                     raise DataError(f"{self.file} has changed since it was opened; start again")
                 source.seek(start)
@@ -160,10 +237,18 @@ class LlavaData(Dataset):
             raise DataError(f"{self.file} can no longer be read ({error})") from None
 
     def _name(self, index: int, entry: dict) -> str:
+        """Return what errors call an entry."""
         return f"{self.file.name} entry {self.rows[index]} (id {short(entry.get('id'))})"
 
     def sources(self, index: int) -> list[tuple[str, bytes | None]]:
-        """Of each image and clip of an entry: its path below the folder, or what to call it and its content."""
+        """Locate each image and video of an entry.
+
+        Args:
+            index: Number of the entry in the data set.
+
+        Returns:
+            For each the path below the image folder and None, or a description and the content.
+        """
         entry = self.entry(index)
         name = self._name(index, entry)
         return [
@@ -173,12 +258,23 @@ class LlavaData(Dataset):
         ]
 
     def questions(self) -> Iterator[dict]:
-        """Every turn as a question of its own: index (of the entry), turn (among its questions), type, question,
-        answer."""
+        """Iterate over all questions whose answers are trained on.
+
+        Returns:
+            Dicts with index (of the entry in the data set), turn (number among its questions, from
+            0), type, question and answer. Texts are without placeholders.
+        """
         return chain.from_iterable(map(self.questions_of, range(len(self))))
 
     def questions_of(self, index: int) -> list[dict]:
-        """The ``questions`` of one entry whose answers are learned; no other is opened."""
+        """List the ``questions`` of one entry. No other entry is read.
+
+        Args:
+            index: Number of the entry in the data set.
+
+        Returns:
+            The dicts of ``questions``.
+        """
         entry = self.entry(index)
         turns = [turn for turn in entry["conversations"] if turn["from"] != "system"]
         types = entry.get("types") or ["all"] * (len(turns) // 2)
@@ -197,13 +293,24 @@ class LlavaData(Dataset):
         ]
 
     def texts(self) -> Iterator[str]:
-        """Every turn's text, without placeholders."""
+        """Iterate over the texts of all turns.
+
+        Yields:
+            A turn's text, without placeholders.
+        """
         for index in range(len(self)):
             for turn in self.entry(index)["conversations"]:
                 yield PLACEHOLDER.sub(" ", turn["value"])
 
     def check_media(self, index: int) -> None:
-        """Raise DataError unless each picture and clip of an entry can be decoded."""
+        """Check that every image and video of an entry can be decoded.
+
+        Args:
+            index: Number of the entry in the data set.
+
+        Raises:
+            DataError: One of them cannot be decoded.
+        """
         entry = self.entry(index)
         name = self._name(index, entry)
         for path in media_paths_of(entry):

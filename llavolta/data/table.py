@@ -1,7 +1,7 @@
-"""Conversations in tables: Parquet files, folders of these as the hub has them, and data sets saved by ``datasets``.
+"""Conversations in tables: Parquet files, folders of them, and data sets that ``datasets`` saved.
 
-A row is an entry like one of JSON (see data.entries). Rows stay on disk, mapped into memory by Arrow, and images and
-clips inside a table are read when they are asked for.
+A row is an entry, as in JSON (see ``data.entries``). Arrow maps the rows from disk, and the images
+and videos inside of a table are read only when they are needed.
 """
 
 from __future__ import annotations
@@ -13,14 +13,23 @@ from pathlib import Path
 from llavolta.data.entries import MEDIA, Cell, form_of
 from llavolta.errors import DataError
 
-_SHARD = re.compile("(.+)-[0-9]{5}-of-[0-9]{5}")
+_SHARD = re.compile("(.+)-[0-9]{5}-of-[0-9]{5}")  # the hub's: train-00000-of-00002
+# Other names that tell a split, such as "my_train", "validation-part-1" and "training".
 _SPLIT = re.compile(
     "(?:.*[-._ ])?(train|validation|valid|val|dev|test|eval)(?:ing|uation)?(?:[-._ 0-9].*)?"
 )
 
 
 def is_table(file: Path) -> bool:
-    """Whether ``file`` is a Parquet file, a folder of these, one that ``save_to_disk`` made, or a split of such."""
+    """Return whether a path is a table.
+
+    Args:
+        file: A Parquet file, a folder of these, a folder that ``save_to_disk`` wrote, or
+            FOLDER/SPLIT for a split of such a folder.
+
+    Returns:
+        True for these. A name that ends in .parquet is enough.
+    """
     return (
         file.suffix == ".parquet"
         or bool(_splits(file) or _split_of_parent(file))
@@ -29,11 +38,12 @@ def is_table(file: Path) -> bool:
 
 
 def _is_saved(folder: Path) -> bool:
+    """Return whether ``save_to_disk`` wrote a single data set to ``folder``."""
     return (folder / "state.json").is_file()
 
 
 def _splits(folder: Path) -> dict[str, list[Path]]:
-    """The Parquet files, or the saved data set, of each split in ``folder``; "" holds files whose names tell none."""
+    """Return the files of each split in ``folder``; "" has those whose names tell no split."""
     if (folder / "dataset_dict.json").is_file():
         return {part.parent.name: [part.parent] for part in sorted(folder.glob("*/state.json"))}
     found: dict[str, list[Path]] = {}
@@ -44,12 +54,22 @@ def _splits(folder: Path) -> dict[str, list[Path]]:
 
 
 def _split_of_parent(file: Path) -> list[Path] | None:
-    """Of FOLDER/validation, where FOLDER holds files such as validation-00000-of-00001.parquet."""
+    """Return the files of FOLDER/validation, for example; None if the folder has no such split."""
     return None if file.exists() else _splits(file.parent).get(file.name)
 
 
 def choose_split(file: Path) -> tuple[list[Path], str | None]:
-    """What ``file`` is read from, and what to say where it is one of several splits. Raises DataError."""
+    """Choose the files that a table is read from.
+
+    Args:
+        file: The path of the table.
+
+    Returns:
+        The files, and a note if "train" was chosen of several splits, else None.
+
+    Raises:
+        DataError: There are several splits, and none is "train".
+    """
     if (parts := _split_of_parent(file)) is not None:
         return parts, None
     splits = {} if file.is_file() or _is_saved(file) else _splits(file)
@@ -66,7 +86,18 @@ def choose_split(file: Path) -> tuple[list[Path], str | None]:
 
 
 class Table:
-    """The rows of a table as entries, and the images and clips inside it as bytes. Raises DataError."""
+    """The rows of a table as entries.
+
+    Args:
+        file: The path of the table.
+
+    Attributes:
+        file: The same.
+        rows: The rows as a ``datasets.Dataset`` in Arrow format.
+
+    Raises:
+        DataError: The table cannot be read, or has no column with conversations.
+    """
 
     def __init__(self, file: Path):
         import datasets  # seconds to import
@@ -100,8 +131,15 @@ class Table:
         return len(self.rows)
 
     def entry(self, row: int) -> dict:
-        """The row; what it has of images and clips in binary is a Cell."""
-        one = self.rows[row : row + 1]
+        """Read a row.
+
+        Args:
+            row: Number of the row.
+
+        Returns:
+            The row by column. Binary content in an image or video column is a Cell.
+        """
+        one = self.rows[row : row + 1]  # an Arrow table of one row
         cells = {name: one.column(name)[0] for name in one.column_names}
         return {
             name: _outline(cell, name) if name.rstrip("s") in MEDIA else cell.as_py()
@@ -109,7 +147,15 @@ class Table:
         }
 
     def content(self, row: int, cell: Cell) -> object:
-        """What the table holds at ``cell`` of a row: bytes, or bytes and path."""
+        """Read what a cell of a row holds.
+
+        Args:
+            row: Number of the row.
+            cell: The cell, as in ``entry``.
+
+        Returns:
+            The bytes, or a dict of bytes and path.
+        """
         found = self.rows[row : row + 1].column(cell.column)[0]
         for number in cell.place:
             found = found[number]
@@ -117,12 +163,13 @@ class Table:
 
 
 def _outline(value, column: str, place: tuple[int, ...] = ()) -> object:
-    """A cell of Arrow's as Python has it, with a Cell for each binary, or structure of one, in it."""
+    """Convert an Arrow cell to Python, with a Cell for binary content or a struct that has it."""
     from pyarrow import types
 
     if not value.is_valid:
         return None
     kind = value.type
+    # Lists of any depth are followed, so that each binary in them is a Cell of its own.
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return [_outline(one, column, (*place, number)) for number, one in enumerate(value.values)]
     inside = (
@@ -137,5 +184,16 @@ def _outline(value, column: str, place: tuple[int, ...] = ()) -> object:
 
 @lru_cache(maxsize=8)
 def open_table(file: Path, version: tuple) -> Table:
-    """One for all that read it; version: another where the file has changed."""
+    """Open a table once for all that read it in this process.
+
+    Args:
+        file: The path of the table.
+        version: The file's ``index.file_version``, so that a changed file is opened anew.
+
+    Returns:
+        The table.
+
+    Raises:
+        DataError: The table cannot be read, or has no column with conversations.
+    """
     return Table(file)

@@ -1,8 +1,9 @@
-"""Clips: their frames, read with PyAV, and the processor that makes them a model's input.
+"""Reads the frames of videos with PyAV, and processes them without torchvision.
 
-PyAV is FFmpeg's own libraries in one wheel for every platform, so it reads what MSVD (avi), MSRVTT (mp4), ActivityNet
-(mp4, mkv, webm) and TGIF come in, writes real files for the embedded clips, and needs no system package. torchcodec
-needs an FFmpeg on the system and a build that matches torch's; decord is no longer kept up.
+PyAV has FFmpeg's libraries in one wheel for every platform. So it needs no system package, reads
+the formats of MSVD (avi), MSRVTT (mp4), ActivityNet (mp4, mkv, webm) and TGIF, and writes the files
+of the generated videos. torchcodec needs an FFmpeg on the system and a build that matches torch's.
+decord is no longer maintained.
 """
 
 from __future__ import annotations
@@ -20,26 +21,43 @@ from transformers.video_processing_utils import VideoProcessorMixin
 from llavolta.data.kinds import kind_of
 from llavolta.errors import DataError
 
-FRAMES = 8  # of a clip, as Video-LLaVA samples
-FORMATS = "mov,mp4,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,gif"  # no playlist, which would open other files
+FRAMES = 8  # per video, as in Video-LLaVA
+# No playlists: they would open other files.
+FORMATS = "mov,mp4,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,gif"
 OPENING = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
 
 
 def frame_places(total: int, count: int) -> list[int]:
-    """Which of ``total`` frames ``count`` uniform samples are: evenly from the first to the last, rounded.
+    """Choose ``count`` frames, evenly from the first to the last one.
 
-    As in Video-LLaVA it is by number, not by time: where the frame rate varies, dense parts are sampled densely. A clip
-    of fewer frames shows some of them several times.
+    As in Video-LLaVA, frames are counted and not timed: where the frame rate varies, more are taken
+    from dense parts. A video of fewer frames shows some of them several times.
+
+    Args:
+        total: Frames of the video.
+        count: Frames to choose.
+
+    Returns:
+        ``count`` frame numbers from 0, rising.
     """
     return np.linspace(0, total - 1, count).round().astype(int).tolist()
 
 
 def read_frames(path: str | Path | bytes, count: int, name: str | None = None) -> list[Image.Image]:
-    """``count`` frames (RGB, upright) of the clip at ``path``, or of a file of this content, at ``frame_places``; only
-    these are in memory at a time.
+    """Read frames of a video, evenly from the first to the last. Only these are in memory.
 
-    Raises DataError, naming ``name`` (default: the path), for a file that is missing, damaged, no video or without
-    frames, and for frames of more than PIL.Image.MAX_IMAGE_PIXELS. Damage that the decoder does not notice passes.
+    Args:
+        path: The file, or its content.
+        count: How many frames to read; see ``frame_places``.
+        name: What the error calls the video; None: its path.
+
+    Returns:
+        ``count`` frames, RGB and upright.
+
+    Raises:
+        DataError: The file is missing, damaged, no video, or without frames, or a frame has more
+            than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels. Damage that the decoder does not notice
+            passes.
     """
     name = name or f"the clip {path}"
     try:
@@ -47,15 +65,11 @@ def read_frames(path: str | Path | bytes, count: int, name: str | None = None) -
         kept, found = _decode(path, frame_places(total, count))
         if not found:
             raise ValueError("no frame can be decoded")
-        if found != total:  # some packets hold no frame of their own
+        if found != total:  # some packets have no frame of their own; now the number is known
             kept, _ = _decode(path, frame_places(found, count))
         return [kept[place] for place in frame_places(found, count)]
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        MemoryError,
-    ) as error:  # PyAV's errors are of these kinds
+    # PyAV's errors are subclasses of these.
+    except (OSError, ValueError, LookupError, MemoryError) as error:
         why = (
             f"is {kind}, or"
             if (kind := kind_of(path))
@@ -65,7 +79,7 @@ def read_frames(path: str | Path | bytes, count: int, name: str | None = None) -
 
 
 def _count(path: str | Path | bytes) -> int:
-    """Packets of the first video stream, which are its frames in most files. Raises ValueError if there are none."""
+    """Count the packets of the first video stream, in most files one per frame."""
     with _open(path) as container:
         total = sum(1 for packet in container.demux(video=0) if packet.size)
     if not total:
@@ -74,7 +88,7 @@ def _count(path: str | Path | bytes) -> int:
 
 
 def _decode(path: str | Path | bytes, places: list[int]) -> tuple[dict[int, Image.Image], int]:
-    """The frames at ``places``, and how many there are."""
+    """Return the frames at ``places`` by their number, and how many frames there are."""
     kept, number = {}, -1
     with _open(path) as container:
         for number, frame in enumerate(container.decode(video=0)):
@@ -83,15 +97,14 @@ def _decode(path: str | Path | bytes, places: list[int]) -> tuple[dict[int, Imag
             if number in places:
                 _check_size(frame.width, frame.height)
                 kept[number] = frame.to_image()
-                if (
-                    frame.rotation
-                ):  # of a phone that was held upright, as a player turns it: degrees to the left
+                if frame.rotation:  # of a phone held upright; in degrees, counter-clockwise
                     kept[number] = kept[number].rotate(frame.rotation, expand=True)
     return kept, number + 1
 
 
 def _open(path: str | Path | bytes):
-    import av  # for clips alone: models of pictures do without it
+    """Open a video, and check its streams and its size. Raise ValueError if they are unfit."""
+    import av  # imported here, as only videos need it
 
     container = av.open(io.BytesIO(path) if isinstance(path, bytes) else str(path), options=OPENING)
     try:
@@ -102,6 +115,7 @@ def _open(path: str | Path | bytes):
             )
         stream = container.streams.video[0]
         _check_size(stream.width, stream.height)
+        # Threads cost more than they save on small frames.
         stream.thread_type = "NONE" if stream.width * stream.height < 1 << 16 else "AUTO"
     except Exception:
         container.close()
@@ -110,14 +124,19 @@ def _open(path: str | Path | bytes):
 
 
 def _check_size(width: int, height: int) -> None:
+    """Raise ValueError for frames that might not fit in memory."""
     if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"frames of {width} x {height} pixels are too large")
 
 
 class FrameProcessor(VideoProcessorMixin):
-    """The video processor of Video-LLaVA by way of its image processor, so that it needs no torchvision.
+    """Video-LLaVA's video processor without torchvision: it uses the image processor.
 
-    Saved as a ``VideoLlavaVideoProcessor`` with the same settings, which transformers loads where torchvision is.
+    It is saved as a ``VideoLlavaVideoProcessor`` with the same settings, which transformers loads
+    where torchvision is installed.
+
+    Args:
+        images: The image processor.
     """
 
     def __init__(self, images):
@@ -125,24 +144,40 @@ class FrameProcessor(VideoProcessorMixin):
         self.images = images
 
     def __call__(self, videos: list[list[Image.Image]], **kwargs) -> BatchFeature:
-        """Clips, each a list of as many frames, to pixel_values_videos (clips, frames, 3, height, width)."""
+        """Process videos.
+
+        Args:
+            videos: N videos of F frames each.
+            **kwargs: Ignored; the model's processor passes its own options.
+
+        Returns:
+            pixel_values_videos (N, F, 3, H, W).
+        """
         pixels = [self.images(frames, return_tensors="pt")["pixel_values"] for frames in videos]
         return BatchFeature({"pixel_values_videos": torch.stack(pixels)})
 
     def to_dict(self) -> dict:
+        """Return the image processor's settings as those of ``VideoLlavaVideoProcessor``."""
         settings = self.images.to_dict() | {"video_processor_type": "VideoLlavaVideoProcessor"}
         return {name: value for name, value in settings.items() if name != "image_processor_type"}
 
 
 class NoVideos(VideoProcessorMixin):
-    """In the place of a model's video processor where there is no torchvision to load it: refuses clips, and is saved
-    with the settings that it was found with, so that the model's folder stays whole."""
+    """Stands for a video processor that needs torchvision, where that is not installed.
+
+    It raises for videos. It is saved with the settings that it was given, so a model that is saved
+    keeps them.
+
+    Args:
+        settings: The settings of the video processor that it stands for.
+    """
 
     def __init__(self, settings: dict):
         super().__init__()
         self.settings = settings
 
     def __getattr__(self, name: str):
+        # self.settings would call this method again while the object is still empty, as in a copy.
         try:
             return self.__dict__["settings"][name]
         except KeyError:
@@ -150,32 +185,51 @@ class NoVideos(VideoProcessorMixin):
 
     def __call__(self, *args, **kwargs):
         raise DataError(
-            "this model's clips are read by torchvision, which is not installed; pip install torchvision"
+            "this model's clips are read by torchvision, which is not installed; pip install "
+            "torchvision"
         )
 
     def to_dict(self) -> dict:
+        """Return the settings that it was given."""
         return dict(self.settings)
 
 
 class Unchecked:
-    """Mixed in before a processor's own class, whose check of a video processor would need torchvision."""
+    """Mixin for a processor class that skips the check of its video processor's class.
+
+    The check would import torchvision.
+    """
 
     def check_argument_for_proper_class(self, argument_name, argument):
+        """Check an argument of the processor, unless it is the video processor.
+
+        Args:
+            argument_name: Name of the argument.
+            argument: Its value.
+        """
         if argument_name != "video_processor":
             super().check_argument_for_proper_class(argument_name, argument)
 
 
 class VideoLlavaProcessor(Unchecked, transformers.VideoLlavaProcessor):
-    """transformers' own, and saved under its name, with a FrameProcessor."""
+    """Video-LLaVA's processor with a ``FrameProcessor``. It is saved under transformers' name."""
 
 
 def without_videos(kind: type, path: str):
-    """The processor of class ``kind`` at ``path`` for pictures alone, where torchvision is missing; saved as a
-    ``kind``, which reads clips again where torchvision is."""
+    """Load a processor without torchvision, for images alone.
+
+    Args:
+        kind: The processor's class.
+        path: Its folder or hub name.
+
+    Returns:
+        The processor. It is saved as a ``kind``, which reads videos again where torchvision is
+        installed.
+    """
     settings, _ = kind.get_processor_dict(path)
     clips = settings.get("video_processor")
     if clips is None:
-        try:  # a file of its own, in folders of before transformers 5
+        try:  # before transformers 5 it had a file of its own
             clips, _ = NoVideos.get_video_processor_dict(path)
         except OSError:
             clips = {}
@@ -184,5 +238,6 @@ def without_videos(kind: type, path: str):
         "tokenizer": lambda: AutoTokenizer.from_pretrained(path),
         "video_processor": lambda: NoVideos(clips),
     }
-    blind = type(kind.__name__, (Unchecked, kind), {})  # saved under the name of ``kind``
+    # A subclass of the same name, as a processor is saved under the name of its class.
+    blind = type(kind.__name__, (Unchecked, kind), {})
     return blind.from_args_and_dict([parts[name]() for name in kind.get_attributes()], settings)
