@@ -1,1 +1,1 @@
-"""Training by stages: schemes, configurations, models and their trainer."""
+"""Training by stages: schemes, configurations, models, and the Trainer that runs them."""

@@ -1,4 +1,8 @@
-"""``python -m llavolta.train CONFIG.yaml``: a stage or a scheme without a notebook, alone or under a launcher."""
+"""Command ``python -m llavolta.train CONFIG.yaml``: trains a stage or a scheme without a notebook.
+
+It trains in its own process, or starts torchrun (``--num-processes``). Under a launcher it is one
+of the launcher's processes.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +21,24 @@ from llavolta.train.run import WANTED_PROCESSES, train
 
 
 def _leave() -> None:
-    """Close the process group, if there is one: gloo's threads abort a process that ends with them at work."""
+    """Close the process group, if there is one. Else gloo's threads may abort the process."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: The arguments of the command; None reads them from ``sys.argv``.
+
+    Returns:
+        The exit status: 0, 1 for an error of the user's, or 128 + the number of the signal that
+        stopped the training.
+    """
     about = [
-        f"  {name} ({'required' if field.is_required() else field.default}): {' '.join(field.description.split())}"
+        f"  {name} ({'required' if field.is_required() else field.default}): "
+        f"{' '.join(field.description.split())}"
         for name, field in TrainConfig.model_fields.items()
     ]
     parser = argparse.ArgumentParser(
@@ -54,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         changes = {
-            key: getattr(options, key)
+            key: getattr(options, key)  # stage 0 is projector alignment, and no missing value
             for key in ("stage", "output")
             if getattr(options, key) is not None
         }
@@ -70,7 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
             if not isinstance(values, dict):
                 raise ConfigError(f"{options.config} must hold 'name: value' lines")
             config = TrainConfig(**values | changes)
-        if options.num_processes and "WORLD_SIZE" in os.environ:  # under a launcher
+        # A launcher has started this process: train() checks the number of processes.
+        if options.num_processes and "WORLD_SIZE" in os.environ:
             os.environ[WANTED_PROCESSES] = str(options.num_processes)
             train(config)
             _leave()

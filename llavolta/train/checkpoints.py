@@ -1,8 +1,9 @@
-"""Checkpoints that are whole or not there, and the lock that keeps two trainings out of one run folder.
+"""Checkpoints that are either complete or absent, and the lock on a run folder.
 
-A checkpoint is written aside, with the sizes of its files (seal.json), flushed to disk, and only then moved to its
-name. One whose files have other sizes later is damaged. The finished model is made of the checkpoint at the end of
-its stage, scheme.json last: a run folder whose scheme.json says so holds that model.
+A checkpoint is written to a staging folder together with the sizes of its files (seal.json),
+flushed to disk, and then renamed. A checkpoint whose files have other sizes is damaged. The
+finished model is made from the checkpoint at the end of its stage, and scheme.json is written last:
+a run folder holds the model that its scheme.json describes.
 """
 
 from __future__ import annotations
@@ -20,25 +21,40 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llavolta.errors import UserError
 
-STAGING = ".saving"
-REMOVED = ".removed"
-SEAL = "seal.json"
-RECORD = "scheme.json"
+STAGING = ".saving"  # folder of a save that is not complete
+REMOVED = ".removed"  # folder of a checkpoint that is being removed
+SEAL = "seal.json"  # sizes of a checkpoint's files
+RECORD = "scheme.json"  # the step and scheme of a checkpoint or a finished model
 LOCK = ".lock"
-_REFUSED = r"inline_container|PytorchStreamWriter|write\(\): fd"  # how torch.save says that a file could not be written
+# torch.save raises RuntimeErrors with these words if a file could not be written.
+_REFUSED = r"inline_container|PytorchStreamWriter|write\(\): fd"
 
 
 class SaveError(UserError, OSError):
-    """A checkpoint or model that could not be written; what was saved before it is untouched."""
+    """A checkpoint or model that could not be written. Earlier checkpoints are untouched."""
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step that ``checkpoint`` was saved after."""
+    """Return the optimizer step after which a checkpoint was saved.
+
+    Args:
+        checkpoint: A folder named checkpoint-N.
+
+    Returns:
+        N.
+    """
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of the folder ``run``, newest first."""
+    """List the checkpoints of a run, newest first.
+
+    Args:
+        run: The run folder.
+
+    Returns:
+        The folders named checkpoint-N, damaged ones among them.
+    """
     prefix = PREFIX_CHECKPOINT_DIR + "-"
     found = [
         path
@@ -49,7 +65,17 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def newest(run: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest sound checkpoint of ``run``; damaged ones are renamed to damaged-checkpoint-N and told of."""
+    """Find the newest undamaged checkpoint of a run.
+
+    Damaged checkpoints that are newer are renamed to damaged-checkpoint-N.
+
+    Args:
+        run: The run folder.
+        say: Called with a message for each damaged checkpoint.
+
+    Returns:
+        The checkpoint; None if there is none.
+    """
     for folder in checkpoints(run):
         damage = find_damage(folder)
         if damage is None:
@@ -58,13 +84,21 @@ def newest(run: Path, say: Callable[[str], None]) -> Path | None:
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
         say(
-            f"{folder} is damaged ({damage}) and is now {aside.name}; going on from the checkpoint before it"
+            f"{folder} is damaged ({damage}) and is now {aside.name}; going on from the checkpoint "
+            "before it"
         )
     return None
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Which file does not have the size that was saved, or None."""
+    """Check a checkpoint's files against the sizes that were saved with it.
+
+    Args:
+        checkpoint: The folder.
+
+    Returns:
+        What is wrong, as the middle of a message; None if nothing is.
+    """
     try:
         saved = json.loads((checkpoint / SEAL).read_text())
     except OSError:
@@ -73,15 +107,23 @@ def find_damage(checkpoint: Path) -> str | None:
         return f"its {SEAL} cannot be read"
     sizes = _sizes(checkpoint)
     for name, size in saved.items():
-        size = size if isinstance(size, int) else size[0]  # until 0.1 a checksum stood beside it
+        size = size if isinstance(size, int) else size[0]  # until 0.1: [size, checksum]
         if sizes.get(name) != size:
             return f"{name} is not as it was saved"
     return None
 
 
 def publish(staged: Path, target: Path) -> None:
-    """Write the sizes of the files in ``staged``, flush them, and move the folder to ``target``, in place of any."""
+    """Move a complete checkpoint to its place, and replace the one that is there.
+
+    The files are flushed to disk first, and their sizes are written to seal.json.
+
+    Args:
+        staged: The folder that the checkpoint was written to.
+        target: Its place, on the same file system.
+    """
     (staged / SEAL).write_text(json.dumps(_sizes(staged)))
+    # A rename may reach the disk before the files' content does, so the files are flushed first.
     for path in (*staged.rglob("*"), staged):
         _flush(path)
     if target.exists():
@@ -91,19 +133,29 @@ def publish(staged: Path, target: Path) -> None:
 
 
 def prune(run: Path, keep: int, always: set[int]) -> None:
-    """Remove the checkpoints of ``run`` but the newest ``keep`` and those at the steps ``always``."""
+    """Remove old checkpoints of a run.
+
+    Args:
+        run: The run folder.
+        keep: How many are kept, newest first, besides those of ``always``.
+        always: Steps whose checkpoints are always kept.
+    """
     for folder in [folder for folder in checkpoints(run) if step_of(folder) not in always][keep:]:
         _remove(folder)
 
 
 def clear(run: Path) -> None:
-    """Remove from ``run`` what an interrupted save or removal left."""
+    """Remove what an interrupted save or removal left.
+
+    Args:
+        run: The run folder.
+    """
     for name in (STAGING, REMOVED):
         shutil.rmtree(run / name, ignore_errors=True)
 
 
 def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint: it is whole or away from its name, whenever this is interrupted."""
+    """Remove a checkpoint. If that is interrupted, the rest no longer has a checkpoint's name."""
     aside = checkpoint.parent / REMOVED
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(checkpoint, aside)
@@ -111,10 +163,17 @@ def _remove(checkpoint: Path) -> None:
 
 
 def install(staging: Path, record: Path, target: Path) -> None:
-    """Move the model files in ``staging`` into ``target``, then copy ``record``, which says that they are there."""
+    """Move the files of a finished model into a run folder, the record last.
+
+    Args:
+        staging: The folder with the model's files; it is removed.
+        record: The scheme.json of the checkpoint that the model was made from.
+        target: The run folder.
+    """
+    # While the model is incomplete, no record says that it is there.
     (target / RECORD).unlink(missing_ok=True)
     for file in staging.iterdir():
-        shutil.copymode(record, file)  # safetensors are written for their owner alone
+        shutil.copymode(record, file)  # safetensors files are readable by their owner alone
         _flush(file)
         os.replace(file, target / file.name)
     shutil.copyfile(record, staging / RECORD)
@@ -125,7 +184,17 @@ def install(staging: Path, record: Path, target: Path) -> None:
 
 
 def finished(run: Path, name: str, stages: list[dict], total: int) -> int:
-    """The optimizer step whose model ``run`` holds, of the scheme ``name`` with ``stages``; 0 for none or another's."""
+    """Return the step whose finished model a run folder holds.
+
+    Args:
+        run: The run folder.
+        name: Name of the scheme.
+        stages: The scheme's stages; see ``Scheme.written``.
+        total: Optimizer steps of the whole scheme.
+
+    Returns:
+        The optimizer step; 0 if there is no model, or that of another scheme.
+    """
     try:
         held = json.loads((run / RECORD).read_text())
     except (OSError, ValueError):
@@ -136,12 +205,23 @@ def finished(run: Path, name: str, stages: list[dict], total: int) -> int:
 
 @contextmanager
 def saving(run: Path, name: str):
-    """The errors of a full disk and its like as a SaveError that says what is safe."""
+    """Turn the errors of a full disk into a SaveError that says which checkpoint is safe.
+
+    Args:
+        run: The run folder.
+        name: What is being saved, for the message.
+
+    Yields:
+        Nothing; errors inside of the block are converted.
+
+    Raises:
+        SaveError: The file system rejected a write. Other errors pass unchanged.
+    """
     try:
         yield
     except Exception as error:
-        # Safetensors and torch.save have errors of their own for what the file system refused; another RuntimeError is
-        # none of it, such as a process that died while the others were saving.
+        # Safetensors and torch.save raise errors of their own when a write fails. Other
+        # RuntimeErrors have other causes, such as a process that died while the others saved.
         refused = isinstance(error, RuntimeError) and re.search(_REFUSED, str(error))
         if not (refused or isinstance(error, OSError) or type(error).__name__ == "SafetensorError"):
             raise
@@ -150,19 +230,30 @@ def saving(run: Path, name: str):
 
 
 def _save_error(error: Exception, name: str, run: Path) -> SaveError:
+    """Return the SaveError, with the free disk space and the newest checkpoint."""
     free = shutil.disk_usage(run).free / 1e9
     safe = next(
         (f"{folder.name} is safe" for folder in checkpoints(run)), "no checkpoint was saved before"
     )
     return SaveError(
-        f"{name} could not be written to {run} ({str(error).splitlines()[0]}; {free:.1f} GB free); {safe}. "
-        "Make room and run again: training goes on from there"
+        f"{name} could not be written to {run} ({str(error).splitlines()[0]}; {free:.1f} GB free); "
+        f"{safe}. Make room and run again: training goes on from there"
     )
 
 
 @contextmanager
 def lock(run: Path):
-    """Hold ``run`` against another training. Raises UserError if one is at work in it."""
+    """Lock a run folder against other trainings.
+
+    Args:
+        run: The run folder, which is created if it does not exist.
+
+    Yields:
+        Nothing; the lock is released at the end of the block.
+
+    Raises:
+        UserError: Another training has locked the folder.
+    """
     run.mkdir(parents=True, exist_ok=True)
     held = FileLock(run / LOCK)
     try:
@@ -178,12 +269,13 @@ def lock(run: Path):
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file below ``folder`` but seal.json."""
+    """Return the bytes of every file below ``folder``, except seal.json."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
     return {str(file.relative_to(folder)): file.stat().st_size for file in files}
 
 
 def _flush(path: Path) -> None:
+    """Flush a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""What a training run depends on: one flat, checked configuration, and presets of it by name."""
+"""The configuration of a training run: one flat, checked model, and presets of it by name."""
 
 from __future__ import annotations
 
@@ -29,12 +29,11 @@ PRESETS = {file.stem: file for file in sorted((Path(__file__).parent / "presets"
 
 
 def _number(value: Any) -> Any:
+    """Convert text to a number: YAML reads 1e-3, without a point, as text."""
     try:
-        return (
-            float(value) if isinstance(value, str) else value
-        )  # YAML reads 1e-3, without a point, as text
+        return float(value) if isinstance(value, str) else value
     except ValueError:
-        return value
+        return value  # pydantic's error says what it must be
 
 
 _Number = Annotated[float, BeforeValidator(_number)]
@@ -46,123 +45,178 @@ _Path = Annotated[str, AfterValidator(expand)]
 
 
 class TrainConfig(BaseModel):
-    """Everything a run depends on. The defaults are the embedded scale; ``PRESETS`` names others.
+    """Everything that a run depends on.
 
-    A path may begin with ~, the user's home folder. Environment variables are not expanded.
+    The defaults are the embedded scale; ``PRESETS`` names others. A path may begin with ~, the
+    user's home folder. Environment variables in paths are not expanded. The docstrings of the
+    fields are the text of ``python -m llavolta.train --help``.
+
+    Raises:
+        ConfigError: A parameter is unknown, missing or wrong, or two do not fit together.
+        PlanError: A plan cannot be read.
+        SchemeError: The scheme's stages are wrong.
+        ProjectorError: The projector cannot be read.
     """
 
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    # Run and model
     output: _Path
     """The folder that the run is written to."""
     model: _Path = "embedded"
-    """A Hugging Face folder or hub name; "embedded" is the tiny LLaVA in data/, "embedded-video" a Video-LLaVA of its
-    parts."""
+    """A Hugging Face folder or hub name. "embedded" is the tiny LLaVA in data/, "embedded-video" a
+    Video-LLaVA made of its parts, "nano" a LLaVA of small pretrained parts, "nano-tuned" that one,
+    trained.
+    """
     vision_tower: _Path | None = None
-    """With language_model, in place of ``model``: a folder or hub name, to make a LLaVA with a new projector of."""
+    """A folder or hub name. Together with language_model it replaces model: a LLaVA with a new
+    projector is made of the two.
+    """
     language_model: _Path | None = None
-    """The other part of that LLaVA."""
+    """The language model of that LLaVA, a folder or hub name."""
     projector: str = OWN
-    """A new one for projector alignment to train, such as "stf:2" (see train.projectors); "mlp": the model's own."""
+    """A new projector that projector alignment trains, such as "stf:2" (see train.projectors).
+    "mlp": the projector that the model comes with.
+    """
 
+    # Data
     data: _Path = "digits"
-    """LLaVA JSON; "digits" and "clips" are the generated digits VQA and clips VQA."""
+    """A data file in LLaVA's format (JSON, JSON Lines or Parquet), or "digits", "clips" or
+    "pictures", which are generated.
+    """
     images: _Path | None = None
-    """Image folder of ``data``."""
+    """Image folder of data. None: the folder of the file."""
     align_data: _Path | None = None
-    """LLaVA JSON for projector alignment; None: that of ``data``."""
+    """Data file of captions for projector alignment. None: the captions of the generated data; a
+    data file has none.
+    """
     align_images: _Path | None = None
-    """Image folder of ``align_data``."""
+    """Image folder of align_data. None: the folder of the file."""
     bad_entries: Literal["fail", "skip"] = "fail"
-    """"fail" at the first entry that cannot be read, or "skip" those that a check of all pictures and clips finds
-    before training; for a large set run ``python -m llavolta.data check`` first, whose findings are used."""
+    """"fail" stops at the first entry that cannot be used. "skip" checks all images and videos
+    before training, and leaves bad entries out. It uses what ``python -m llavolta.data check``
+    found before, so run that first for large data.
+    """
     ignore_keys: list[str] = []
-    """Keys of entries and turns that are taken as not there, such as "tools", which nothing here follows; without
-    this, an entry that has one is bad. ``python -m llavolta.data check --ignore KEY`` is the same."""
+    """Keys of entries and turns that are treated as absent, such as "tools". Without this, an entry
+    is bad if it has a key that changes the training and that nothing reads. The same as
+    ``python -m llavolta.data check --ignore KEY``.
+    """
     scenes: _Positive = 4000
-    """How many scenes of a generated world."""
+    """Number of scenes of generated data."""
 
+    # Scheme
     scheme: str | list = "three-stage"
-    """A name of schemes.SCHEMES (layers are scaled to the model's depth), a list of plans, or a list of {plan, share},
-    maybe with slow_every, warmup, lr_scale (both taken as they are; see schemes.Stage). The first entry of a list may
-    be ``{align: {plan, share}}``, what projector alignment is, in place of align_plan, and in how many of its steps."""
+    """A name of schemes.SCHEMES, whose layers are scaled to the model's depth. Or a list of plans,
+    which share the steps equally. Or a list of stages ``{plan, share}``, which may also have
+    slow_every, isolated, warmup and lr_scale (see schemes.Stage). The layers in a list are not
+    scaled. The first item of a list may be ``{align: {plan, share}}``: the plan of projector
+    alignment, in place of align_plan, and the share of its steps that is done.
+    """
     pivots: list | None = None
-    """The optimizer steps at which a stage ends and the next begins; None: stages have their shares."""
+    """The optimizer steps at which a stage ends and the next begins. None: the stages' shares
+    decide.
+    """
     stage: int | None = None
-    """Train up to the end of this stage of the scheme (from 1), only projector alignment (0), or everything (None)."""
+    """Train up to the end of this stage of the scheme, from 1. 0: only projector alignment. None:
+    everything.
+    """
     plan: str | None = None
-    """Replaces the plan of ``stage``."""
+    """Replaces the plan of stage."""
     align_plan: str = "none"
-    """The plan of projector alignment, where the scheme has none of its own."""
+    """The plan of projector alignment, unless the scheme has one of its own."""
 
+    # Steps and batches
     max_steps: _Positive | None = None
     """Optimizer steps of the whole scheme."""
     epochs: _Epochs | None = None
-    """The same as passes over the data; give one of the two."""
+    """Passes over the data, in place of max_steps. Without both it is one pass; for "digits", 200
+    steps.
+    """
     align_steps: _Count = 240
-    """Optimizer steps of projector alignment; 0 skips it, for a model that is aligned."""
+    """Optimizer steps of projector alignment. 0 skips it, for a model that is aligned."""
     align_words: _Count = 0
-    """Before it, so many steps that fit the projector to the names of objects, where the data tell them; see
-    train.words."""
+    """Steps before projector alignment that fit the projector to the names of the objects in the
+    data; see train.words.
+    """
     align_epochs: _Epochs | None = None
-    """The same as passes over the data; replaces align_steps."""
+    """Passes over the alignment data, in place of align_steps."""
     batch_size: _Positive = 32
-    """Examples that a process holds at a time."""
+    """Examples that a process computes at a time."""
     align_batch_size: _Positive | None = None
-    """The same in projector alignment; None: batch_size."""
+    """The same in projector alignment. None: batch_size."""
     global_batch: _Positive | None = None
-    """Examples of an optimizer step over all processes, by accumulation of gradients; None: one batch of each."""
+    """Examples of an optimizer step over all processes, by gradient accumulation. None: one batch
+    of each process.
+    """
     align_global_batch: _Positive | None = None
-    """The same in projector alignment; None: global_batch."""
+    """The same in projector alignment. None: global_batch."""
 
+    # Optimizer and adapters
     learning_rate: _Rate = 1.5e-3
-    """The peak, after warm-up and before the cosine's decay."""
+    """Peak learning rate: it rises linearly during warm-up, then falls with a cosine."""
     align_learning_rate: _Rate = 4e-3
     """The same in projector alignment."""
     projector_learning_rate: _Rate | None = None
-    """That of the projector while tuning; None: learning_rate."""
+    """Peak learning rate of the projector in instruction tuning. None: learning_rate."""
     train_tower: bool = False
-    """Also train the vision tower while tuning."""
+    """Whether instruction tuning also trains the vision tower."""
     tower_learning_rate: _Rate | None = None
-    """That of the vision tower; None: learning_rate."""
+    """Peak learning rate of the vision tower. None: learning_rate."""
     lora_rank: _Count = 0
-    """Train adapters of this rank in the language model in place of its weights. The finished model is a plain one."""
+    """Rank of LoRA adapters in the language model, which are trained in place of its weights. 0: no
+    adapters. They are merged into the finished model.
+    """
     lora_alpha: _Positive | None = None
-    """Adapters are scaled by lora_alpha / lora_rank; None: twice the rank."""
+    """Adapters are scaled by lora_alpha / lora_rank. None: twice the rank."""
     lora_dropout: Annotated[_Number, Field(ge=0, lt=1)] = 0.05
-    """Share of what adapters read that is dropped; drawing what is takes a CPU long."""
+    """Dropout on the adapter input. Slow on a CPU."""
     quantize: Literal["nf4"] | None = None
-    """"nf4" holds the frozen language model in 4 bits (QLoRA). The finished model is a plain one."""
+    """"nf4" keeps the frozen language model in 4 bits while it trains (QLoRA). The finished model
+    is not quantized.
+    """
     warmup: Annotated[_Number, Field(ge=0, lt=1)] = 0.03
     """Share of the steps in which the learning rate rises."""
     weight_decay: Annotated[_Number, Field(ge=0, lt=10)] = 0.0
-    """Of AdamW."""
+    """Weight decay of AdamW."""
 
+    # Sequence, precision and engine
     max_length: _Positive = 2048
-    """Tokens of an example, visual ones among them; a longer text is cut."""
+    """Most tokens of an example, visual tokens included. Longer texts are cut. An entry is bad if
+    visual tokens or all labels are cut off.
+    """
     pad_to_square: bool = False
-    """Pad pictures to squares in place of cropping them, as LLaVA-1.5 does."""
+    """Whether images are padded to squares, as in LLaVA-1.5. If not, the model's processor may crop
+    them.
+    """
     bf16: bool | Literal["auto"] = False
-    """Autocast to bfloat16. "auto": where it is faster, on a GPU or a CPU that has instructions for it."""
+    """Autocast to bfloat16. "auto": where that is faster, on a GPU or CPU that has instructions for
+    it.
+    """
     gradient_checkpointing: bool = False
-    """Compute layers again in the backward pass in place of keeping what they computed."""
+    """Compute activations again in the backward pass in place of saving them. Slower, with less
+    memory.
+    """
     deepspeed: _Path | None = None
     """"zero2", "zero3", "zero3-offload" or a DeepSpeed JSON file."""
     fsdp: _Path | None = None
-    """"fsdp2" or a file of Trainer's fsdp_config. Neither: DistributedDataParallel."""
+    """"fsdp2" or a JSON file of Trainer's fsdp_config. Without deepspeed and fsdp, several
+    processes use DistributedDataParallel.
+    """
 
+    # Checkpoints, logs and loading
     save_steps: _Count = 0
-    """A checkpoint after every so many steps, besides those at the ends of stages."""
+    """Save a checkpoint every so many steps, besides those at the ends of stages. 0: only those."""
     keep_checkpoints: _Positive = 2
-    """Of those, the newest so many stay."""
+    """How many of these checkpoints are kept. Those at the ends of stages always are."""
     log_steps: _Positive = 10
-    """Steps from one line of metrics.jsonl to the next."""
+    """Optimizer steps between two lines of metrics.jsonl."""
     num_workers: _Count = 0
-    """Processes that load data, beside each that trains."""
+    """Processes that load data, per training process. 0: the training process loads them itself."""
     seed: _Count = 0
-    """Of the weights that are new, the order of the data, and what compressors draw."""
+    """Seed of new weights, of the order of the data, and of what compressors draw."""
 
     def __init__(self, **values):
         unknown = [name for name in values if name not in TrainConfig.model_fields]
@@ -174,6 +228,7 @@ class TrainConfig(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
+            # A field of several types has an error for each: its message names them all.
             wrong = error.errors()
             name = wrong[0]["loc"][0]
             may = " or ".join(
@@ -183,7 +238,7 @@ class TrainConfig(BaseModel):
         self._check()
 
     def _check(self) -> None:
-        """What no field shows alone."""
+        """Check what no single field can."""
         if self.max_steps is not None and self.epochs is not None:
             raise ConfigError("give max_steps or epochs, not both")
         if (self.vision_tower is None) != (self.language_model is None):
@@ -196,7 +251,8 @@ class TrainConfig(BaseModel):
             )
         if parse_projector(self.projector) is not None and not self.aligns:
             raise ConfigError(
-                f"projector {self.projector!r} is a new one, which is not aligned; raise align_steps"
+                f"projector {self.projector!r} is a new one, which is not aligned; raise "
+                "align_steps"
             )
         if self.quantize is not None and not self.lora_rank:
             raise ConfigError(
@@ -211,20 +267,32 @@ class TrainConfig(BaseModel):
         stages = len(self._written_scheme().stages)
         if self.stage is not None and self.stage not in range(stages + 1):
             raise ConfigError(
-                f"stage must be 0 (projector alignment) .. {stages} for this scheme, not {self.stage!r}"
+                f"stage must be 0 (projector alignment) .. {stages} for this scheme, not "
+                f"{self.stage!r}"
             )
         if self.plan is not None and not self.stage:
             raise ConfigError(
                 "plan replaces the plan of one stage of the scheme; say which with stage (from 1)"
             )
         if self.plan is not None:
-            Stage(self.plan, 1)
+            Stage(self.plan, 1)  # raises for a plan that cannot be read
 
     def changed(self, **changes) -> TrainConfig:
-        """This configuration with other values of some parameters, checked as a whole."""
+        """Return a copy with other values of some parameters.
+
+        Args:
+            **changes: The new values by name.
+
+        Returns:
+            The new configuration.
+
+        Raises:
+            ConfigError: The new values are wrong, or do not fit the others.
+        """
         return TrainConfig(**{**self.model_dump(), **changes})
 
     def _check_engine(self) -> None:
+        """Check the DeepSpeed or FSDP file."""
         if self.deepspeed and self.fsdp:
             raise ConfigError("deepspeed and fsdp both shard the model; give one")
         for kind, name in (("deepspeed", self.deepspeed), ("fsdp", self.fsdp)):
@@ -239,7 +307,8 @@ class TrainConfig(BaseModel):
                 raise ConfigError(f"{kind} file {name} cannot be read as JSON ({error})") from None
             if "optimizer" in values or "scheduler" in values:
                 raise ConfigError(
-                    f"{kind} file {name} sets the optimizer or scheduler, which are this configuration's"
+                    f"{kind} file {name} sets the optimizer or scheduler, which are this "
+                    "configuration's"
                 )
 
     @property
@@ -248,20 +317,43 @@ class TrainConfig(BaseModel):
         return bool(self.align_steps or self.align_epochs)
 
     def _written_scheme(self) -> Scheme:
+        """Return the scheme as it was given, before it is scaled to a model's depth."""
         if isinstance(self.scheme, str):
             if self.scheme not in SCHEMES:
                 raise ConfigError(
-                    f"unknown scheme {self.scheme!r}; choose from {', '.join(SCHEMES)}, or list stages"
+                    f"unknown scheme {self.scheme!r}; choose from {', '.join(SCHEMES)}, or list "
+                    "stages"
                 )
             return SCHEMES[self.scheme]
         return Scheme.of("custom", self.scheme)
 
     def align_stage(self, scheme: Scheme) -> Stage:
-        """What projector alignment before ``scheme`` is."""
+        """Return the stage that projector alignment is.
+
+        Args:
+            scheme: The scheme of the run.
+
+        Returns:
+            The scheme's own alignment stage, or one under ``align_plan``.
+        """
         return scheme.align or Stage(self.align_plan, 1)
 
     def resolve_scheme(self, num_layers: int, total_steps: int) -> Scheme:
-        """The scheme for a model of ``num_layers`` decoder layers over ``total_steps`` optimizer steps."""
+        """Return the scheme for a model and a number of steps.
+
+        A named scheme is scaled to the model's depth; pivots and plan are applied.
+
+        Args:
+            num_layers: Decoder layers of the model.
+            total_steps: Optimizer steps of the whole scheme.
+
+        Returns:
+            The scheme.
+
+        Raises:
+            PlanError: A plan does not fit the model.
+            SchemeError: The pivots do not fit, or there are fewer steps than stages.
+        """
         scheme = self._written_scheme()
         if isinstance(self.scheme, str):
             scheme = scheme.scaled(num_layers)
@@ -280,24 +372,48 @@ class TrainConfig(BaseModel):
         for stage in (*scheme.stages, self.align_stage(scheme)):
             for plan in stage.choices:
                 check_layers(plan, num_layers)
-        scheme.boundaries(total_steps)
+        scheme.boundaries(total_steps)  # raises for fewer steps than stages
         return scheme
 
     def batches(self, phase: str, processes: int) -> tuple[int, int]:
-        """(examples a process holds at a time, batches accumulated to an optimizer step) of "align" or "instruct"."""
+        """Return the sizes of a batch and of an optimizer step.
+
+        Args:
+            phase: "align" or "instruct".
+            processes: Number of processes.
+
+        Returns:
+            Examples that a process computes at a time, and how many such batches it accumulates.
+
+        Raises:
+            ConfigError: The global batch is no multiple of what all processes compute at a time.
+        """
         size, whole = self.batch_size, self.global_batch
         if phase == "align":
             size, whole = self.align_batch_size or size, self.align_global_batch or whole
         together = size * processes
         if whole is not None and whole % together:
             raise ConfigError(
-                f"a global batch of {whole} is no multiple of {size} examples in {processes} processes; "
-                "change batch_size or the number of processes"
+                f"a global batch of {whole} is no multiple of {size} examples in {processes} "
+                "processes; change batch_size or the number of processes"
             )
         return size, (whole or together) // together
 
     def steps(self, phase: str, examples: int, processes: int) -> int:
-        """Optimizer steps of ``phase`` over ``examples``; without max_steps and epochs it is one pass."""
+        """Return the optimizer steps of a phase.
+
+        Args:
+            phase: "align" or "instruct".
+            examples: Examples of the phase's data.
+            processes: Number of processes.
+
+        Returns:
+            The number of steps that the configuration sets, or those of its epochs (one by
+            default).
+
+        Raises:
+            ConfigError: The global batch is no multiple of what all processes compute at a time.
+        """
         steps, epochs = (
             (self.align_steps, self.align_epochs)
             if phase == "align"
@@ -310,7 +426,19 @@ class TrainConfig(BaseModel):
 
     @classmethod
     def from_preset(cls, name: str, **changes) -> TrainConfig:
-        """The preset ``name`` with ``changes``, of which output is one. max_steps and epochs replace each other."""
+        """Return the configuration of a preset.
+
+        Args:
+            name: A name of ``PRESETS``.
+            **changes: Other values by name; output is required. If max_steps or epochs is among
+                them, neither is taken from the preset.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ConfigError: The preset is unknown, or a value is wrong.
+        """
         values = preset(name)
         if {"max_steps", "epochs"} & changes.keys():
             values = {
@@ -320,24 +448,55 @@ class TrainConfig(BaseModel):
 
 
 def preset(name: str) -> dict:
-    """The parameters that the preset ``name`` sets. Raises ConfigError for an unknown one."""
+    """Return the parameters that a preset sets.
+
+    Args:
+        name: A name of ``PRESETS``.
+
+    Returns:
+        The values by name.
+
+    Raises:
+        ConfigError: The preset is unknown.
+    """
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
     return yaml.safe_load(PRESETS[name].read_text())
 
 
 def parse_yaml(text: str, name: str):
-    """The value that ``text`` is in YAML. Raises ConfigError, naming it ``name``."""
+    """Parse YAML.
+
+    Args:
+        text: The text.
+        name: What the error calls it.
+
+    Returns:
+        The value.
+
+    Raises:
+        ConfigError: The text is no YAML.
+    """
     try:
         return yaml.safe_load(text)
-    except Exception as error:  # PyYAML raises whatever a malformed number, date or tag makes of it
+    except Exception as error:  # malformed dates, numbers and tags raise other errors than YAML's
         raise ConfigError(
             f"{name} cannot be read as YAML ({' '.join(str(error).split())})"
         ) from None
 
 
 def parse_changes(given: Sequence[str]) -> dict:
-    """The parameters of a command line's ``--set NAME=VALUE ...``. Raises ConfigError."""
+    """Parse the parameters of the command line option ``--set NAME=VALUE ...``.
+
+    Args:
+        given: The words after ``--set``; values are YAML.
+
+    Returns:
+        The values by name.
+
+    Raises:
+        ConfigError: A word has no "=", or its value is no YAML.
+    """
     changes = {}
     for change in given:
         name, equals, value = change.partition("=")
@@ -348,8 +507,17 @@ def parse_changes(given: Sequence[str]) -> dict:
 
 
 def run_settings(model: str | Path) -> dict:
-    """The parameters of the run that made the model in the folder ``model`` (the run's own, one of its checkpoints, or
-    its aligned model), by its config.yaml; none if there is no such file."""
+    """Return the parameters of the run that made a model.
+
+    Args:
+        model: The run folder, one of its checkpoints, or its aligned model.
+
+    Returns:
+        The values of its config.yaml; an empty dict if there is no such file.
+
+    Raises:
+        ConfigError: The file is no YAML.
+    """
     for folder in (Path(model), Path(model).parent):
         file = folder / "config.yaml"
         if file.is_file() and (

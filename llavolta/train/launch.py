@@ -1,4 +1,4 @@
-"""Training in several processes: torchrun as a child process, its progress shown, its error raised here."""
+"""Training in several processes: torchrun as a child, its output shown, its error raised here."""
 
 from __future__ import annotations
 
@@ -21,11 +21,24 @@ from llavolta.train.run import WANTED_PROCESSES, on_signals, train
 
 
 def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> Path:
-    """``train`` in this process, or in ``num_processes`` of this machine under torchrun (each a GPU, or the CPU).
+    """Train in this process, or in several processes under torchrun.
 
-    torchrun: options for several machines, such as "--nnodes 2 --node_rank 0 --rdzv_backend c10d --rdzv_endpoint
-    HOST:29500"; run the same on each of them, with a run folder and data that all see. Raises ConfigError with the
-    child's error if it fails, or if not all processes come up, and Stopped at SIGTERM, SIGHUP or Ctrl-C.
+    Each process has a GPU, or shares the CPU. On several machines, run the same call on each of
+    them, with a run folder and data that all of them can reach.
+
+    Args:
+        config: The configuration of the run.
+        num_processes: Processes on this machine.
+        torchrun: torchrun's options for several machines, such as "--nnodes 2 --node_rank 0
+            --rdzv_backend c10d --rdzv_endpoint HOST:29500".
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ConfigError: The training failed, with the child's error; not all processes started; or an
+            option is wrong.
+        Stopped: SIGTERM, SIGHUP or Ctrl-C stopped the training after a step that was saved.
     """
     if isinstance(num_processes, bool) or not isinstance(num_processes, int) or num_processes < 1:
         raise ConfigError(
@@ -34,7 +47,7 @@ def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> P
     if num_processes == 1 and not (config.deepspeed or config.fsdp or torchrun):
         return train(config)
     options = shlex.split(torchrun) or ["--standalone"]
-    # A file of this start alone: another one, on another machine too, has its own.
+    # The processes read the configuration from a file that no other launch shares.
     handle, name = tempfile.mkstemp(suffix=".yaml", prefix="llavolta-")
     file = Path(name)
     with os.fdopen(handle, "w") as stream:
@@ -50,23 +63,23 @@ def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> P
         **os.environ,
         WANTED_PROCESSES: str(num_processes * _machines(options)),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": os.environ.get(
-            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"
-        ),  # a last checkpoint
+        # Seconds that torchrun leaves its processes to save a last checkpoint.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"),
     }
     child = subprocess.Popen(
         [*command, "-m", "llavolta.train", str(file)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C in a terminal comes to all of a session; this process passes it on
+        # A terminal sends Ctrl-C to its whole session; here only this process gets it, and passes
+        # it on once.
+        start_new_session=True,
     )
     lines: list[str] = []
     received: list[int] = []
     try:
-        output = io.TextIOWrapper(
-            child.stdout, errors="replace", newline=""
-        )  # with a progress bar's returns
+        # newline="" passes the carriage returns of progress bars on.
+        output = io.TextIOWrapper(child.stdout, errors="replace", newline="")
         with (
             on_signals(lambda signum: received.append(signum) or child.send_signal(signum)),
             output,
@@ -77,7 +90,7 @@ def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> P
                 lines = [*lines[-400:], line]
             failed = child.wait()
     finally:
-        if child.poll() is None:  # this process is interrupted, a second time
+        if child.poll() is None:  # a second Ctrl-C: end the processes at once
             for process in (*psutil.Process(child.pid).children(recursive=True), child):
                 process.kill()
             child.wait()
@@ -90,18 +103,21 @@ def launch(config: TrainConfig, num_processes: int = 1, torchrun: str = "") -> P
 
 
 def _machines(options: list[str]) -> int:
+    """Return the number of machines in torchrun's options."""
     text = re.search(r"--nnodes[ =](\S+)", " ".join(options))
     if text and not text[1].isdigit():
         raise ConfigError(
-            f"--nnodes must be one number, not {text[1]}: a stage's batches are the same on every run"
+            f"--nnodes must be one number, not {text[1]}: a stage's batches are the same on every "
+            "run"
         )
     return int(text[1]) if text else 1
 
 
 def _cause(lines: list[str]) -> str:
-    """What ended the child: its own error, the signal that killed a process, or its last lines."""
+    """Return the child's own error, the signal that ended a process, or the last lines."""
     text = "".join(lines)
-    # An error may follow a progress bar on its line. Signal 15 is torchrun's, to the processes that a failure leaves.
+    # An error may stand after a progress bar on its line. torchrun ends the other processes with
+    # signal 15 after one has failed, so that signal is the cause only if nothing else is found.
     raised = r"(?m)^(?:\[rank\d+\]: *)?([\w.]+Error: \S.*)"  # a traceback's end
     for pattern in (
         r"(?:^|\s|\])error: (.*)",
