@@ -247,17 +247,7 @@ class Collator:
         )
 
     def text_tokens(self, messages: list[dict]) -> int:
-        """Count the tokens of a conversation without those of its images and videos.
-
-        Args:
-            messages: Messages in transformers' chat format.
-
-        Returns:
-            The number of text tokens, the chat template's included.
-
-        Raises:
-            DataError: The chat template rejects the conversation.
-        """
+        """Count the tokens of a conversation without those of its images and videos."""
         written, _ = self._tokenize(chat.write(self.processor, messages)[0])
         return int((~torch.isin(written, self._written_placeholders)).sum())
 

@@ -85,10 +85,6 @@ class Cell(NamedTuple):
 def media_paths_of(entry: dict, medium: str = "image") -> list[str | bytes | Cell]:
     """List the images or videos of an entry in LLaVA's form.
 
-    Args:
-        entry: The entry.
-        medium: "image" or "video".
-
     Returns:
         For each the path below the image folder, the bytes of the file, or the cell of a table.
     """
@@ -164,26 +160,12 @@ def read_entry(entry: object, name: str, ignore: Collection[str] = ()) -> dict:
 
 
 def text_of(entry: dict) -> str:
-    """Join the texts of all turns, one per line.
-
-    Args:
-        entry: An entry in LLaVA's form.
-
-    Returns:
-        The text, with placeholders.
-    """
+    """Join the texts of all turns of an entry in LLaVA's form, one per line."""
     return "\n".join([turn["value"] for turn in entry["conversations"]])
 
 
 def unread_keys(entry: dict) -> set[str]:
-    """Return the keys of an entry and of its turns that nothing reads.
-
-    Args:
-        entry: An entry in LLaVA's form.
-
-    Returns:
-        The keys. ``read_entry`` has taken them for notes.
-    """
+    """Return the keys of an entry in LLaVA's form, and of its turns, that nothing reads."""
     keys = {key for key, value in entry.items() if value is not None} - READ
     return keys.union(*entry["conversations"]) - {"from", "value", "learn"}
 

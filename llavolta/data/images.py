@@ -19,14 +19,7 @@ DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and scanners use of 16
 
 
 def check_folder(folder: Path) -> None:
-    """Check that an image folder exists.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        DataError: There is no such folder, or it is a file.
-    """
+    """Raise DataError unless ``folder`` is a folder."""
     if not folder.is_dir():
         kind = kind_of(folder) or "a file" if folder.is_file() else None
         why = f"the image folder {folder} is {kind}" if kind else f"no image folder {folder}"
@@ -177,35 +170,13 @@ def _unreadable(file: Path | io.BytesIO, path: str, name: str, error: Exception)
 def open_video(
     folder: Path, path: str, name: str, frames: int, content: bytes | None = None
 ) -> list[Image.Image]:
-    """Read frames of a video.
-
-    Args:
-        folder: The image folder.
-        path: The video's path below it.
-        name: What the error calls the entry.
-        frames: How many frames to read; see ``video.read_frames``.
-        content: The bytes of the video's file, in place of the one at ``path``.
-
-    Returns:
-        The frames, RGB and upright.
-
-    Raises:
-        DataError: The file is missing or cannot be decoded.
-    """
+    """Read ``frames`` frames of a video; see ``open_image`` and ``video.read_frames``."""
     clip = find_file(folder, path, name, "video") if content is None else content
     return read_frames(clip, frames, f"{name}: video {path!r}")
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int] | None) -> Image.Image:
-    """Put an image in the middle of a square, as LLaVA-1.5 does.
-
-    Args:
-        image: The image, RGB.
-        colour: The colour (RGB) of the padding; None returns the image as it is.
-
-    Returns:
-        The square image.
-    """
+    """Put an image in the middle of a square of ``colour`` (RGB), as in LLaVA-1.5; None: do not."""
     if colour is None or image.width == image.height:
         return image
     side = max(image.size)
@@ -215,14 +186,7 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int] | None) -> Im
 
 
 def padding_colour(processor) -> tuple[int, int, int]:
-    """Return the colour (RGB) that a processor normalises to 0, with which LLaVA-1.5 pads.
-
-    Args:
-        processor: A processor whose ``image_processor`` has an ``image_mean``.
-
-    Returns:
-        Red, green and blue, 0 to 255.
-    """
+    """Return the colour (RGB) that a processor normalises to 0, with which LLaVA-1.5 pads."""
     return tuple(round(255 * mean) for mean in processor.image_processor.image_mean)
 
 
@@ -235,18 +199,10 @@ def image_size(
 ) -> tuple[int, int]:
     """Read the size that ``open_image`` would return, from the head of the file alone.
 
-    Args:
-        folder: The image folder.
-        path: The image's path below it.
-        name: What the error calls the entry.
-        pad: Colour of the padding; None: no padding.
-        content: The bytes of the image's file, in place of the one at ``path``.
+    Takes and raises what ``open_image`` does.
 
     Returns:
         (width, height) in pixels, upright and padded.
-
-    Raises:
-        DataError: The file is missing or cannot be read.
     """
     full = find_file(folder, path, name) if content is None else io.BytesIO(content)
     try:

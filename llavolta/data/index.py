@@ -220,10 +220,6 @@ def keep(kept: Path, content: bytes) -> None:
     """Write a cache file in one step, so that other processes see all of it or nothing.
 
     If it cannot be written, a note on stderr says so and nothing is raised.
-
-    Args:
-        kept: The path; see ``kept_path``.
-        content: The bytes to write.
     """
     part = kept.with_name(f"{kept.name}.part{os.getpid()}")  # of this process alone
     try:
@@ -238,12 +234,5 @@ def keep(kept: Path, content: bytes) -> None:
 
 
 def read_reasons(text: str) -> dict[int, str]:
-    """Read reasons by entry from JSON, whose keys are text.
-
-    Args:
-        text: A JSON object.
-
-    Returns:
-        The reasons by the entry's number.
-    """
+    """Read reasons by entry from JSON, whose keys are text."""
     return {int(index): reason for index, reason in json.loads(text).items()}

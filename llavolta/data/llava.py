@@ -159,47 +159,17 @@ class LlavaData(Dataset):
         return open_image(self.folder, path, name, None if eighth else self.pad, eighth, content)
 
     def picture_size(self, index: int, path: str | bytes | Cell, name: str) -> tuple[int, int]:
-        """Read the size of an image of an entry from the head of its file.
-
-        Args:
-            index: Number of the entry in the data set.
-            path: One of ``media_paths_of`` the entry.
-            name: What the error calls the entry.
-
-        Returns:
-            (width, height) in pixels that ``picture`` would have.
-
-        Raises:
-            DataError: It cannot be read.
-        """
+        """Read the (width, height) that ``picture`` would have, from the head of its file."""
         path, content = self._found(index, path, name)
         return image_size(self.folder, path, name, self.pad, content)
 
     def clip(self, index: int, path: str | bytes | Cell, name: str) -> list[Image.Image]:
-        """Read the frames of a video of an entry.
-
-        Args:
-            index: Number of the entry in the data set.
-            path: One of ``media_paths_of`` the entry.
-            name: What the error calls the entry.
-
-        Returns:
-            ``frames`` frames, RGB and upright.
-
-        Raises:
-            DataError: They cannot be read; see ``images.open_video``.
-        """
+        """Read the frames of a video of an entry; see ``picture`` and ``images.open_video``."""
         path, content = self._found(index, path, name, "video")
         return open_video(self.folder, path, name, self.frames, content)
 
     def without(self, reasons: dict[int, str]) -> LlavaData:
-        """Open the data set again with fewer entries.
-
-        Args:
-            reasons: The entries of the file to leave out as well, and why.
-
-        Returns:
-            A new data set.
+        """Open the data set again without the entries of the file that ``reasons`` names.
 
         Raises:
             DataError: No entry is left.
@@ -243,9 +213,6 @@ class LlavaData(Dataset):
     def sources(self, index: int) -> list[tuple[str, bytes | None]]:
         """Locate each image and video of an entry.
 
-        Args:
-            index: Number of the entry in the data set.
-
         Returns:
             For each the path below the image folder and None, or a description and the content.
         """
@@ -267,14 +234,7 @@ class LlavaData(Dataset):
         return chain.from_iterable(map(self.questions_of, range(len(self))))
 
     def questions_of(self, index: int) -> list[dict]:
-        """List the ``questions`` of one entry. No other entry is read.
-
-        Args:
-            index: Number of the entry in the data set.
-
-        Returns:
-            The dicts of ``questions``.
-        """
+        """List the ``questions`` of one entry; no other entry is read."""
         entry = self.entry(index)
         turns = [turn for turn in entry["conversations"] if turn["from"] != "system"]
         types = entry.get("types") or ["all"] * (len(turns) // 2)
@@ -293,24 +253,13 @@ class LlavaData(Dataset):
         ]
 
     def texts(self) -> Iterator[str]:
-        """Iterate over the texts of all turns.
-
-        Yields:
-            A turn's text, without placeholders.
-        """
+        """Iterate over the texts of all turns, without placeholders."""
         for index in range(len(self)):
             for turn in self.entry(index)["conversations"]:
                 yield PLACEHOLDER.sub(" ", turn["value"])
 
     def check_media(self, index: int) -> None:
-        """Check that every image and video of an entry can be decoded.
-
-        Args:
-            index: Number of the entry in the data set.
-
-        Raises:
-            DataError: One of them cannot be decoded.
-        """
+        """Raise DataError unless every image and video of an entry can be decoded."""
         entry = self.entry(index)
         name = self._name(index, entry)
         for path in media_paths_of(entry):

@@ -88,11 +88,8 @@ def choose_split(file: Path) -> tuple[list[Path], str | None]:
 class Table:
     """The rows of a table as entries.
 
-    Args:
-        file: The path of the table.
-
     Attributes:
-        file: The same.
+        file: The path of the table.
         rows: The rows as a ``datasets.Dataset`` in Arrow format.
 
     Raises:
@@ -131,14 +128,7 @@ class Table:
         return len(self.rows)
 
     def entry(self, row: int) -> dict:
-        """Read a row.
-
-        Args:
-            row: Number of the row.
-
-        Returns:
-            The row by column. Binary content in an image or video column is a Cell.
-        """
+        """Read a row by column. Binary content in an image or video column is a Cell."""
         one = self.rows[row : row + 1]  # an Arrow table of one row
         cells = {name: one.column(name)[0] for name in one.column_names}
         return {
@@ -147,15 +137,7 @@ class Table:
         }
 
     def content(self, row: int, cell: Cell) -> object:
-        """Read what a cell of a row holds.
-
-        Args:
-            row: Number of the row.
-            cell: The cell, as in ``entry``.
-
-        Returns:
-            The bytes, or a dict of bytes and path.
-        """
+        """Read what a cell of a row holds: bytes, or a dict of bytes and path."""
         found = self.rows[row : row + 1].column(cell.column)[0]
         for number in cell.place:
             found = found[number]
@@ -189,11 +171,5 @@ def open_table(file: Path, version: tuple) -> Table:
     Args:
         file: The path of the table.
         version: The file's ``index.file_version``, so that a changed file is opened anew.
-
-    Returns:
-        The table.
-
-    Raises:
-        DataError: The table cannot be read, or has no column with conversations.
     """
     return Table(file)

@@ -144,15 +144,7 @@ class FrameProcessor(VideoProcessorMixin):
         self.images = images
 
     def __call__(self, videos: list[list[Image.Image]], **kwargs) -> BatchFeature:
-        """Process videos.
-
-        Args:
-            videos: N videos of F frames each.
-            **kwargs: Ignored; the model's processor passes its own options.
-
-        Returns:
-            pixel_values_videos (N, F, 3, H, W).
-        """
+        """Process N videos of F frames each to pixel_values_videos (N, F, 3, H, W)."""
         pixels = [self.images(frames, return_tensors="pt")["pixel_values"] for frames in videos]
         return BatchFeature({"pixel_values_videos": torch.stack(pixels)})
 
@@ -201,12 +193,7 @@ class Unchecked:
     """
 
     def check_argument_for_proper_class(self, argument_name, argument):
-        """Check an argument of the processor, unless it is the video processor.
-
-        Args:
-            argument_name: Name of the argument.
-            argument: Its value.
-        """
+        """Check an argument of the processor, unless it is the video processor."""
         if argument_name != "video_processor":
             super().check_argument_for_proper_class(argument_name, argument)
 

@@ -35,26 +35,12 @@ class SaveError(UserError, OSError):
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the optimizer step after which a checkpoint was saved.
-
-    Args:
-        checkpoint: A folder named checkpoint-N.
-
-    Returns:
-        N.
-    """
+    """Return N, an optimizer step, for a folder checkpoint-N."""
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """List the checkpoints of a run, newest first.
-
-    Args:
-        run: The run folder.
-
-    Returns:
-        The folders named checkpoint-N, damaged ones among them.
-    """
+    """List the checkpoints of a run folder, newest first, damaged ones among them."""
     prefix = PREFIX_CHECKPOINT_DIR + "-"
     found = [
         path
@@ -92,9 +78,6 @@ def newest(run: Path, say: Callable[[str], None]) -> Path | None:
 
 def find_damage(checkpoint: Path) -> str | None:
     """Check a checkpoint's files against the sizes that were saved with it.
-
-    Args:
-        checkpoint: The folder.
 
     Returns:
         What is wrong, as the middle of a message; None if nothing is.
@@ -145,11 +128,7 @@ def prune(run: Path, keep: int, always: set[int]) -> None:
 
 
 def clear(run: Path) -> None:
-    """Remove what an interrupted save or removal left.
-
-    Args:
-        run: The run folder.
-    """
+    """Remove from a run folder what an interrupted save or removal left."""
     for name in (STAGING, REMOVED):
         shutil.rmtree(run / name, ignore_errors=True)
 
@@ -205,17 +184,11 @@ def finished(run: Path, name: str, stages: list[dict], total: int) -> int:
 
 @contextmanager
 def saving(run: Path, name: str):
-    """Turn the errors of a full disk into a SaveError that says which checkpoint is safe.
+    """Turn the errors of a full disk inside of the block into a SaveError. Others pass.
 
     Args:
         run: The run folder.
         name: What is being saved, for the message.
-
-    Yields:
-        Nothing; errors inside of the block are converted.
-
-    Raises:
-        SaveError: The file system rejected a write. Other errors pass unchanged.
     """
     try:
         yield
@@ -243,13 +216,7 @@ def _save_error(error: Exception, name: str, run: Path) -> SaveError:
 
 @contextmanager
 def lock(run: Path):
-    """Lock a run folder against other trainings.
-
-    Args:
-        run: The run folder, which is created if it does not exist.
-
-    Yields:
-        Nothing; the lock is released at the end of the block.
+    """Lock a run folder, which is created if need be, against other trainings.
 
     Raises:
         UserError: Another training has locked the folder.

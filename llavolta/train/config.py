@@ -68,42 +68,35 @@ class TrainConfig(BaseModel):
     model: _Path = "embedded"
     """A Hugging Face folder or hub name. "embedded" is the tiny LLaVA in data/, "embedded-video" a
     Video-LLaVA made of its parts, "nano" a LLaVA of small pretrained parts, "nano-tuned" that one,
-    trained.
-    """
+    trained."""
     vision_tower: _Path | None = None
     """A folder or hub name. Together with language_model it replaces model: a LLaVA with a new
-    projector is made of the two.
-    """
+    projector is made of the two."""
     language_model: _Path | None = None
     """The language model of that LLaVA, a folder or hub name."""
     projector: str = OWN
     """A new projector that projector alignment trains, such as "stf:2" (see train.projectors).
-    "mlp": the projector that the model comes with.
-    """
+    "mlp": the projector that the model comes with."""
 
     # Data
     data: _Path = "digits"
     """A data file in LLaVA's format (JSON, JSON Lines or Parquet), or "digits", "clips" or
-    "pictures", which are generated.
-    """
+    "pictures", which are generated."""
     images: _Path | None = None
     """Image folder of data. None: the folder of the file."""
     align_data: _Path | None = None
-    """Data file of captions for projector alignment. None: the captions of the generated data; a
-    data file has none.
-    """
+    """Data file of captions for projector alignment. None: the captions of the generated data.
+    Beside a data file it is needed, unless align_steps is 0."""
     align_images: _Path | None = None
     """Image folder of align_data. None: the folder of the file."""
     bad_entries: Literal["fail", "skip"] = "fail"
     """"fail" stops at the first entry that cannot be used. "skip" checks all images and videos
     before training, and leaves bad entries out. It uses what ``python -m llavolta.data check``
-    found before, so run that first for large data.
-    """
+    found before, so run that first for large data."""
     ignore_keys: list[str] = []
     """Keys of entries and turns that are treated as absent, such as "tools". Without this, an entry
     is bad if it has a key that changes the training and that nothing reads. The same as
-    ``python -m llavolta.data check --ignore KEY``.
-    """
+    ``python -m llavolta.data check --ignore KEY``."""
     scenes: _Positive = 4000
     """Number of scenes of generated data."""
 
@@ -113,16 +106,13 @@ class TrainConfig(BaseModel):
     which share the steps equally. Or a list of stages ``{plan, share}``, which may also have
     slow_every, isolated, warmup and lr_scale (see schemes.Stage). The layers in a list are not
     scaled. The first item of a list may be ``{align: {plan, share}}``: the plan of projector
-    alignment, in place of align_plan, and the share of its steps that is done.
-    """
+    alignment, in place of align_plan, and the share of its steps that is done."""
     pivots: list | None = None
     """The optimizer steps at which a stage ends and the next begins. None: the stages' shares
-    decide.
-    """
+    decide."""
     stage: int | None = None
     """Train up to the end of this stage of the scheme, from 1. 0: only projector alignment. None:
-    everything.
-    """
+    everything."""
     plan: str | None = None
     """Replaces the plan of stage."""
     align_plan: str = "none"
@@ -133,14 +123,12 @@ class TrainConfig(BaseModel):
     """Optimizer steps of the whole scheme."""
     epochs: _Epochs | None = None
     """Passes over the data, in place of max_steps. Without both it is one pass; for "digits", 200
-    steps.
-    """
+    steps."""
     align_steps: _Count = 240
     """Optimizer steps of projector alignment. 0 skips it, for a model that is aligned."""
     align_words: _Count = 0
     """Steps before projector alignment that fit the projector to the names of the objects in the
-    data; see train.words.
-    """
+    data; see train.words."""
     align_epochs: _Epochs | None = None
     """Passes over the alignment data, in place of align_steps."""
     batch_size: _Positive = 32
@@ -149,8 +137,7 @@ class TrainConfig(BaseModel):
     """The same in projector alignment. None: batch_size."""
     global_batch: _Positive | None = None
     """Examples of an optimizer step over all processes, by gradient accumulation. None: one batch
-    of each process.
-    """
+    of each process."""
     align_global_batch: _Positive | None = None
     """The same in projector alignment. None: global_batch."""
 
@@ -167,16 +154,14 @@ class TrainConfig(BaseModel):
     """Peak learning rate of the vision tower. None: learning_rate."""
     lora_rank: _Count = 0
     """Rank of LoRA adapters in the language model, which are trained in place of its weights. 0: no
-    adapters. They are merged into the finished model.
-    """
+    adapters. The finished model has the adapters merged in."""
     lora_alpha: _Positive | None = None
     """Adapters are scaled by lora_alpha / lora_rank. None: twice the rank."""
     lora_dropout: Annotated[_Number, Field(ge=0, lt=1)] = 0.05
     """Dropout on the adapter input. Slow on a CPU."""
     quantize: Literal["nf4"] | None = None
     """"nf4" keeps the frozen language model in 4 bits while it trains (QLoRA). The finished model
-    is not quantized.
-    """
+    is not quantized."""
     warmup: Annotated[_Number, Field(ge=0, lt=1)] = 0.03
     """Share of the steps in which the learning rate rises."""
     weight_decay: Annotated[_Number, Field(ge=0, lt=10)] = 0.0
@@ -185,26 +170,21 @@ class TrainConfig(BaseModel):
     # Sequence, precision and engine
     max_length: _Positive = 2048
     """Most tokens of an example, visual tokens included. Longer texts are cut. An entry is bad if
-    visual tokens or all labels are cut off.
-    """
+    visual tokens or all labels are cut off."""
     pad_to_square: bool = False
     """Whether images are padded to squares, as in LLaVA-1.5. If not, the model's processor may crop
-    them.
-    """
+    them."""
     bf16: bool | Literal["auto"] = False
     """Autocast to bfloat16. "auto": where that is faster, on a GPU or CPU that has instructions for
-    it.
-    """
+    it."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass in place of saving them. Slower, with less
-    memory.
-    """
+    memory."""
     deepspeed: _Path | None = None
     """"zero2", "zero3", "zero3-offload" or a DeepSpeed JSON file."""
     fsdp: _Path | None = None
     """"fsdp2" or a JSON file of Trainer's fsdp_config. Without deepspeed and fsdp, several
-    processes use DistributedDataParallel.
-    """
+    processes use DistributedDataParallel."""
 
     # Checkpoints, logs and loading
     save_steps: _Count = 0
@@ -278,17 +258,7 @@ class TrainConfig(BaseModel):
             Stage(self.plan, 1)  # raises for a plan that cannot be read
 
     def changed(self, **changes) -> TrainConfig:
-        """Return a copy with other values of some parameters.
-
-        Args:
-            **changes: The new values by name.
-
-        Returns:
-            The new configuration.
-
-        Raises:
-            ConfigError: The new values are wrong, or do not fit the others.
-        """
+        """Return a copy with other values of some parameters, checked as a whole."""
         return TrainConfig(**{**self.model_dump(), **changes})
 
     def _check_engine(self) -> None:
@@ -328,14 +298,7 @@ class TrainConfig(BaseModel):
         return Scheme.of("custom", self.scheme)
 
     def align_stage(self, scheme: Scheme) -> Stage:
-        """Return the stage that projector alignment is.
-
-        Args:
-            scheme: The scheme of the run.
-
-        Returns:
-            The scheme's own alignment stage, or one under ``align_plan``.
-        """
+        """Return the stage of projector alignment: the scheme's own, or one of ``align_plan``."""
         return scheme.align or Stage(self.align_plan, 1)
 
     def resolve_scheme(self, num_layers: int, total_steps: int) -> Scheme:
@@ -400,19 +363,12 @@ class TrainConfig(BaseModel):
         return size, (whole or together) // together
 
     def steps(self, phase: str, examples: int, processes: int) -> int:
-        """Return the optimizer steps of a phase.
+        """Return the optimizer steps of a phase, as set or by its epochs (one by default).
 
         Args:
             phase: "align" or "instruct".
             examples: Examples of the phase's data.
             processes: Number of processes.
-
-        Returns:
-            The number of steps that the configuration sets, or those of its epochs (one by
-            default).
-
-        Raises:
-            ConfigError: The global batch is no multiple of what all processes compute at a time.
         """
         steps, epochs = (
             (self.align_steps, self.align_epochs)
@@ -426,18 +382,9 @@ class TrainConfig(BaseModel):
 
     @classmethod
     def from_preset(cls, name: str, **changes) -> TrainConfig:
-        """Return the configuration of a preset.
+        """Return the configuration of the preset ``name`` with other values; output is required.
 
-        Args:
-            name: A name of ``PRESETS``.
-            **changes: Other values by name; output is required. If max_steps or epochs is among
-                them, neither is taken from the preset.
-
-        Returns:
-            The configuration.
-
-        Raises:
-            ConfigError: The preset is unknown, or a value is wrong.
+        If max_steps or epochs is among the changes, neither is taken from the preset.
         """
         values = preset(name)
         if {"max_steps", "epochs"} & changes.keys():
@@ -448,35 +395,14 @@ class TrainConfig(BaseModel):
 
 
 def preset(name: str) -> dict:
-    """Return the parameters that a preset sets.
-
-    Args:
-        name: A name of ``PRESETS``.
-
-    Returns:
-        The values by name.
-
-    Raises:
-        ConfigError: The preset is unknown.
-    """
+    """Return the parameters that the preset ``name`` sets. Raise ConfigError if it is unknown."""
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}")
     return yaml.safe_load(PRESETS[name].read_text())
 
 
 def parse_yaml(text: str, name: str):
-    """Parse YAML.
-
-    Args:
-        text: The text.
-        name: What the error calls it.
-
-    Returns:
-        The value.
-
-    Raises:
-        ConfigError: The text is no YAML.
-    """
+    """Return the value of a YAML text. Raise ConfigError, which calls it ``name``, for others."""
     try:
         return yaml.safe_load(text)
     except Exception as error:  # malformed dates, numbers and tags raise other errors than YAML's
@@ -486,17 +412,7 @@ def parse_yaml(text: str, name: str):
 
 
 def parse_changes(given: Sequence[str]) -> dict:
-    """Parse the parameters of the command line option ``--set NAME=VALUE ...``.
-
-    Args:
-        given: The words after ``--set``; values are YAML.
-
-    Returns:
-        The values by name.
-
-    Raises:
-        ConfigError: A word has no "=", or its value is no YAML.
-    """
+    """Return the parameters of ``--set NAME=VALUE ...``. Raise ConfigError for other words."""
     changes = {}
     for change in given:
         name, equals, value = change.partition("=")
@@ -507,16 +423,13 @@ def parse_changes(given: Sequence[str]) -> dict:
 
 
 def run_settings(model: str | Path) -> dict:
-    """Return the parameters of the run that made a model.
+    """Return the parameters of the run that made a model, from its config.yaml.
 
     Args:
         model: The run folder, one of its checkpoints, or its aligned model.
 
     Returns:
-        The values of its config.yaml; an empty dict if there is no such file.
-
-    Raises:
-        ConfigError: The file is no YAML.
+        The values by name; an empty dict if there is no such file.
     """
     for folder in (Path(model), Path(model).parent):
         file = folder / "config.yaml"
