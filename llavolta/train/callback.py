@@ -1,4 +1,4 @@
-"""StageCallback: a scheme's plans in the training steps of a Trainer, and nowhere else."""
+"""StageCallback: puts a scheme's plans in force in a Trainer's training steps, and only there."""
 
 from __future__ import annotations
 
@@ -26,22 +26,29 @@ from llavolta.train.schemes import ISOLATOR, Scheme, SchemeError, Stage
 class StageCallback(TrainerCallback):
     """Trains each optimizer step under the plan of its stage, in Trainer or TRL's SFTTrainer.
 
-    The plan is in force within the trainer's ``training_step`` alone. Evaluation, prediction and saving see the model
-    without it, and so does whoever catches an error or Ctrl-C. Before the first step on images, every stage's plan runs
-    once on its batch, without gradients: a plan that the model cannot do ends the run there. Checkpoints hold the
-    weights under the names that the trainer looks for when it resumes; of one saved under others, as Trainer saves
-    LLaVA, the weights are restored here.
+    The plan is in force only inside of the trainer's ``training_step``. Evaluation, prediction and
+    saving use the model without it, and so does the code that catches an error or Ctrl-C.
+
+    Before the first step on images, every stage's plans run once on its batch without gradients, so
+    that a plan that the model cannot run fails at once and not at its stage.
+
+    Checkpoints are saved under the names that the trainer looks for when it resumes. If a
+    checkpoint has other names, as Trainer's own checkpoints of LLaVA have, its weights are restored
+    here.
 
     Args:
         scheme: The scheme, for the model's depth (``Scheme.scaled``).
-        stop_after: The stage, from 1, after which training stops; None: the last.
+        stop_after: The stage, from 1, after which training stops; None: the last one.
         stopping: Called after every step; training saves and stops if it returns True.
-        labelled_only: See compress; False for trainers that compute from the logits, as TRL's do.
-        later: What trains in a run after this one; its stages are tried on the first batch as well.
+        labelled_only: As in ``compress``; False for trainers that compute from the logits, as TRL's
+            do.
+        later: The scheme of a later run, whose stages are tried on the first batch too.
 
     Raises:
-        ConfigError: The trainer uses several GPUs in one process, compiles, or compares two passes (DPO, GRPO).
-        SchemeError: The scheme needs the trainer of this package, or the model cannot do a stage's plan.
+        ConfigError: The trainer uses several GPUs in one process, compiles the model, or compares
+            two passes (DPO, GRPO).
+        SchemeError: The scheme needs this package's trainer, or the model cannot run a stage's
+            plan.
     """
 
     def __init__(
@@ -60,8 +67,8 @@ class StageCallback(TrainerCallback):
         )
         self.later = later
         self.trainer: Trainer | None = None
-        self.stage: Stage | None = None  # of the present step, with one plan; None in a slow step
-        self._untried: list[tuple[str, Stage]] = []
+        self.stage: Stage | None = None  # of the current step, with one plan; None in a slow step
+        self._untried: list[tuple[str, Stage]] = []  # stages that have not run on a batch yet
 
     def on_init_end(self, args, state, control, **kwargs):
         check_trainer(_caller()[0])
@@ -73,9 +80,10 @@ class StageCallback(TrainerCallback):
             unwrap(model), ISOLATOR
         ):
             raise SchemeError(
-                f"scheme {self.scheme.name!r} trains a mode isolator; train it by python -m llavolta.train"
+                f"scheme {self.scheme.name!r} trains a mode isolator; train it by python -m "
+                "llavolta.train"
             )
-        self.release()
+        self.release()  # an earlier training may have ended with an error
         self.trainer = trainer
         self._untried = [
             (f"stage {number} of scheme {scheme.name!r}", stage)
@@ -107,13 +115,15 @@ class StageCallback(TrainerCallback):
         self.release()
 
     def release(self) -> None:
-        """Give the trainer its own methods back, as the end of training does. The model has nothing to give back."""
+        """Give the trainer its own methods back. The end of training calls this."""
         if self.trainer is not None:
             for name in ("training_step", "_save"):
                 vars(self.trainer).pop(name, None)
             self.trainer = None
 
     def _training_step(self, stock: Callable) -> Callable:
+        """Wrap ``training_step``: check the batch, try the stages once, and compress."""
+
         @wraps(stock)
         def training_step(model, inputs, *args, **kwargs):
             check_shards(self.trainer, inputs)
@@ -124,16 +134,16 @@ class StageCallback(TrainerCallback):
         return training_step
 
     def _in_force(self) -> Compression | nullcontext:
+        """Return the context of the current step's plan; in a slow step compute_loss sets it."""
         if self.stage is None:
             return nullcontext()
         return fast_mode(self.trainer.model, self.stage, self.labelled_only)
 
     def _try_stages(self, model, inputs: dict) -> None:
-        """Run every stage's plans on the first batch with images, and leave the random numbers as they were."""
+        """Run every stage's plans on the first batch with images; random states are restored."""
         trainer = self.trainer
-        if not self._untried or not _processes_with_images(
-            trainer, inputs
-        ):  # all try, or shards wait for ever
+        # All processes try, or none: sharded ones would wait for one another for ever.
+        if not self._untried or not _processes_with_images(trainer, inputs):
             return
         untried, self._untried = self._untried, []
         model.train()
@@ -154,49 +164,77 @@ class StageCallback(TrainerCallback):
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Raise ConfigError for a trainer whose training steps a plan cannot be in force in."""
+    """Raise ConfigError for a trainer in whose training steps no plan can be in force.
+
+    Args:
+        trainer: The trainer.
+    """
     check_processes(trainer.args)
     if trainer.args.torch_compile or (trainer.model is not None and is_compiled(trainer.model)):
         raise ConfigError(
-            "the model would be compiled anew in every step, as plans come and go; leave torch.compile out of training"
+            "the model would be compiled anew in every step, as plans come and go; leave "
+            "torch.compile out of training"
         )
+    # The classes of TRL among the trainer's ancestors, the nearest first.
     of_trl = [
         kind.__name__ for kind in type(trainer).__mro__ if kind.__module__.split(".")[0] == "trl"
     ]
     if of_trl and of_trl[0] != "SFTTrainer" or hasattr(trainer, "ref_model"):
         raise ConfigError(
-            f"{(of_trl or [type(trainer).__name__])[0]} compares passes of a policy with other ones (a reference "
-            "model's, or of generation), which see all visual tokens; StageCallback serves Trainer and SFTTrainer"
+            f"{(of_trl or [type(trainer).__name__])[0]} compares passes of a policy with other "
+            "ones (a reference model's, or of generation), which see all visual tokens; "
+            "StageCallback serves Trainer and SFTTrainer"
         )
 
 
 def check_processes(args) -> None:
-    """Raise ConfigError if transformers would spread batches over several GPUs of this process."""
+    """Raise ConfigError if transformers would spread a batch over several GPUs of one process.
+
+    Args:
+        args: The ``TrainingArguments``.
+    """
     if args.n_gpu > 1:
         raise ConfigError(
-            f"one process has {args.n_gpu} GPUs, over which DataParallel would copy the model without its plan and "
-            f"multiply the batch; start one process a GPU (python -m llavolta.train ... --num-processes {args.n_gpu}, "
-            "or torchrun), or give it one GPU by CUDA_VISIBLE_DEVICES=0"
+            f"one process has {args.n_gpu} GPUs, over which DataParallel would copy the model "
+            "without its plan and multiply the batch; start one process a GPU (python -m "
+            f"llavolta.train ... --num-processes {args.n_gpu}, or torchrun), or give it one GPU by "
+            "CUDA_VISIBLE_DEVICES=0"
         )
 
 
 def check_shards(trainer: Trainer, inputs: dict) -> None:
-    """Raise ConfigError where processes that share the tower's weights would wait for one another for ever."""
+    """Raise ConfigError if processes that share the tower's weights would wait for ever.
+
+    Under ZeRO-3 and FSDP all processes must run the vision tower, or none of them.
+
+    Args:
+        trainer: The trainer.
+        inputs: The batch of this process.
+    """
     processes = trainer.args.world_size
     if processes == 1 or not (trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
         return
     if 0 < (found := _processes_with_images(trainer, inputs)) < processes:
         raise ConfigError(
-            f"{found} of {processes} processes have images in this batch, and the others none: they share the vision "
-            "tower's weights (ZeRO-3 or FSDP), and would wait for one another for ever; put an image in every batch, "
-            "use ZeRO-2, or train by python -m llavolta.train"
+            f"{found} of {processes} processes have images in this batch, and the others none: "
+            "they share the vision tower's weights (ZeRO-3 or FSDP), and would wait for one "
+            "another for ever; put an image in every batch, use ZeRO-2, or train by python -m "
+            "llavolta.train"
         )
 
 
 def restore_weights(trainer: Trainer, checkpoint: Path) -> None:
-    """Load the weights of ``checkpoint`` if they bear other names than the model's, by which Trainer passes over them.
+    """Load a checkpoint whose weights have other names than the model's.
 
-    Trainer saves LLaVA under the names of older versions, and then resumes without one weight, with a warning.
+    Trainer saves LLaVA under the names of older versions. When it resumes, it loads none of these
+    weights, and only warns.
+
+    Args:
+        trainer: The trainer with its model.
+        checkpoint: The folder of the checkpoint.
+
+    Raises:
+        ConfigError: The checkpoint lacks weights of the model.
     """
     model, names = trainer.model, _weight_names(checkpoint)
     if (
@@ -207,9 +245,8 @@ def restore_weights(trainer: Trainer, checkpoint: Path) -> None:
     ):
         return  # adapters, and the engines' own formats, are restored as they are
     state = model.state_dict(keep_vars=True)
-    restored = {
-        tensor.data_ptr() for name, tensor in state.items() if name in names
-    }  # and what is tied to it
+    # By memory address, as a tied weight is restored with the one that is saved.
+    restored = {tensor.data_ptr() for name, tensor in state.items() if name in names}
     if all(tensor.data_ptr() in restored for tensor in state.values() if tensor.requires_grad):
         return
     loaded, report = type(model).from_pretrained(
@@ -217,14 +254,15 @@ def restore_weights(trainer: Trainer, checkpoint: Path) -> None:
     )
     if report["missing_keys"]:
         raise ConfigError(
-            f"{checkpoint} lacks weights of the model, such as {sorted(report['missing_keys'])[0]}; train from the "
-            "beginning, or resume another checkpoint"
+            f"{checkpoint} lacks weights of the model, such as "
+            f"{sorted(report['missing_keys'])[0]}; train from the beginning, or resume another "
+            "checkpoint"
         )
     model.load_state_dict(loaded.state_dict())
 
 
 def _weight_names(checkpoint: Path) -> set[str]:
-    """The names of the weights in a checkpoint's safetensors files; empty if it has none of a whole model."""
+    """Return the weight names in a checkpoint's safetensors files; empty if it has none."""
     index, file = checkpoint / SAFE_WEIGHTS_INDEX_NAME, checkpoint / SAFE_WEIGHTS_NAME
     if index.exists():
         return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
@@ -235,7 +273,7 @@ def _weight_names(checkpoint: Path) -> set[str]:
 
 
 def _saving_as_resumed(trainer: Trainer, stock: Callable) -> Callable:
-    """``Trainer._save`` under the names that the model has in memory, which its resumption and best model look for."""
+    """Wrap ``Trainer._save`` to save weights under their names in memory, which resuming needs."""
 
     @wraps(stock)
     def _save(*args, **kwargs):
@@ -247,13 +285,14 @@ def _saving_as_resumed(trainer: Trainer, stock: Callable) -> Callable:
             )
             return stock(*args, **kwargs)
         finally:
-            del model.save_pretrained
+            del model.save_pretrained  # the class's own is in force again
 
     return _save
 
 
 def _caller() -> tuple[Trainer, dict]:
-    """The trainer whose event this is, and the variables of its method: callbacks are handed everything but that."""
+    """Return the trainer of the current event, and the local variables of its method."""
+    # Trainer hands callbacks the model, data loaders and more, but not itself.
     for frame, _ in traceback.walk_stack(None):
         if isinstance(trainer := frame.f_locals.get("self"), Trainer):
             return trainer, frame.f_locals
@@ -263,6 +302,7 @@ def _caller() -> tuple[Trainer, dict]:
 
 
 def _processes_with_images(trainer: Trainer, inputs: dict) -> int:
+    """Count the processes whose batch has images or videos."""
     here = torch.tensor(
         int(any(key in inputs for key in PIXELS.values())), device=trainer.args.device
     )
@@ -271,7 +311,7 @@ def _processes_with_images(trainer: Trainer, inputs: dict) -> int:
 
 @contextmanager
 def _naming(where: str) -> Iterator[None]:
-    """Errors within become one line that begins with ``where``; a lack of memory stays what it is."""
+    """Turn errors into one line that begins with ``where``. A lack of memory passes unchanged."""
     try:
         yield
     except torch.OutOfMemoryError:

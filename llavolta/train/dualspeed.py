@@ -1,9 +1,10 @@
-"""DualSpeed's fast and slow training steps (arXiv 2602.03815), of a stage with ``slow_every``.
+"""DualSpeed's fast and slow training steps (arXiv 2602.03815), for stages with ``slow_every``.
 
-A fast step trains under the stage's plan, with the mode isolator before what is left of each picture: a few learnable
-embeddings that tell the model which mode it is in. A slow step trains on all tokens, without the isolator, on the
-cross-entropy plus the divergence from what the model itself answers in fast mode. Answering later is as in slow
-steps, so the trained model is a plain one.
+A fast step trains under the stage's plan. The mode isolator, a few learnable embeddings, stands
+before the remaining tokens of each image and tells the model that it is in fast mode. A slow step
+trains on all tokens without the isolator. Its loss is the cross-entropy plus the divergence from
+the model's own predictions in fast mode. The trained model is used as in slow steps, so it is a
+plain one.
 """
 
 from __future__ import annotations
@@ -24,14 +25,21 @@ from llavolta.train.schemes import ISOLATOR, ISOLATOR_TOKENS, Stage
 
 
 class ModeIsolator(nn.Module):
-    """``tokens`` learnable embeddings of ``width``, which no state dict shows: the model's checkpoints stay plain."""
+    """Learnable embeddings that mark the fast mode.
+
+    They are in no state dict, so the model's checkpoints stay those of a plain model.
+
+    Args:
+        width: Channels C of the decoder.
+        tokens: Number of embeddings P.
+    """
 
     def __init__(self, width: int, tokens: int = ISOLATOR_TOKENS):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(tokens, width).uniform_(-(width**-0.5), width**-0.5))
 
     def forward(self, pictures: int) -> Tensor:
-        """(I, P, C) for I ``pictures``."""
+        """Return the embeddings (I, P, C) that stand before I images."""
         return self.weight.repeat(pictures, 1, 1)
 
     def _save_to_state_dict(self, *args):
@@ -42,11 +50,17 @@ class ModeIsolator(nn.Module):
 
 
 def add_isolator(model: nn.Module) -> ModeIsolator:
-    """Give ``model`` a new mode isolator, which trains with it."""
+    """Give a model a new mode isolator, which trains with it.
+
+    Args:
+        model: The model, wrapped or not.
+
+    Returns:
+        The isolator, with random weights.
+    """
     weight = find_parts(model).decoder.get_input_embeddings().weight
-    width = getattr(weight, "ds_shape", weight.shape)[
-        1
-    ]  # ZeRO-3's shards have a shape of their own
+    # ZeRO-3 leaves an empty weight on each process, and its full shape in ds_shape.
+    width = getattr(weight, "ds_shape", weight.shape)[1]
     isolator = ModeIsolator(width).to(weight.device)
     setattr(unwrap(model), ISOLATOR, isolator)
     return isolator
@@ -54,7 +68,12 @@ def add_isolator(model: nn.Module) -> ModeIsolator:
 
 @contextmanager
 def isolator_for(model: nn.Module, stage: Stage) -> Iterator[None]:
-    """``model`` with an isolator if ``stage`` needs one, be it a new one for the while."""
+    """Give a model an isolator inside of the block, if the stage needs one and there is none.
+
+    Args:
+        model: The model, wrapped or not.
+        stage: The stage.
+    """
     lends = stage.isolates and not hasattr(unwrap(model), ISOLATOR)
     if lends:
         add_isolator(model)
@@ -66,45 +85,76 @@ def isolator_for(model: nn.Module, stage: Stage) -> Iterator[None]:
 
 
 def save_isolator(model: nn.Module, folder: Path, weight: Tensor | None = None) -> None:
-    """Write the isolator of ``model`` to the checkpoint ``folder``; weight: its own, gathered, if it is sharded."""
+    """Write the isolator of a model to a checkpoint.
+
+    Args:
+        model: The model, wrapped or not.
+        folder: The checkpoint.
+        weight: The isolator's weight (P, C), if the model's own is sharded.
+    """
     weight = getattr(unwrap(model), ISOLATOR).weight if weight is None else weight
     save_file({"weight": weight.detach().cpu().contiguous()}, folder / f"{ISOLATOR}.safetensors")
 
 
 def load_isolator(model: nn.Module, folder: Path) -> None:
-    """Set the isolator of ``model`` to the one in the checkpoint ``folder``."""
+    """Set the isolator of a model to the one in a checkpoint.
+
+    Args:
+        model: The model, wrapped or not.
+        folder: The checkpoint.
+    """
     held = load_file(folder / f"{ISOLATOR}.safetensors")["weight"]
     with torch.no_grad():
         getattr(unwrap(model), ISOLATOR).weight.copy_(held)
 
 
 def holds_isolator(folder: str | Path) -> bool:
+    """Return whether a folder has an isolator."""
     return (Path(folder) / f"{ISOLATOR}.safetensors").exists()
 
 
 def keep_isolator(checkpoint: Path, folder: Path) -> None:
-    """Put the isolator of a ``checkpoint``, if it has one, beside the model that was made of it."""
+    """Copy the isolator of a checkpoint, if it has one, to the model that was made from it.
+
+    Args:
+        checkpoint: The checkpoint.
+        folder: The folder of the model.
+    """
     if holds_isolator(checkpoint):
         shutil.copyfile(checkpoint / f"{ISOLATOR}.safetensors", folder / f"{ISOLATOR}.safetensors")
 
 
 def fast_mode(model: nn.Module, stage: Stage, labelled_only: bool = True) -> Compression:
-    """``stage``'s plan in force, behind the mode isolator if it isolates; labelled_only: see compress."""
+    """Compress a model by a stage's plan, with the mode isolator if the stage trains it.
+
+    Args:
+        model: The model, wrapped or not.
+        stage: The stage, with one plan.
+        labelled_only: As in ``compress``.
+
+    Returns:
+        The handle of ``compress``.
+    """
     prefix = getattr(unwrap(model), ISOLATOR) if stage.isolates else None
     return compress(model, stage.choices[0], labelled_only=labelled_only, prefix=prefix)
 
 
 @contextmanager
 def slow_mode(model: nn.Module, stage: Stage, batch: dict) -> Iterator[None]:
-    """``model(**batch).loss`` on all tokens, plus the mean over labelled tokens of KL(fast mode || this mode).
+    """Train on all tokens inside of the block, with the divergence from the fast mode in the loss.
 
-    The fast mode answers first, without gradient. Temperature and weight are 1. The mean is over
-    ``num_items_in_batch`` where the model is given that, as for the cross-entropy.
+    ``model(**batch).loss`` is then the cross-entropy plus the mean over labelled tokens of KL(fast
+    mode || this mode), at temperature and weight 1. The fast mode runs first, without gradients.
+    The mean is over ``num_items_in_batch`` if the model is given that, as for the cross-entropy.
+
+    Args:
+        model: The model, wrapped or not.
+        stage: The stage.
+        batch: The batch of the step.
     """
     with torch.no_grad(), fast_mode(model, stage):
-        fast = (
-            model(**batch).logits[0, :-1].float().log_softmax(-1)
-        )  # (M, vocabulary); see compress
+        # (1, M + 1, vocabulary) of M labelled tokens -> (M, vocabulary); see compress
+        fast = model(**batch).logits[0, :-1].float().log_softmax(-1)
     top = unwrap(model)
     cross_entropy, own = top.loss_function, vars(top).get("_loss_function")
 
@@ -119,6 +169,7 @@ def slow_mode(model: nn.Module, stage: Stage, batch: dict) -> Iterator[None]:
             + divergence
         )
 
+    # A property whose setter writes _loss_function; the original is restored below.
     top.loss_function = loss
     try:
         with compress(model, "none", labelled_only=True):

@@ -1,4 +1,7 @@
-"""Training schemes: which plan is in force at which optimizer step (LLaVolta, section 4.2)."""
+"""Training schemes: which plan is in force at which optimizer step (LLaVolta, section 4.2).
+
+A scheme is a list of stages. A stage has a plan and a share of the optimizer steps.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +24,28 @@ from llavolta.compression.plan import (
 from llavolta.errors import UserError
 
 REFERENCE_LAYERS = 32  # the depth (Vicuna-7B) that the published layers K refer to
-ISOLATOR = "mode_isolator"  # the name of DualSpeed's, in a model and its checkpoint
+ISOLATOR = "mode_isolator"  # attribute of a model, and file of its checkpoint; see train.dualspeed
 ISOLATOR_TOKENS = 4
 
 
 class SchemeError(UserError, ValueError):
-    """A stage, scheme or step that cannot be; the message says what it may be."""
+    """A stage, scheme or step that is not possible. The message says what is."""
 
 
 def compression_ratio(num_layers: int, num_tokens: int, layer: int, stride: int) -> float:
-    """``CR = N L / ((N - K) L_out + K L)`` for average pooling with ``stride`` at the input of decoder ``layer`` K.
+    """Return the compression ratio of average pooling (LLaVolta, section 4.1).
 
-    N = ``num_layers``, L = ``num_tokens`` visual tokens, ``L_out = ceil(L / stride)``. Source: LLaVolta, section 4.1.
+    It is ``CR = N L / ((N - K) L_out + K L)`` with ``L_out = ceil(L / stride)``.
+
+    Args:
+        num_layers: Decoder layers N.
+        num_tokens: Visual tokens L of an image.
+        layer: The decoder layer K, from 0, at whose input tokens are pooled.
+        stride: How many tokens are averaged to one.
+
+    Raises:
+        SchemeError: There is no such layer.
+        PlanError: The stride is wrong.
     """
     if not 0 <= layer < num_layers:
         raise SchemeError(f"layer must be 0..{num_layers - 1}, not {layer}")
@@ -40,15 +53,32 @@ def compression_ratio(num_layers: int, num_tokens: int, layer: int, stride: int)
 
 
 def plan_compression_ratio(plan, num_layers: int, num_tokens: int) -> float:
-    """The same ratio for any plan: visual tokens summed over the layers without compression over those with it."""
+    """Return the same ratio for any plan.
+
+    It is the number of visual tokens summed over the layers, without compression to with it.
+
+    Args:
+        plan: A plan, or its text.
+        num_layers: Decoder layers.
+        num_tokens: Visual tokens of an image.
+
+    Returns:
+        The ratio, at least 1; infinite if no layer has a visual token.
+    """
     left = sum(tokens_per_layer(plan, num_layers, num_tokens))
     return num_layers * num_tokens / left if left else math.inf
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One run of the model over a batch in a step: with ``prefix`` more tokens before each picture, and backward if it
-    ``trains``. share: in how many of the stage's steps."""
+    """One run of the model over a batch within an optimizer step.
+
+    Attributes:
+        plan: The plan in force, as text.
+        share: Share of the stage's steps that have this pass.
+        prefix: Tokens that are put before each image.
+        trains: Whether there is a backward pass.
+    """
 
     plan: str
     share: float = 1
@@ -58,14 +88,24 @@ class Pass:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a scheme: the ``plan`` in force and its ``share`` of the optimizer steps (0 to 1).
+    """One stage of a scheme: a plan, and its share of the optimizer steps.
 
-    The plan may be drawn anew for each step, uniformly: ``"0:avgpool2d:1|2|4"``; see ``drawn``.
-    choices: the plans that it is drawn from, mostly one, parsed once; the plan itself is the text that it prints as.
-    slow_every: 0, or after how many steps there is one of DualSpeed's slow steps, on all tokens; the steps between are
-    its fast ones, on what ``plan`` leaves behind the mode isolator. isolated: behind the isolator without slow steps,
-    as DualSpeed aligns. See llavolta.train.dualspeed. warmup: the share of the stage's steps in which the learning rate
-    rises anew, from 0 to what the run's schedule says, times lr_scale.
+    Attributes:
+        plan: The plan's text. With alternatives, as in ``"0:avgpool2d:1|2|4"``, one of them is
+            drawn uniformly at each step.
+        share: Share of the scheme's steps, above 0 and at most 1.
+        slow_every: Every so many steps is one of DualSpeed's slow steps, on all tokens. The others
+            are its fast steps, under ``plan`` and with the mode isolator. 0: neither. See
+            train.dualspeed.
+        isolated: Whether all steps have the mode isolator, without slow steps, as in DualSpeed's
+            alignment.
+        warmup: Share of the stage's steps in which the learning rate rises again, from 0.
+        lr_scale: Multiplier on the scheduled learning rate.
+        choices: The parsed plans that are drawn from, mostly one.
+
+    Raises:
+        PlanError: A plan cannot be read.
+        SchemeError: Another value is wrong, or two do not fit together.
     """
 
     plan: str
@@ -77,13 +117,15 @@ class Stage:
     choices: tuple[Plan, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
+        # The class is frozen, so fields are set through object.
         drawn = drawn_from(self.plan) if isinstance(self.plan, str) else (self.plan,)
         object.__setattr__(self, "choices", tuple(parse_plan(plan) for plan in drawn))
         if len(drawn) == 1:
             object.__setattr__(self, "plan", format_plan(self.choices[0]))
         elif self.slow_every or self.isolated:
             raise SchemeError(
-                f"plan {self.plan!r} is drawn for each step, which cannot be with slow_every or isolated"
+                f"plan {self.plan!r} is drawn for each step, which cannot be with slow_every or "
+                "isolated"
             )
         if isinstance(self.share, bool) or not (
             isinstance(self.share, (int, float)) and 0 < self.share <= 1
@@ -92,13 +134,15 @@ class Stage:
         every = self.slow_every
         if isinstance(every, bool) or not isinstance(every, int) or every < 0 or every == 1:
             raise SchemeError(
-                f"slow_every must be 0 (no slow steps) or a whole number of at least 2, not {every!r}"
+                "slow_every must be 0 (no slow steps) or a whole number of at least 2, not "
+                f"{every!r}"
             )
         if isinstance(self.warmup, bool) or not (
             isinstance(self.warmup, (int, float)) and 0 <= self.warmup < 1
         ):
             raise SchemeError(
-                f"a stage's warmup must be a share of its steps from 0 to below 1, not {self.warmup!r}"
+                "a stage's warmup must be a share of its steps from 0 to below 1, not "
+                f"{self.warmup!r}"
             )
         scale = self.lr_scale
         if isinstance(scale, bool) or not (
@@ -109,12 +153,14 @@ class Stage:
             raise SchemeError(f"isolated must be true or false, not {self.isolated!r}")
         if every and self.isolated:
             raise SchemeError(
-                "fast steps are behind the isolator anyway; leave isolated out where slow_every is given"
+                "fast steps are behind the isolator anyway; leave isolated out where slow_every is "
+                "given"
             )
         if self.isolates and not {0, VISION} & self.choices[0].keys():
             raise SchemeError(
-                f"fast steps are shortened before the decoder: with {'slow_every' if every else 'isolated'}, plan "
-                f"{self.plan!r} needs a compressor at layer 0 or 'vision', such as '0:divprune:0.1'"
+                "fast steps are shortened before the decoder: with "
+                f"{'slow_every' if every else 'isolated'}, plan {self.plan!r} needs a compressor "
+                "at layer 0 or 'vision', such as '0:divprune:0.1'"
             )
 
     @property
@@ -133,26 +179,44 @@ class Stage:
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        """What the steps of this stage compute: a slow step asks the fast mode, too, without training it."""
+        """The passes of the stage's steps, with their shares.
+
+        A slow step has two: it trains on all tokens, and runs in fast mode without training.
+        """
         if self.isolated:
             return (Pass(self.plan, 1, ISOLATOR_TOKENS),)
         if not self.slow_every:
             return tuple(Pass(format_plan(plan), 1 / len(self.choices)) for plan in self.choices)
+        # Every slow step also runs in fast mode, without a backward pass, to compare the two.
         slow, fast = 1 / self.slow_every, Pass(self.plan, 1 - 1 / self.slow_every, ISOLATOR_TOKENS)
         return (fast, Pass("none", slow), replace(fast, share=slow, trains=False))
 
     def drawn(self, step: int, seed: int) -> Stage:
-        """The stage as it is in optimizer step ``step``, of one plan; the same for the same seed."""
+        """Return the stage with the one plan that is in force at a step.
+
+        Args:
+            step: Optimizer step, from 0.
+            seed: Seed of the run. The same seed and step draw the same plan.
+        """
         if len(self.choices) == 1:
             return self
+        # Seeded by the step, not drawn in sequence: a resumed run draws the same plans.
         return self.fixed()[random.Random(f"{seed} {step}").randrange(len(self.choices))]
 
     def fixed(self) -> list[Stage]:
-        """A stage of each plan that this one's is drawn from."""
+        """Return a stage for each plan that is drawn from."""
         return [replace(self, plan=format_plan(plan)) for plan in self.choices]
 
     def tokens_per_layer(self, num_layers: int, num_tokens: int) -> list[float]:
-        """As plan.tokens_per_layer: the mean over the stage's steps, of the passes that train."""
+        """Return the visual tokens per layer, as ``plan.tokens_per_layer`` does for a plan.
+
+        Args:
+            num_layers: Decoder layers.
+            num_tokens: Visual tokens of an image.
+
+        Returns:
+            For each layer the mean over the stage's steps. Passes without training do not count.
+        """
         counts = [
             [
                 p.share * (count + p.prefix)
@@ -166,10 +230,16 @@ class Stage:
 
 @dataclass(frozen=True)
 class Scheme:
-    """Stages in their order; their shares sum to 1. The stage is a function of the step and the total alone.
+    """Stages in their order. Which one a step has depends on the step and on their total alone.
 
-    align: the stage that projector alignment before them is, its share that of the run's steps of alignment which are
-    done; None: all of them, on all tokens.
+    Attributes:
+        name: Name of the scheme.
+        stages: The stages; their shares sum to 1.
+        align: The stage of projector alignment. Its share is the share of the run's alignment steps
+            that is done. None: all of these steps, under ``TrainConfig.align_plan``.
+
+    Raises:
+        SchemeError: The shares do not sum to 1.
     """
 
     name: str
@@ -186,13 +256,26 @@ class Scheme:
 
     @classmethod
     def equal(cls, name: str, *plans: str) -> Scheme:
-        """A scheme whose stages share the steps equally."""
+        """Return a scheme whose stages share the steps equally.
+
+        Args:
+            name: Name of the scheme.
+            *plans: One plan per stage.
+        """
         return cls(name, tuple(Stage(plan, 1 / len(plans)) for plan in plans))
 
     @classmethod
     def of(cls, name: str, stages: Sequence[str | dict]) -> Scheme:
-        """A scheme from a list as YAML holds it: plans, which share the steps equally, or Stage's fields each; the
-        first may be ``{align: {plan, share, isolated}}``, what projector alignment is."""
+        """Return a scheme from a list, as a YAML file has it.
+
+        Args:
+            name: Name of the scheme.
+            stages: Plans, which share the steps equally, or dicts of Stage's fields. The first item
+                may be ``{"align": {...}}`` with the fields of the alignment stage.
+
+        Raises:
+            SchemeError: The list has another form, or a stage is wrong.
+        """
         try:
             align, rest = None, stages
             if stages and isinstance(stages[0], dict) and set(stages[0]) == {"align"}:
@@ -209,7 +292,17 @@ class Scheme:
     def from_pivots(
         cls, name: str, plans: Sequence[str], pivots: Sequence[int], total_steps: int
     ) -> Scheme:
-        """A scheme whose stage i ends before optimizer step ``pivots[i]``; the last one ends at ``total_steps``."""
+        """Return a scheme whose stages end at given steps.
+
+        Args:
+            name: Name of the scheme.
+            plans: One plan per stage.
+            pivots: The optimizer steps at which one stage ends and the next begins.
+            total_steps: The step at which the last stage ends.
+
+        Raises:
+            SchemeError: The pivots do not rise from 0 to ``total_steps``, or their number is wrong.
+        """
         if not all(isinstance(pivot, int) and not isinstance(pivot, bool) for pivot in pivots):
             raise SchemeError(f"pivots must be optimizer steps, not {list(pivots)}")
         edges = [0, *pivots, total_steps]
@@ -217,7 +310,8 @@ class Scheme:
             a >= b for a, b in zip(edges, edges[1:], strict=False)
         ):
             raise SchemeError(
-                f"{len(plans)} plans need {len(plans) - 1} pivots rising from 0 to {total_steps}, not {list(pivots)}"
+                f"{len(plans)} plans need {len(plans) - 1} pivots rising from 0 to {total_steps}, "
+                f"not {list(pivots)}"
             )
         shares = [(b - a) / total_steps for a, b in zip(edges, edges[1:], strict=False)]
         return cls(
@@ -226,7 +320,7 @@ class Scheme:
 
     @property
     def written(self) -> list[dict]:
-        """Alignment and stages as ``of`` reads them back, without what is not in use."""
+        """Alignment and stages as ``of`` reads them; fields with their defaults are left out."""
         align = (
             []
             if self.align is None
@@ -235,11 +329,17 @@ class Scheme:
         return align + [_written(stage) for stage in self.stages]
 
     def reversed(self, name: str) -> Scheme:
-        """The same stages in the opposite order, at the same cost."""
+        """Return the same stages in the opposite order, at the same cost."""
         return replace(self, name=name, stages=self.stages[::-1])
 
     def shuffled(self, name: str, blocks: int = 4, seed: int = 0) -> Scheme:
-        """Each stage cut into ``blocks`` equal parts, all parts in one random order, at the same cost."""
+        """Return the stages in parts, in random order, at the same cost.
+
+        Args:
+            name: Name of the new scheme.
+            blocks: Equal parts that each stage is cut into.
+            seed: Seed of the order.
+        """
         parts = [
             replace(stage, share=stage.share / blocks)
             for stage in self.stages
@@ -248,44 +348,76 @@ class Scheme:
         return replace(self, name=name, stages=tuple(random.Random(seed).sample(parts, len(parts))))
 
     def boundaries(self, total_steps: int) -> tuple[int, ...]:
-        """The step before which each stage ends; the last is ``total_steps``. Every stage has at least one step."""
+        """Return the step at which each stage ends. Every stage has at least one step.
+
+        Args:
+            total_steps: Optimizer steps of the scheme.
+
+        Returns:
+            For each stage the first step that it does not train; the last is ``total_steps``.
+
+        Raises:
+            SchemeError: There are fewer steps than stages.
+        """
         if total_steps < len(self.stages):
             raise SchemeError(
-                f"{total_steps} steps are too few for the {len(self.stages)} stages of {self.name!r}"
+                f"{total_steps} steps are too few for the {len(self.stages)} stages of "
+                f"{self.name!r}"
             )
         ends, share = [], 0.0
         for number, stage in enumerate(self.stages, start=1):
             share += stage.share
-            room = total_steps - (
-                len(self.stages) - number
-            )  # one step at least for each stage to come
+            # At least one step is left for each later stage.
+            room = total_steps - (len(self.stages) - number)
             ends.append(min(max(round(share * total_steps), ends[-1] + 1 if ends else 1), room))
         return tuple(ends)
 
     def stage_at(self, step: int, total_steps: int) -> int:
-        """The index, from 0, of the stage that trains optimizer step ``step`` (0 .. total_steps - 1)."""
+        """Return the index, from 0, of the stage that trains an optimizer step.
+
+        Args:
+            step: The step, from 0.
+            total_steps: Optimizer steps of the scheme.
+
+        Raises:
+            SchemeError: The step is none of 0 to ``total_steps`` - 1.
+        """
         if not 0 <= step < total_steps:
             raise SchemeError(f"step must be 0..{total_steps - 1}, not {step}")
         return sum(step >= end for end in self.boundaries(total_steps))
 
     def warmth(self, step: int, total_steps: int) -> float:
-        """What optimizer step ``step`` has of the learning rate that the run's schedule says: its stage's lr_scale, or
-        less while the stage warms up."""
+        """Return the multiplier on the scheduled learning rate at a step.
+
+        It is the lr_scale of the step's stage, and less while the stage warms up.
+
+        Args:
+            step: The step, from 0.
+            total_steps: Optimizer steps of the scheme.
+        """
         stage = self.stage_at(step, total_steps)
         first, end = [0, *self.boundaries(total_steps)][stage : stage + 2]
         rising = (step - first + 1) / max(1, round(self.stages[stage].warmup * (end - first)))
         return self.stages[stage].lr_scale * min(1.0, rising)
 
     def is_slow(self, step: int, total_steps: int) -> bool:
-        """Whether optimizer step ``step`` is a slow one: see Stage."""
+        """Return whether optimizer step ``step``, from 0, is one of DualSpeed's slow steps."""
         every = self.stages[self.stage_at(step, total_steps)].slow_every
         return every > 0 and (step + 1) % every == 0
 
     def scaled(self, num_layers: int, reference_layers: int = REFERENCE_LAYERS) -> Scheme:
-        """The scheme for a model of another depth.
+        """Return the scheme for a model of another depth.
 
-        Layer K of ``reference_layers`` becomes ``round(K * num_layers / reference_layers)``, halves rounded up, and
-        at least 1 where K is: a scheme that lets the first layers see every token keeps doing so.
+        Layer K of ``reference_layers`` becomes ``round(K * num_layers / reference_layers)``, halves
+        rounded up. It becomes at least 1 if K is at least 1, so that a scheme whose first layers
+        see every token keeps that property.
+
+        Args:
+            num_layers: Decoder layers of the model.
+            reference_layers: Decoder layers that the scheme was written for.
+
+        Raises:
+            PlanError: Two layers of a plan become the same one, or a plan does not fit the model.
         """
         stages = (
             replace(s, plan=scale_plan(s.plan, num_layers, reference_layers)) for s in self.stages
@@ -297,6 +429,7 @@ class Scheme:
 
 
 def _written(stage: Stage, *without: str) -> dict:
+    """Return the fields of a stage that are not at their defaults, except those of ``without``."""
     held = [field for field in fields(stage) if field.init and field.name not in without]
     return {
         field.name: getattr(stage, field.name)
@@ -306,19 +439,32 @@ def _written(stage: Stage, *without: str) -> dict:
 
 
 def scale_layer(layer: int, num_layers: int, reference_layers: int = REFERENCE_LAYERS) -> int:
-    """``layer`` of a model of ``reference_layers`` layers in one of ``num_layers``; see Scheme.scaled."""
+    """Scale the number of a layer from one depth to another; see ``Scheme.scaled``."""
     return max(min(layer, 1), math.floor(layer * num_layers / reference_layers + 0.5))
 
 
 def scale_plan(plan: str | Plan, num_layers: int, reference_layers: int = REFERENCE_LAYERS) -> str:
-    """``plan`` moved from a model of ``reference_layers`` layers to one of ``num_layers``; see Scheme.scaled."""
+    """Scale the layers of a plan from one depth to another; see ``Scheme.scaled``.
+
+    Args:
+        plan: A plan, or its text, maybe with alternatives.
+        num_layers: Decoder layers of the model.
+        reference_layers: Decoder layers that the plan was written for.
+
+    Returns:
+        The plan's text, its layers in rising order.
+
+    Raises:
+        PlanError: Two layers become the same one, or the plan does not fit the model.
+    """
 
     def new_layer(layer: int | str) -> int | str:
         return layer if layer == VISION else scale_layer(int(layer), num_layers, reference_layers)
 
-    if isinstance(plan, str) and "|" in plan:  # in layers and in options
+    # Alternatives may stand in layers and in options, so layers are replaced in the text.
+    if isinstance(plan, str) and "|" in plan:
         for drawn in drawn_from(plan):
-            scale_plan(drawn, num_layers, reference_layers)  # raises what is wrong with any of them
+            scale_plan(drawn, num_layers, reference_layers)  # raises for a plan that does not fit
         entries = []
         for entry in plan.split(";"):
             layers, rest = entry.split(":", 1)
@@ -350,16 +496,17 @@ PAPER_SCHEMES = {
 }
 """LLaVolta's six."""
 
-_DIVERSE = "0:divprune:0.099"  # int(0.1 L) of 576 tokens and of 144, as its code truncates where DivPrune rounds
+# DualSpeed's code truncates 0.1 L where DivPrune rounds: 57 of 576 tokens, 14 of 144.
+_DIVERSE = "0:divprune:0.099"
 BASELINE_SCHEMES = {
     "dualspeed": Scheme(
         "dualspeed", (Stage(_DIVERSE, 1, slow_every=10),), Stage(_DIVERSE, 1, isolated=True)
     ),
     "dualspeed-random": Scheme("dualspeed-random", (Stage("0:random:0.1", 1, slow_every=10),)),
 }
-"""What others train by: DualSpeed (arXiv 2602.03815) as its code has it: diverse tokens in the fast steps, of which
-alignment consists; the isolator that is trained there is where tuning starts from. Beside it, as a control, random
-tokens, after alignment on all."""
+"""What others train by: DualSpeed (arXiv 2602.03815), as in its code. Fast steps and alignment see
+tokens that are chosen to be diverse, and tuning starts from the isolator that alignment trains. As
+a control, a variant has random tokens, and alignment on all tokens."""
 
 EXTRA_SCHEMES = {
     "fast": Scheme(
@@ -372,10 +519,11 @@ EXTRA_SCHEMES = {
         Stage("0:avgpool2d:4;16:avgpool:9", 1),
     )
 }
-"""The whole recipe in 0.4 of the time: what won a search among thirty (papers/faster). Alignment on a sixteenth of the
-tokens; tuning on a quarter, means of clusters, and on next to none in the upper half of the layers, where the text has
-taken up what it asks for; then on all in the lower half; then on all, at more of the learning rate than the schedule
-has left."""
+"""The best of a search among thirty: the whole recipe in 0.4 of the time (papers/faster). Alignment
+sees a sixteenth of the tokens, and fewer still in the upper half of the layers. The first stage
+sees a quarter (means of clusters), and next to none in the upper half, where the text has already
+absorbed what it needs. The second sees all in the lower half, the third all. Both raise the
+learning rate, which the schedule has lowered by then."""
 
 _three = PAPER_SCHEMES["three-stage"]
 CONTROL_SCHEMES = {
@@ -387,12 +535,14 @@ CONTROL_SCHEMES = {
         Scheme.equal("three-stage-pruned", "2:pyramiddrop:0.125", "16:pyramiddrop:0.125", "none"),
     )
 }
-"""What staged pooling is compared with: other orders of the same stages at the same cost, one light plan to the end,
-and pruning by attention to the same number of tokens in place of pooling."""
+"""What staged pooling is compared with: its stages in other orders at the same cost, one light plan
+for all steps, and pruning by attention to the same number of tokens."""
 
 SCHEMES = PAPER_SCHEMES | BASELINE_SCHEMES | EXTRA_SCHEMES | CONTROL_SCHEMES
-"""All named schemes, for REFERENCE_LAYERS layers. A scheme added here is known to every command by its name."""
+"""All named schemes, for REFERENCE_LAYERS layers. Every command knows a scheme that is added here
+by its name."""
 
+# Old names of the registries, which still work with a DeprecationWarning.
 _RENAMED = {"NAMED": "SCHEMES", "NEIGHBOURS": "BASELINE_SCHEMES", "OURS": "EXTRA_SCHEMES"}
 
 

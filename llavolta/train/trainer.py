@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer of a run: the stage's compression and speed, its metrics, its memory."""
+"""The Trainer of a run, and the callbacks that write its metrics and show its progress."""
 
 from __future__ import annotations
 
@@ -27,7 +27,17 @@ __all__ = ["MetricsCallback", "StageCallback", "StageTrainer", "read_metrics"]
 
 
 class MetricsCallback(TrainerCallback):
-    """Appends step, stage, plan, loss, rates, gradient norm, tokens per layer and seconds a step to metrics.jsonl."""
+    """Appends a row to metrics.jsonl whenever the trainer logs a loss.
+
+    A row has the step, stage, plan, loss, learning rate, gradient norm, visual tokens of an image
+    and per layer, and the seconds per step since the last row.
+
+    Args:
+        file: The metrics.jsonl.
+        scheme: The scheme, for the model's depth.
+        num_layers: Decoder layers.
+        num_tokens: Visual tokens of an image without compression.
+    """
 
     def __init__(self, file: Path, scheme: Scheme, num_layers: int, num_tokens: int):
         self.file, self.scheme = file, scheme
@@ -38,9 +48,8 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        kept = [
-            row for row in read_metrics(self.file) if row["step"] <= state.global_step
-        ]  # a resumed run
+        # A resumed run trains the steps after its checkpoint again.
+        kept = [row for row in read_metrics(self.file) if row["step"] <= state.global_step]
         self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -71,17 +80,28 @@ class MetricsCallback(TrainerCallback):
 
 
 class StepBar(ProgressCallback):
-    """One bar of the steps; what is logged stands in metrics.jsonl. Notebooks show it, too: transformers' own bar for
-    them fails at the end of a stage of two steps."""
+    """A progress bar of the steps, without the logs, which are in metrics.jsonl.
+
+    Notebooks have it too, as transformers' own bar for them fails at the end of a stage of two
+    steps.
+    """
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         pass
 
 
 class StageTrainer(Trainer):
-    """Trainer that groups batches by modality and length, saves what resumes, and stops at a NaN loss.
+    """Trainer of one phase of a run.
 
-    keep: checkpoints to keep besides those at the ends of stages.
+    It orders batches by modality and length, scales the learning rate by stage, and takes slow
+    steps. Checkpoints are written in one step, and a loss that is not finite ends the training.
+
+    Args:
+        *args: As for Trainer.
+        scheme: The scheme, for the model's depth.
+        rates: Peak learning rates by role of a parameter ("projector", "tower"); None: the run's.
+        keep: Checkpoints that are kept besides those at the ends of stages.
+        **kwargs: As for Trainer.
     """
 
     def __init__(self, *args, scheme: Scheme, rates: dict[str, float | None], keep: int, **kwargs):
@@ -94,6 +114,8 @@ class StageTrainer(Trainer):
         return str(self.staging or self.args.output_dir)
 
     def _save_checkpoint(self, model, trial):
+        # The folder is the staging folder during a save, by way of _get_output_dir. All processes
+        # write to it, so they wait for one another before it is cleared, moved and used again.
         run, step = Path(self.args.output_dir), self.state.global_step
         name, barrier = f"{PREFIX_CHECKPOINT_DIR}-{step}", self.accelerator.wait_for_everyone
         self.staging = run / checkpoints.STAGING
@@ -115,6 +137,7 @@ class StageTrainer(Trainer):
         return GroupedSampler(data.lengths, data.medium, self.examples_per_step, self.args.seed)
 
     def create_optimizer(self, model=None):
+        # Without rates of their own, Trainer's groups are the same as these.
         model = self.model if model is None else model
         if self.optimizer is None and any(self.rates.values()):
             decayed = set(self.get_decay_parameter_names(unwrap(model)))
@@ -126,6 +149,8 @@ class StageTrainer(Trainer):
     def create_scheduler(self, num_training_steps, optimizer=None):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if any(stage.warmup or stage.lr_scale != 1 for stage in self.scheme.stages):
+            # Each parameter group's schedule, times the stage's multiplier. The scheduler asks for
+            # one step beyond the last, which has no stage.
             total = num_training_steps
             rates = [
                 lambda step, rate=rate: rate(step) * self.scheme.warmth(min(step, total - 1), total)
@@ -138,7 +163,8 @@ class StageTrainer(Trainer):
         inputs = super()._prepare_inputs(inputs)
         if self.args.world_size == 1 or len(self.media) == 1:
             return inputs
-        # The last batches of an epoch mix stills, clips and text: no process may need a part that another does not.
+        # The last batches of an epoch mix images, videos and text. If one process has images or
+        # videos, all need some, so that all run the same parts of the model.
         held = torch.tensor(
             [int(PIXELS[name] in inputs) for name in self.media], device=self.args.device
         )
@@ -159,17 +185,17 @@ class StageTrainer(Trainer):
         if not torch.isfinite(loss):
             stage = self.scheme.stage_at(self.state.global_step, self.state.max_steps)
             raise FloatingPointError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1} (stage {stage + 1}, plan "
-                f"{self.scheme.stages[stage].plan}); nothing was saved over. Lower learning_rate (now "
-                f"{self.args.learning_rate}) or check the data, and run again: training resumes at the last checkpoint"
+                f"the loss became {loss.item()} at step {self.state.global_step + 1} (stage "
+                f"{stage + 1}, plan {self.scheme.stages[stage].plan}); nothing was saved over. "
+                f"Lower learning_rate (now {self.args.learning_rate}) or check the data, and run "
+                "again: training resumes at the last checkpoint"
             )
         return loss
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         model = unwrap(self.model)
-        sharded = [
-            state_dict.pop(name) for name in list(state_dict or ()) if ISOLATOR in name
-        ]  # by ZeRO-3
+        # ZeRO-3 gathers all weights into state_dict; the isolator's has a file of its own.
+        sharded = [state_dict.pop(name) for name in list(state_dict or ()) if ISOLATOR in name]
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
@@ -191,6 +217,7 @@ class StageTrainer(Trainer):
 
     @property
     def examples_per_step(self) -> int:
+        """Examples of an optimizer step, over all processes."""
         return (
             self.args.train_batch_size
             * self.args.gradient_accumulation_steps
@@ -199,7 +226,14 @@ class StageTrainer(Trainer):
 
 
 def read_metrics(file: str | Path) -> list[dict]:
-    """The rows of a metrics.jsonl; none if it does not exist. A line cut off by a crash is left out."""
+    """Read a metrics.jsonl.
+
+    Args:
+        file: The file; it need not exist.
+
+    Returns:
+        Its rows. A line that was cut off by a crash is left out.
+    """
     rows = []
     for line in Path(file).read_text().splitlines() if Path(file).exists() else []:
         try:
