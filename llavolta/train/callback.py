@@ -164,11 +164,7 @@ class StageCallback(TrainerCallback):
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Raise ConfigError for a trainer in whose training steps no plan can be in force.
-
-    Args:
-        trainer: The trainer.
-    """
+    """Raise ConfigError for a trainer in whose training steps no plan can be in force."""
     check_processes(trainer.args)
     if trainer.args.torch_compile or (trainer.model is not None and is_compiled(trainer.model)):
         raise ConfigError(
@@ -188,11 +184,7 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def check_processes(args) -> None:
-    """Raise ConfigError if transformers would spread a batch over several GPUs of one process.
-
-    Args:
-        args: The ``TrainingArguments``.
-    """
+    """Raise ConfigError if transformers would spread a batch over several GPUs of one process."""
     if args.n_gpu > 1:
         raise ConfigError(
             f"one process has {args.n_gpu} GPUs, over which DataParallel would copy the model "
@@ -206,10 +198,6 @@ def check_shards(trainer: Trainer, inputs: dict) -> None:
     """Raise ConfigError if processes that share the tower's weights would wait for ever.
 
     Under ZeRO-3 and FSDP all processes must run the vision tower, or none of them.
-
-    Args:
-        trainer: The trainer.
-        inputs: The batch of this process.
     """
     processes = trainer.args.world_size
     if processes == 1 or not (trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
@@ -228,10 +216,6 @@ def restore_weights(trainer: Trainer, checkpoint: Path) -> None:
 
     Trainer saves LLaVA under the names of older versions. When it resumes, it loads none of these
     weights, and only warns.
-
-    Args:
-        trainer: The trainer with its model.
-        checkpoint: The folder of the checkpoint.
 
     Raises:
         ConfigError: The checkpoint lacks weights of the model.

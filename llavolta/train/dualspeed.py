@@ -50,14 +50,7 @@ class ModeIsolator(nn.Module):
 
 
 def add_isolator(model: nn.Module) -> ModeIsolator:
-    """Give a model a new mode isolator, which trains with it.
-
-    Args:
-        model: The model, wrapped or not.
-
-    Returns:
-        The isolator, with random weights.
-    """
+    """Give a model, wrapped or not, a new mode isolator, which trains with it."""
     weight = find_parts(model).decoder.get_input_embeddings().weight
     # ZeRO-3 leaves an empty weight on each process, and its full shape in ds_shape.
     width = getattr(weight, "ds_shape", weight.shape)[1]
@@ -68,12 +61,7 @@ def add_isolator(model: nn.Module) -> ModeIsolator:
 
 @contextmanager
 def isolator_for(model: nn.Module, stage: Stage) -> Iterator[None]:
-    """Give a model an isolator inside of the block, if the stage needs one and there is none.
-
-    Args:
-        model: The model, wrapped or not.
-        stage: The stage.
-    """
+    """Give a model an isolator inside of the block, if the stage needs one and there is none."""
     lends = stage.isolates and not hasattr(unwrap(model), ISOLATOR)
     if lends:
         add_isolator(model)
@@ -85,24 +73,16 @@ def isolator_for(model: nn.Module, stage: Stage) -> Iterator[None]:
 
 
 def save_isolator(model: nn.Module, folder: Path, weight: Tensor | None = None) -> None:
-    """Write the isolator of a model to a checkpoint.
+    """Write the isolator of a model to the checkpoint ``folder``.
 
-    Args:
-        model: The model, wrapped or not.
-        folder: The checkpoint.
-        weight: The isolator's weight (P, C), if the model's own is sharded.
+    If the model's own weight is sharded, ``weight`` (P, C) is the gathered one.
     """
     weight = getattr(unwrap(model), ISOLATOR).weight if weight is None else weight
     save_file({"weight": weight.detach().cpu().contiguous()}, folder / f"{ISOLATOR}.safetensors")
 
 
 def load_isolator(model: nn.Module, folder: Path) -> None:
-    """Set the isolator of a model to the one in a checkpoint.
-
-    Args:
-        model: The model, wrapped or not.
-        folder: The checkpoint.
-    """
+    """Set the isolator of a model to the one in the checkpoint ``folder``."""
     held = load_file(folder / f"{ISOLATOR}.safetensors")["weight"]
     with torch.no_grad():
         getattr(unwrap(model), ISOLATOR).weight.copy_(held)
@@ -114,12 +94,7 @@ def holds_isolator(folder: str | Path) -> bool:
 
 
 def keep_isolator(checkpoint: Path, folder: Path) -> None:
-    """Copy the isolator of a checkpoint, if it has one, to the model that was made from it.
-
-    Args:
-        checkpoint: The checkpoint.
-        folder: The folder of the model.
-    """
+    """Copy the isolator of a checkpoint, if it has one, to the folder of the model made from it."""
     if holds_isolator(checkpoint):
         shutil.copyfile(checkpoint / f"{ISOLATOR}.safetensors", folder / f"{ISOLATOR}.safetensors")
 
@@ -131,9 +106,6 @@ def fast_mode(model: nn.Module, stage: Stage, labelled_only: bool = True) -> Com
         model: The model, wrapped or not.
         stage: The stage, with one plan.
         labelled_only: As in ``compress``.
-
-    Returns:
-        The handle of ``compress``.
     """
     prefix = getattr(unwrap(model), ISOLATOR) if stage.isolates else None
     return compress(model, stage.choices[0], labelled_only=labelled_only, prefix=prefix)
@@ -146,11 +118,6 @@ def slow_mode(model: nn.Module, stage: Stage, batch: dict) -> Iterator[None]:
     ``model(**batch).loss`` is then the cross-entropy plus the mean over labelled tokens of KL(fast
     mode || this mode), at temperature and weight 1. The fast mode runs first, without gradients.
     The mean is over ``num_items_in_batch`` if the model is given that, as for the cross-entropy.
-
-    Args:
-        model: The model, wrapped or not.
-        stage: The stage.
-        batch: The batch of the step.
     """
     with torch.no_grad(), fast_mode(model, stage):
         # (1, M + 1, vocabulary) of M labelled tokens -> (M, vocabulary); see compress

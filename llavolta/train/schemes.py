@@ -42,10 +42,6 @@ def compression_ratio(num_layers: int, num_tokens: int, layer: int, stride: int)
         num_tokens: Visual tokens L of an image.
         layer: The decoder layer K, from 0, at whose input tokens are pooled.
         stride: How many tokens are averaged to one.
-
-    Raises:
-        SchemeError: There is no such layer.
-        PlanError: The stride is wrong.
     """
     if not 0 <= layer < num_layers:
         raise SchemeError(f"layer must be 0..{num_layers - 1}, not {layer}")
@@ -53,17 +49,9 @@ def compression_ratio(num_layers: int, num_tokens: int, layer: int, stride: int)
 
 
 def plan_compression_ratio(plan, num_layers: int, num_tokens: int) -> float:
-    """Return the same ratio for any plan.
+    """Return the visual tokens of all layers without compression, divided by those under ``plan``.
 
-    It is the number of visual tokens summed over the layers, without compression to with it.
-
-    Args:
-        plan: A plan, or its text.
-        num_layers: Decoder layers.
-        num_tokens: Visual tokens of an image.
-
-    Returns:
-        The ratio, at least 1; infinite if no layer has a visual token.
+    Infinite if the plan leaves no layer a visual token.
     """
     left = sum(tokens_per_layer(plan, num_layers, num_tokens))
     return num_layers * num_tokens / left if left else math.inf
@@ -192,12 +180,7 @@ class Stage:
         return (fast, Pass("none", slow), replace(fast, share=slow, trains=False))
 
     def drawn(self, step: int, seed: int) -> Stage:
-        """Return the stage with the one plan that is in force at a step.
-
-        Args:
-            step: Optimizer step, from 0.
-            seed: Seed of the run. The same seed and step draw the same plan.
-        """
+        """Return the stage with the plan of one step, from 0. The same seed draws the same plan."""
         if len(self.choices) == 1:
             return self
         # Seeded by the step, not drawn in sequence: a resumed run draws the same plans.
@@ -208,14 +191,9 @@ class Stage:
         return [replace(self, plan=format_plan(plan)) for plan in self.choices]
 
     def tokens_per_layer(self, num_layers: int, num_tokens: int) -> list[float]:
-        """Return the visual tokens per layer, as ``plan.tokens_per_layer`` does for a plan.
+        """Return the visual tokens of an image per layer, as ``plan.tokens_per_layer`` for a plan.
 
-        Args:
-            num_layers: Decoder layers.
-            num_tokens: Visual tokens of an image.
-
-        Returns:
-            For each layer the mean over the stage's steps. Passes without training do not count.
+        They are means over the stage's steps. Passes without training do not count.
         """
         counts = [
             [
@@ -256,12 +234,7 @@ class Scheme:
 
     @classmethod
     def equal(cls, name: str, *plans: str) -> Scheme:
-        """Return a scheme whose stages share the steps equally.
-
-        Args:
-            name: Name of the scheme.
-            *plans: One plan per stage.
-        """
+        """Return a scheme of one stage per plan, which share the steps equally."""
         return cls(name, tuple(Stage(plan, 1 / len(plans)) for plan in plans))
 
     @classmethod
@@ -292,13 +265,9 @@ class Scheme:
     def from_pivots(
         cls, name: str, plans: Sequence[str], pivots: Sequence[int], total_steps: int
     ) -> Scheme:
-        """Return a scheme whose stages end at given steps.
+        """Return a scheme whose stage i ends before optimizer step ``pivots[i]``.
 
-        Args:
-            name: Name of the scheme.
-            plans: One plan per stage.
-            pivots: The optimizer steps at which one stage ends and the next begins.
-            total_steps: The step at which the last stage ends.
+        The last stage ends at ``total_steps``.
 
         Raises:
             SchemeError: The pivots do not rise from 0 to ``total_steps``, or their number is wrong.
@@ -333,13 +302,7 @@ class Scheme:
         return replace(self, name=name, stages=self.stages[::-1])
 
     def shuffled(self, name: str, blocks: int = 4, seed: int = 0) -> Scheme:
-        """Return the stages in parts, in random order, at the same cost.
-
-        Args:
-            name: Name of the new scheme.
-            blocks: Equal parts that each stage is cut into.
-            seed: Seed of the order.
-        """
+        """Cut each stage into ``blocks`` equal parts, and put all parts in random order."""
         parts = [
             replace(stage, share=stage.share / blocks)
             for stage in self.stages
@@ -348,13 +311,9 @@ class Scheme:
         return replace(self, name=name, stages=tuple(random.Random(seed).sample(parts, len(parts))))
 
     def boundaries(self, total_steps: int) -> tuple[int, ...]:
-        """Return the step at which each stage ends. Every stage has at least one step.
+        """Return the step before which each stage ends; the last is ``total_steps``.
 
-        Args:
-            total_steps: Optimizer steps of the scheme.
-
-        Returns:
-            For each stage the first step that it does not train; the last is ``total_steps``.
+        Every stage has at least one step.
 
         Raises:
             SchemeError: There are fewer steps than stages.
@@ -373,27 +332,15 @@ class Scheme:
         return tuple(ends)
 
     def stage_at(self, step: int, total_steps: int) -> int:
-        """Return the index, from 0, of the stage that trains an optimizer step.
-
-        Args:
-            step: The step, from 0.
-            total_steps: Optimizer steps of the scheme.
-
-        Raises:
-            SchemeError: The step is none of 0 to ``total_steps`` - 1.
-        """
+        """Return the index, from 0, of the stage that trains an optimizer step, from 0."""
         if not 0 <= step < total_steps:
             raise SchemeError(f"step must be 0..{total_steps - 1}, not {step}")
         return sum(step >= end for end in self.boundaries(total_steps))
 
     def warmth(self, step: int, total_steps: int) -> float:
-        """Return the multiplier on the scheduled learning rate at a step.
+        """Return the multiplier on the scheduled learning rate at an optimizer step, from 0.
 
         It is the lr_scale of the step's stage, and less while the stage warms up.
-
-        Args:
-            step: The step, from 0.
-            total_steps: Optimizer steps of the scheme.
         """
         stage = self.stage_at(step, total_steps)
         first, end = [0, *self.boundaries(total_steps)][stage : stage + 2]
@@ -453,9 +400,6 @@ def scale_plan(plan: str | Plan, num_layers: int, reference_layers: int = REFERE
 
     Returns:
         The plan's text, its layers in rising order.
-
-    Raises:
-        PlanError: Two layers become the same one, or the plan does not fit the model.
     """
 
     def new_layer(layer: int | str) -> int | str:

@@ -137,7 +137,7 @@ class StageTrainer(Trainer):
         return GroupedSampler(data.lengths, data.medium, self.examples_per_step, self.args.seed)
 
     def create_optimizer(self, model=None):
-        # Without rates of their own, Trainer's groups are the same as these.
+        # Roles without a rate of their own have the run's; if all have, Trainer's groups do.
         model = self.model if model is None else model
         if self.optimizer is None and any(self.rates.values()):
             decayed = set(self.get_decay_parameter_names(unwrap(model)))
