@@ -1,4 +1,4 @@
-"""From a configuration to what a run needs: models, data, steps."""
+"""What a run needs besides its model: the resolved scheme, the data, and the number of steps."""
 
 from __future__ import annotations
 
@@ -21,17 +21,29 @@ from llavolta.train.schemes import Scheme
 from llavolta.worlds import WORLDS, model_path
 from llavolta.worlds.joining import tower_grid
 
-ALIGN = "align"
+ALIGN = "align"  # name of the alignment phase, of its folder and of its scheme
 
 
 def heldout_file(config: TrainConfig) -> Path:
-    """The held-out questions of the world that ``config`` trains on; of the digits if it trains on a file."""
+    """Return the file of held-out questions of the generated data that a run trains on.
+
+    If it trains on a file of the user's, it is that of the digits.
+    """
     return WORLDS.get(config.data, WORLDS["digits"]).heldout(config.scenes)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a configuration comes to: the scheme for the model's depth, its sizes, data and number of steps."""
+    """What a configuration comes to for its model and data.
+
+    Attributes:
+        scheme: The scheme, for the model's depth.
+        num_layers: Decoder layers of the model.
+        num_tokens: Visual tokens of an image; 0 if they vary.
+        total_steps: Optimizer steps of the scheme.
+        data: The data file.
+        images: Its image folder; None: the folder of the file.
+    """
 
     scheme: Scheme
     num_layers: int
@@ -42,7 +54,22 @@ class Setup:
 
 
 def prepare(config: TrainConfig) -> Setup:
-    """Resolve ``config`` without loading weights; builds the digits data on first use. Raises ConfigError."""
+    """Resolve a configuration without loading weights.
+
+    Generated data are made on their first use.
+
+    Args:
+        config: The configuration of the run.
+
+    Returns:
+        The resolved values.
+
+    Raises:
+        ConfigError: The model or the data file cannot be read, or a number does not fit.
+        DataError: The data have to be counted, and cannot be used.
+        PlanError: A plan does not fit the model.
+        SchemeError: The scheme does not fit the number of steps.
+    """
     num_layers, num_tokens = _sizes(config)
     world = WORLDS.get(config.data)
     data, images = (
@@ -50,7 +77,8 @@ def prepare(config: TrainConfig) -> Setup:
     )
     if not data.is_file() and not is_table(data):
         raise ConfigError(
-            f"no data file {data}; give a LLaVA JSON or Parquet file, or {' or '.join(map(repr, WORLDS))}"
+            f"no data file {data}; give a LLaVA JSON or Parquet file, or "
+            f"{' or '.join(map(repr, WORLDS))}"
         )
     if world and world.steps and config.max_steps is None and config.epochs is None:
         total = world.steps
@@ -62,7 +90,7 @@ def prepare(config: TrainConfig) -> Setup:
 
 
 def _sizes(config: TrainConfig) -> tuple[int, int]:
-    """Decoder layers and visual tokens an image, from the checkpoints' configurations alone."""
+    """Return decoder layers, and visual tokens of an image, from configurations alone."""
 
     def read(name: str):
         try:
@@ -82,20 +110,36 @@ def _sizes(config: TrainConfig) -> tuple[int, int]:
 
 
 def visual_tokens(config) -> int:
-    """Of an image, or of a clip where the model is made for them; 0 where they vary."""
-    tiled = (
-        "image_grid_pinpoints",
-        "downsample_ratio",
-        "downsample_factor",
-    )  # image_seq_length is then a tile's
+    """Return the visual tokens of an image, or of a video for a model of videos.
+
+    Args:
+        config: The model's configuration.
+
+    Returns:
+        Their number; 0 if it varies.
+    """
+    # In the configuration of a model with tiles, image_seq_length is that of one tile.
+    tiled = ("image_grid_pinpoints", "downsample_ratio", "downsample_factor")
     if any(getattr(config, name, None) for name in tiled):
         return 0
     return getattr(config, "video_seq_length", getattr(config, "image_seq_length", 0))
 
 
 def count_steps(config: TrainConfig, phase: str, data: Path, images: str | Path | None) -> int:
+    """Return the optimizer steps of a phase, for the number of processes in WORLD_SIZE.
+
+    Args:
+        config: The configuration of the run.
+        phase: "align" or "instruct".
+        data: The phase's data file, which is opened unless the number of steps is set.
+        images: Its image folder.
+
+    Raises:
+        ConfigError: The global batch is no multiple of what all processes compute at a time.
+        DataError: The data cannot be used.
+    """
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    config.batches(phase, processes)  # refuses what does not divide
+    config.batches(phase, processes)  # raises for a global batch that does not divide
     fixed = config.align_epochs is None if phase == "align" else config.max_steps is not None
     return config.steps(phase, 0 if fixed else len(open_data(config, data, images)), processes)
 
@@ -107,16 +151,30 @@ def open_data(
     collate: Collator | None = None,
     progress=False,
 ) -> LlavaData:
-    """The data set at ``data``, without its bad entries if ``config`` skips them. Raises DataError.
+    """Open a data set, without its bad entries if ``config`` skips them.
 
-    collate: what makes batches of it. Then pictures are padded as ``config`` says, and entries of which ``max_length``
-    leaves too little are bad, too; their number is not known to ``epochs``, which counts steps before.
+    With a collator, images are padded as ``config`` says, and entries that do not fit into
+    ``max_length`` are bad too. ``epochs`` are counted in steps before these are known.
+
+    Args:
+        config: The configuration of the run.
+        data: The data file.
+        images: Its image folder.
+        collate: The collator that will make batches of it.
+        progress: Whether to print notes and show a progress bar.
+
+    Returns:
+        The data set.
+
+    Raises:
+        DataError: The data cannot be read, or an entry is bad and ``config`` does not skip it.
     """
     pad = padding_colour(collate.processor) if collate and config.pad_to_square else None
     if config.bad_entries == "fail":
         opened = LlavaData(data, images, pad, ignore=config.ignore_keys)
     else:
-        with PartialState().local_main_process_first():  # a machine looks for them once
+        # One process of a machine checks the data; the others read what it has saved.
+        with PartialState().local_main_process_first():
             bad = find_bad(data, images, ignore=config.ignore_keys)
             opened = LlavaData(data, images, pad, skip=bad, ignore=config.ignore_keys)
     for note in box_notes(opened, config.pad_to_square) if collate else ():
@@ -124,14 +182,25 @@ def open_data(
     too_long = find_too_long(opened, collate, progress) if collate else {}
     if too_long and config.bad_entries == "fail":
         raise DataError(
-            f"{next(iter(too_long.values()))}. Entries that are too long or refused: {len(too_long)} of {len(opened)}; "
-            "'bad_entries: skip' trains without them"
+            f"{next(iter(too_long.values()))}. Entries that are too long or refused: "
+            f"{len(too_long)} of {len(opened)}; 'bad_entries: skip' trains without them"
         )
     return opened.without(too_long) if too_long else opened
 
 
 def record_skipped(output: Path, dataset: LlavaData, progress: bool) -> None:
-    """Hold the run to the entries that it skips: the same on every machine, and whenever it is resumed."""
+    """Write the skipped entries to skipped.json, or check that they are those written before.
+
+    So all machines, and a resumed run, train on the same entries. All processes must call this.
+
+    Args:
+        output: The run folder.
+        dataset: The data set.
+        progress: Whether to print a note.
+
+    Raises:
+        DataError: The entries differ between machines, or from those that the run skipped before.
+    """
     skipped, file = dataset.skipped, output / "skipped.json"
     try:
         held = json.loads(file.read_text()) if file.exists() else skipped
@@ -141,12 +210,13 @@ def record_skipped(output: Path, dataset: LlavaData, progress: bool) -> None:
         ) from None
     if any(other != skipped for other in gather_object([skipped])):
         raise DataError(
-            f"the bad entries of {dataset.file.name} differ between machines; give them the same images"
+            f"the bad entries of {dataset.file.name} differ between machines; give them the same "
+            "images"
         )
     if held != skipped:
         raise DataError(
-            f"{dataset.file.name} has {len(skipped)} bad entries, not the {len(held)} that the run in {output} skipped "
-            "when it began; restore its images, or name another output"
+            f"{dataset.file.name} has {len(skipped)} bad entries, not the {len(held)} that the run "
+            f"in {output} skipped when it began; restore its images, or name another output"
         )
     total = len(skipped) + len(dataset)
     say(
@@ -159,7 +229,15 @@ def record_skipped(output: Path, dataset: LlavaData, progress: bool) -> None:
 
 
 def stage_model(config: TrainConfig, setup: Setup) -> Path:
-    """The folder that holds the model as it was at the end of the stage of ``config``, later stages trained or not."""
+    """Return the checkpoint of the model at the end of the configuration's stage.
+
+    It is the same whether later stages have been trained or not. For stage 0 it is the aligned
+    model.
+
+    Args:
+        config: The configuration of the run.
+        setup: Its resolved values.
+    """
     output = Path(config.output)
     if config.stage == 0:
         return output / ALIGN
@@ -168,11 +246,17 @@ def stage_model(config: TrainConfig, setup: Setup) -> Path:
 
 
 def say(text: str, progress: bool) -> None:
+    """Print a message, if ``progress``."""
     if progress:
         print(text, flush=True)
 
 
 def align_data(config: TrainConfig) -> tuple[Path, Path | None]:
+    """Return the data file and image folder of projector alignment.
+
+    Raises:
+        ConfigError: The run trains on a file of the user's, and align_data is missing.
+    """
     if config.align_data:
         return Path(config.align_data), config.align_images
     if config.data not in WORLDS:

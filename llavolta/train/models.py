@@ -1,4 +1,4 @@
-"""Loading a model, making one of its parts, and saying what of it trains."""
+"""Loads models and processors, chooses what of them trains, and saves them."""
 
 from __future__ import annotations
 
@@ -41,30 +41,42 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def has_bfloat16() -> bool:
-    """Whether this machine has instructions for products of bfloat16: a GPU that does, or a CPU with AMX or AVX-512
-    BF16. Without them they are several times slower than those of float32 on a CPU, not faster."""
+    """Return whether this machine has instructions for products of bfloat16.
+
+    That is a GPU that supports it, or a CPU with AMX or AVX-512 BF16. On other CPUs such products
+    are several times slower than those of float32.
+    """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    names = (
-        "_is_amx_tile_supported",
-        "_is_avx512_bf16_supported",
-    )  # torch has no public names for them
+    # torch has no public functions for these.
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def autocasts(config: TrainConfig) -> bool:
-    """Whether a run of ``config`` autocasts to bfloat16 on this machine."""
+    """Return whether a run of ``config`` autocasts to bfloat16 on this machine."""
     return has_bfloat16() if config.bf16 == "auto" else config.bf16
 
 
 def read_config(name: str):
-    """The configuration of the vision-language model ``name``, or of that whose adapters are there. Raises ConfigError
-    if it is none, or unreadable."""
+    """Read the configuration of a vision-language model, without its weights.
+
+    Args:
+        name: A folder, a hub name or a name of ``worlds.MODELS``. For a folder of adapters, the
+            model that they were trained on is read.
+
+    Returns:
+        The transformers configuration.
+
+    Raises:
+        ConfigError: There is no such model, it cannot be read, or it reads no images.
+    """
     path = whole_path(name)
     try:
         if "mm_vision_tower" in PretrainedConfig.get_config_dict(path)[0]:
             raise ConfigError(
-                f"{name} is in LLaVA's original format; use a converted one, such as llava-hf/llava-1.5-7b-hf"
+                f"{name} is in LLaVA's original format; use a converted one, such as "
+                "llava-hf/llava-1.5-7b-hf"
             )
         config = AutoConfig.from_pretrained(path)
     except ConfigError:
@@ -73,23 +85,26 @@ def read_config(name: str):
         raise ConfigError(f"model {name!r} cannot be read: {str(error).splitlines()[0]}") from None
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise ConfigError(
-            f"{name} is a {config.model_type}, a model without pictures; give a vision-language model, or make one "
-            "with vision_tower and language_model"
+            f"{name} is a {config.model_type}, a model without pictures; give a vision-language "
+            "model, or make one with vision_tower and language_model"
         )
     return config
 
 
 def whole_path(name: str) -> str:
-    """Where the model ``name`` is; where ``name`` holds adapters, the model that they were trained on."""
+    """Return the folder or hub name of a model. For adapters: of the model they were trained on."""
     path = model_path(name)
-    while (Path(path) / ADAPTERS).exists():
+    while (Path(path) / ADAPTERS).exists():  # the base may be a folder of adapters too
         with _reading_adapters(path):
             path = model_path(_base_of(path))
     return path
 
 
 def source_dtype(config: TrainConfig) -> torch.dtype:
-    """The dtype that the model which ``config`` starts from says that its weights have; float32 if it does not."""
+    """Return the dtype of the weights that a run starts from, as their configuration says it.
+
+    It is float32 if the configuration does not say.
+    """
     read = AutoConfig.from_pretrained(whole_path(config.language_model or config.model))
     dtype = read.dtype or read.get_text_config().dtype or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -97,16 +112,25 @@ def source_dtype(config: TrainConfig) -> torch.dtype:
 
 @quiet()
 def load_model(name: str, quantize: str | None = None, dtype: torch.dtype = torch.float32) -> tuple:
-    """(model, processor) of a Hugging Face folder or hub name; "embedded" is the one in data/.
+    """Load a model and its processor.
 
-    A folder of adapters is loaded with the model that they were trained on, and merged into it. quantize: "nf4".
-    Raises ConfigError when weights are missing, which ``from_pretrained`` would fill with random numbers.
+    Adapters are loaded with the model that they were trained on, and merged into it.
+
+    Args:
+        name: A folder, a hub name or a name of ``worlds.MODELS``, such as "embedded".
+        quantize: "nf4" loads the language model in 4 bits; None does not.
+        dtype: The dtype of the weights.
+
+    Returns:
+        The model and the processor.
+
+    Raises:
+        ConfigError: The model cannot be read, or weights are missing, which ``from_pretrained``
+            would fill with random numbers.
     """
     path = model_path(name)
     if (Path(path) / ADAPTERS).exists():
-        if (
-            quantize
-        ):  # of a base that holds adapters itself: they would have to be merged into 4 bits
+        if quantize:
             raise ConfigError(
                 f"{path} holds adapters, which cannot be merged into 4 bits; give a whole model"
             )
@@ -119,18 +143,18 @@ def load_model(name: str, quantize: str | None = None, dtype: torch.dtype = torc
 
 
 def _with_its_adapters(path: str, dtype: torch.dtype) -> tuple:
-    """The model that the adapters in the folder ``path`` were trained on, with them merged in, and its processor."""
+    """Load adapters with the model that they were trained on, merged, and its processor."""
     with _reading_adapters(path):
         model, processor = load_model(_base_of(path), dtype=dtype)
         return PeftModel.from_pretrained(model, path).merge_and_unload(), processor
 
 
 def _base_of(path: str) -> str:
-    """The model that the adapters in the folder ``path`` were trained on."""
+    """Return the model that the adapters in the folder ``path`` were trained on."""
     base = PeftConfig.from_pretrained(path).base_model_name_or_path
-    beside = (
-        Path(path).parent / Path(base).name
-    )  # where the run's own base is after the run was moved
+    # If the run folder was moved, the path to its aligned model is wrong, but that model lies
+    # beside the adapters.
+    beside = Path(path).parent / Path(base).name
     if Path(base).is_absolute() and not Path(base).exists():
         if not beside.exists():
             raise ConfigError(
@@ -142,6 +166,7 @@ def _base_of(path: str) -> str:
 
 @contextmanager
 def _reading_adapters(path: str):
+    """Turn the errors of damaged adapters into a ConfigError."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
@@ -155,8 +180,21 @@ def _reading_adapters(path: str):
 
 @quiet()
 def load_to_adapt(name: str, config: TrainConfig) -> tuple:
-    """(model, processor) as ``load_model``, with adapters to be trained by ``config``: new ones, or those in the folder
-    ``name``, which are trained on if they have the form that ``config`` asks for and are merged otherwise."""
+    """Load a model and its processor, with adapters to be trained.
+
+    If ``name`` is a folder of adapters of the form that ``config`` sets, these are trained further.
+    Adapters of another form are merged into the model, which gets new ones.
+
+    Args:
+        name: A folder, a hub name or a name of ``worlds.MODELS``.
+        config: The configuration of the run, with a lora_rank.
+
+    Returns:
+        The PEFT model and the processor.
+
+    Raises:
+        ConfigError: The model or its adapters cannot be read.
+    """
     path = model_path(name)
     held = path if (Path(path) / ADAPTERS).exists() else None
     with _reading_adapters(path) if held else nullcontext():
@@ -164,21 +202,37 @@ def load_to_adapt(name: str, config: TrainConfig) -> tuple:
         model, processor = load_model(base, config.quantize)
         set_trainable(model, "instruct", config.train_tower)
         if base not in MODELS and Path(base).exists():
-            base = str(Path(base).resolve())  # the adapters may be loaded from elsewhere
+            base = str(Path(base).resolve())  # adapters may be loaded from another working folder
         return with_adapters(model, config, base, held), processor
 
 
 def save_plain(model, folder: Path) -> None:
-    """Save ``model`` under the names of public checkpoints, which other programs read."""
-    # transformers keeps the names of the folder that a model was loaded from, here a checkpoint.
+    """Save a model under the weight names of public checkpoints, which other programs read.
+
+    Args:
+        model: The model, without wrappers.
+        folder: The folder, which is created.
+    """
+    # transformers saves under the names of the folder that a model was loaded from. Here that is a
+    # checkpoint, which has the names in memory.
     vars(model).pop("_weight_conversions", None)
     model.save_pretrained(folder)
 
 
 @quiet()
 def load_processor(config, path: str):
-    """The processor at ``path`` for the model that ``config`` describes, also without torchvision: then that of
-    Video-LLaVA reads clips by ours, that of others reads none. Raises ConfigError."""
+    """Load the processor of a model.
+
+    Without torchvision, the processor of Video-LLaVA reads videos with ``FrameProcessor``, and that
+    of another model reads images alone.
+
+    Args:
+        config: The model's configuration.
+        path: The folder or hub name of the processor.
+
+    Raises:
+        ConfigError: The processor cannot be read, or does not say its patch size.
+    """
     if config.model_type != "video_llava":
         try:
             kind = PROCESSOR_MAPPING.get(type(config), None)
@@ -192,30 +246,31 @@ def load_processor(config, path: str):
             if "orchvision" in why:
                 why = "it needs torchvision, which is not installed"
             raise ConfigError(f"the processor of {path} cannot be read: {why}") from None
-        if getattr(processor, "patch_size", 0) is None:  # with which it counts a picture's tokens
+        # Without it, the processor cannot count an image's visual tokens.
+        if getattr(processor, "patch_size", 0) is None:
             size = getattr(getattr(config, "vision_config", None), "patch_size", "...")
             raise ConfigError(
                 f'{path}/processor_config.json has no patch_size; add "patch_size": {size}'
             )
         return processor
-    from transformers import (
-        CLIPImageProcessor,
-    )  # warns of a missing torchvision as soon as it is imported
+    # Imported here, because importing it warns where torchvision is missing.
+    from transformers import CLIPImageProcessor
 
-    images = CLIPImageProcessor.from_pretrained(
-        path
-    )  # the one of its own that some have calls pixel_values otherwise
+    # Video-LLaVA's own image processor, which some checkpoints name, names its output otherwise.
+    images = CLIPImageProcessor.from_pretrained(path)
     settings, _ = VideoLlavaProcessor.get_processor_dict(path)
     parts = [images, FrameProcessor(images), AutoTokenizer.from_pretrained(path)]
     return VideoLlavaProcessor.from_args_and_dict(parts, settings)
 
 
 def _four_bits(config):
+    """Return the configuration of NF4 for the language model alone."""
     from transformers import BitsAndBytesConfig
     from transformers.utils import is_bitsandbytes_available
 
     if not is_bitsandbytes_available():
         raise ConfigError("quantize 'nf4' needs the package bitsandbytes; pip install bitsandbytes")
+    # A model without weights tells the modules that stay as they are.
     with torch.device("meta"):
         role = roles(AutoModelForImageTextToText.from_config(config))
     return BitsAndBytesConfig(
@@ -228,7 +283,16 @@ def _four_bits(config):
 
 
 def set_trainable(model, phase: str, train_tower: bool = False) -> None:
-    """Freeze what LLaVA freezes: in "align" all but the projector, in "instruct" the tower unless ``train_tower``."""
+    """Freeze the parameters that LLaVA freezes.
+
+    Args:
+        model: The model, wrapped or not.
+        phase: "align" trains only the projector; "instruct" all but the vision tower.
+        train_tower: Whether "instruct" trains the vision tower too.
+
+    Raises:
+        ConfigError: No projector or no vision tower is found in the model.
+    """
     top = unwrap(model)
     role = roles(top)
     if not role.projector or not role.tower:
@@ -239,20 +303,34 @@ def set_trainable(model, phase: str, train_tower: bool = False) -> None:
     for name, parameter in top.named_parameters():
         of = role.of(name)
         trains = of == "projector" if phase == "align" else of != "tower" or train_tower
-        if parameter.is_floating_point():
+        if parameter.is_floating_point():  # weights in 4 bits are integers, and stay frozen
             parameter.requires_grad_(trains)
 
 
 def with_adapters(model, config: TrainConfig, base: str, held: str | None = None) -> PeftModel:
-    """``model`` with LoRA in the linear layers of its decoder; the projector (and tower) train whole. See TrainConfig.
-    Lone parameters beside them, such as LLaVA-NeXT's newline, stay as they are.
+    """Add LoRA adapters to the linear layers of the decoder. The projector trains whole.
 
-    base: the folder of ``model``, which the adapters' folder will name. held: a folder of adapters of ``model``, to be
-    trained on, or merged if ``config`` asks for others.
+    The vision tower does too, if ``config`` trains it. Parameters beside them that belong to no
+    module, such as LLaVA-NeXT's newline, do not train.
+
+    Args:
+        model: The model.
+        config: The configuration of the run, with a lora_rank.
+        base: The model's folder or name, which the saved adapters will refer to.
+        held: A folder of adapters of ``model``. They are trained further if they have the form that
+            ``config`` sets, else merged.
+
+    Returns:
+        The PEFT model.
+
+    Raises:
+        ConfigError: The adapters in ``held`` would have to be merged into 4 bits.
     """
     if config.quantize:
         model = prepare_model_for_kbit_training(model, config.gradient_checkpointing)
     modules = dict(model.named_modules())
+    # whole: modules that are trained as they are. A ModuleList has no forward, so PEFT needs the
+    # names of its items.
     whole = [name for name in roles(model).projector if name in modules]
     whole += [name for name in roles(model).tower if config.train_tower]
     lists = {
@@ -263,10 +341,11 @@ def with_adapters(model, config: TrainConfig, base: str, held: str | None = None
         for name in whole
         for part in (lists[name] if isinstance(modules[name], nn.ModuleList) else [name])
     ]
+    # Adapters go to the decoder's layers only; towers have linear layers of the same names.
     prefix = next(name for name, module in modules.items() if module is find_parts(model).decoder)
     inside = find_parts(model).layers.named_modules()
     linear = [f"{prefix}.layers.{name}" for name, module in inside if isinstance(module, nn.Linear)]
-    model.name_or_path = model.config.name_or_path = base
+    model.name_or_path = model.config.name_or_path = base  # PEFT saves it with the adapters
     wanted = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
@@ -277,6 +356,7 @@ def with_adapters(model, config: TrainConfig, base: str, held: str | None = None
     adapted = get_peft_model(model, wanted)
     if held is None:
         return adapted
+    # The same scale and the same shapes: the saved adapters fit the new ones.
     found, weights = PeftConfig.from_pretrained(held), load_file(Path(held) / ADAPTER_WEIGHTS)
     if found.lora_alpha == wanted.lora_alpha and _shapes(weights) == _shapes(
         get_peft_model_state_dict(adapted)
@@ -285,33 +365,40 @@ def with_adapters(model, config: TrainConfig, base: str, held: str | None = None
         return adapted
     if config.quantize:
         raise ConfigError(
-            f"{held} holds adapters of another form (rank {found.r}, lora_alpha {found.lora_alpha}), which cannot be "
-            "merged into 4 bits; ask for that form, or give a whole model"
+            f"{held} holds adapters of another form (rank {found.r}, lora_alpha "
+            f"{found.lora_alpha}), which cannot be merged into 4 bits; ask for that form, or give "
+            "a whole model"
         )
+    # Merged, they are part of the base, so the new adapters refer to their folder as the base.
     model = PeftModel.from_pretrained(adapted.unload(), held).merge_and_unload()
     model.name_or_path = model.config.name_or_path = held
     return get_peft_model(model, wanted)
 
 
 def _shapes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    """Return the shape of each weight."""
     return {name: weight.shape for name, weight in weights.items()}
 
 
 def _outermost(names: list[str]) -> list[str]:
-    """``names`` without those that stand within another."""
+    """Return the names of modules that are inside of no other one of ``names``."""
     return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
 def parameter_groups(
     model, weight_decay: float, decayed: set[str], rates: dict[str, float | None]
 ) -> list[dict]:
-    """Groups for the optimizer, which hold every parameter that trains once.
+    """Sort the parameters that train into groups for the optimizer, each into one.
 
     Args:
         model: The model, wrapped or not.
-        weight_decay: That of the parameters that decay.
-        decayed: Their names in the unwrapped model.
-        rates: Learning rates by role ("projector", "tower", "language"). None, or no rate: the run's.
+        weight_decay: Weight decay of the parameters in ``decayed``; others have none.
+        decayed: Names of parameters in the unwrapped model.
+        rates: Learning rate by role ("projector", "tower", "language"). A role without one, or with
+            None, has the optimizer's.
+
+    Returns:
+        The groups.
     """
     top, role = unwrap(model), roles(model)
     groups: dict[tuple, dict] = {}
@@ -327,8 +414,11 @@ def parameter_groups(
 
 
 def spare_frozen_towers(model) -> None:
-    """No checkpointing in towers that do not train: no backward pass comes there, and on a GPU its bookkeeping takes
-    longer than the tower's layers do (twice the time of a CLIP ViT-L/14-336 on an H100)."""
+    """Switch gradient checkpointing off in vision towers that do not train.
+
+    No backward pass reaches them, and on a GPU checkpointing takes longer than their layers do
+    (twice the time of a CLIP ViT-L/14-336 on an H100).
+    """
     for tower in towers(find_parts(model)).values():
         if not any(parameter.requires_grad for parameter in tower.parameters()):
             for module in tower.modules():

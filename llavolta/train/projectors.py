@@ -1,12 +1,14 @@
-"""Projectors for LLaVA that fuse visual tokens on their way into the decoder, and the model that holds them.
+"""Projectors for LLaVA that fuse visual tokens, and the model class that has them.
 
-*Learning Compact Vision Tokens for Efficient Large Multimodal Models* (LLaVA-STF, arXiv 2506.07138). A projector is
-named by text: ``"stf:2"`` fuses windows of 2 x 2 tokens, ``"mbtf:-2,21,18"`` reads several blocks of the vision tower
-(with LLaVA's MLP behind), ``"mbtf+stf:2"`` does both, ``"mlp"`` is the model's own. Options are those of plans: in
-order, or as ``option=value``.
+Source: *Learning Compact Vision Tokens for Efficient Large Multimodal Models* (LLaVA-STF, arXiv
+2506.07138). A projector is named by text. ``"stf:2"`` fuses windows of 2 x 2 tokens.
+``"mbtf:-2,21,18"`` reads several blocks of the vision tower, and has LLaVA's MLP after them.
+``"mbtf+stf:2"`` does both. ``"mlp"`` is the model's own. Options are written as in plans, in order
+or as ``option=value``.
 
-A block is numbered as in the tower's ``hidden_states``: 0 is what enters the first block, i the output of the i-th of N
-blocks, and from the end -1 is block N, -2 the block before it, which LLaVA reads.
+Blocks are numbered as in the tower's ``hidden_states``: 0 is the input of the first block, i the
+output of the i-th of N blocks. From the end, -1 is block N, and -2 the block before it, which LLaVA
+reads.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ OWN = "mlp"  # the projector that the model comes with
 
 NOTE = """# A LLaVA with fused visual tokens
 
-The projector of this model is not LLaVA's: it fuses visual tokens (`llava_stf`; arXiv 2506.07138). transformers loads
+The projector of this model is not LLaVA's: it fuses visual tokens \
+(`llava_stf`; arXiv 2506.07138). transformers loads
 it once the package llavolta is imported:
 
 ```python
@@ -47,11 +50,11 @@ processor = AutoProcessor.from_pretrained(FOLDER)
 
 
 class ProjectorError(UserError, ValueError):
-    """A projector that cannot be read from its text, or that does not fit the model; the message says why."""
+    """A projector whose text cannot be read, or that does not fit the model."""
 
 
 def _mlp(*widths: int, bias: bool = True) -> nn.Sequential:
-    """Linear, GELU, Linear of three ``widths``, which keeps the scale of what enters it."""
+    """Return Linear, GELU, Linear with three ``widths``, which keeps the scale of its input."""
     layers = nn.Sequential(
         nn.Linear(*widths[:2], bias=bias), nn.GELU(), nn.Linear(*widths[1:], bias=bias)
     )
@@ -63,9 +66,15 @@ def _mlp(*widths: int, bias: bool = True) -> nn.Sequential:
 
 
 class MultiBlockTokenFusion(nn.Module):
-    """Fuses what ``blocks`` blocks of the vision tower say of each patch (MBTF): (I, L, blocks C_v) -> (I, L, C_v).
+    """Fuses the outputs of n blocks of the vision tower per patch (MBTF), to C_v channels.
 
-    Linear n C_v -> n/2 C_v (rounded up), GELU, Linear -> C_v: the published widths at n = 8, 8 C_v -> 4 C_v -> C_v.
+    It is Linear n C_v -> ceil(n/2) C_v, GELU, Linear -> C_v: for 8 blocks the published widths 8
+    C_v -> 4 C_v -> C_v.
+
+    Args:
+        width: Channels C_v of the vision tower.
+        blocks: Number of blocks n.
+        bias: Whether the linear layers have a bias.
     """
 
     def __init__(self, width: int, blocks: int = 8, bias: bool = True):
@@ -73,15 +82,23 @@ class MultiBlockTokenFusion(nn.Module):
         self.mlp = _mlp(blocks * width, -(-blocks // 2) * width, width, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Map features (I, L, n C_v) to (I, L, C_v)."""
         return self.mlp(features)
 
 
 class SpatialTokenFusion(nn.Module):
-    """Fuses each ``window`` x ``window`` tokens of a square grid into one (STF): (I, L, C_v) -> (I, L/window², C).
+    """Fuses each window x window tokens of a square grid into one (STF).
 
-    The tokens of a window are joined on the channel axis, row by row; then Linear window² C_v -> expansion window² C_v,
-    GELU, Linear -> C: the published widths at window 2, 4 C_v -> 16 C_v -> C. Raises ProjectorError for L tokens that
-    are no square, or one that the window does not divide.
+    The tokens of a window are joined along the channels, row by row. Then follow Linear window² C_v
+    -> expansion window² C_v, GELU, Linear -> C: for window 2 the published widths 4 C_v -> 16 C_v
+    -> C.
+
+    Args:
+        width: Channels C_v of a visual token.
+        out: Channels C of the decoder.
+        window: Tokens along the side of a window.
+        expansion: Width of the hidden layer, in widths of its input.
+        bias: Whether the linear layers have a bias.
     """
 
     def __init__(
@@ -93,6 +110,11 @@ class SpatialTokenFusion(nn.Module):
         self.mlp = _mlp(joined, expansion * joined, out, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Map features (I, L, C_v) to (I, L / window², C).
+
+        Raises:
+            ProjectorError: L is no square, or the window does not divide its side.
+        """
         pictures, length, width = features.shape
         side, k = math.isqrt(length), self.window
         if side**2 != length:
@@ -100,41 +122,57 @@ class SpatialTokenFusion(nn.Module):
                 f"stf needs a square grid of tokens, not {length}; drop CLS and compress behind it"
             )
         n = _windows(side, k)
-        grid = features.unflatten(1, (n, k, n, k))  # (I, n, k, n, k, C_v)
+        grid = features.unflatten(1, (n, k, n, k))  # (I, L, C_v) -> (I, n, k, n, k, C_v)
+        # -> (I, n, n, k, k, C_v) -> (I, L / k², k² C_v)
         return self.mlp(grid.transpose(2, 3).reshape(pictures, n * n, k * k * width))
 
 
 def _windows(side: int, window: int) -> int:
-    """Windows along the side of a grid. Raises ProjectorError if they do not fill it."""
+    """Return the windows along a grid's side. Raise ProjectorError if they do not fill it."""
     if side % window:
         fit = [k for k in range(1, side + 1) if side % k == 0]
         raise ProjectorError(
-            f"windows of {window} x {window} do not fill a grid of {side} x {side}; choose from {fit}"
+            f"windows of {window} x {window} do not fill a grid of {side} x {side}; choose from "
+            f"{fit}"
         )
     return side // window
 
 
 @dataclass(frozen=True)
 class ProjectorSpec:
-    """What a projector's text says. window: None without STF. blocks: None without MBTF, () for the usual ones."""
+    """What the text of a projector says.
+
+    Attributes:
+        window: Side of STF's windows; None: no STF.
+        expansion: Width of STF's hidden layer, in widths of its input.
+        blocks: Blocks that MBTF reads; None: no MBTF; (): those of ``usual_blocks``.
+    """
 
     window: int | None = None
     expansion: int = 4
     blocks: tuple[int, ...] | None = None
 
     def num_tokens(self, side: int) -> int:
-        """Visual tokens of a ``side`` x ``side`` grid behind the projector."""
+        """Return the visual tokens that remain of a ``side`` x ``side`` grid."""
         return _windows(side, self.window or 1) ** 2
 
 
-_PARTS = {
-    "mbtf": {"blocks": ()},
-    "stf": {"window": 2, "expansion": 4},
-}  # their options, in order, and defaults
+# The options of each part in their order, with their defaults.
+_PARTS = {"mbtf": {"blocks": ()}, "stf": {"window": 2, "expansion": 4}}
 
 
 def parse_projector(text: str) -> ProjectorSpec | None:
-    """What ``text`` asks for; None for "mlp", the projector that the model comes with. Raises ProjectorError."""
+    """Read the text of a projector.
+
+    Args:
+        text: For example "mbtf:-2,21,18+stf:2".
+
+    Returns:
+        What it says; None for "mlp", the projector that the model comes with.
+
+    Raises:
+        ProjectorError: The text cannot be read.
+    """
     if text == OWN:
         return None
     if not isinstance(text, str):
@@ -144,7 +182,8 @@ def parse_projector(text: str) -> ProjectorSpec | None:
         name, *options = (word.strip() for word in part.split(":"))
         if name not in _PARTS or name in names or "stf" in names:
             raise ProjectorError(
-                f"cannot read projector {text!r}; write 'mlp', 'stf:WINDOW', 'mbtf:BLOCK,BLOCK,...' or 'mbtf+stf'"
+                f"cannot read projector {text!r}; write 'mlp', 'stf:WINDOW', "
+                "'mbtf:BLOCK,BLOCK,...' or 'mbtf+stf'"
             )
         names.append(name)
         try:
@@ -165,6 +204,7 @@ def parse_projector(text: str) -> ProjectorSpec | None:
 
 
 def _block_numbers(blocks) -> tuple[int, ...]:
+    """Return the numbers in a text such as "-2,21,18". Raise ValueError if there are none."""
     if isinstance(blocks, tuple):
         return blocks
     try:
@@ -176,7 +216,10 @@ def _block_numbers(blocks) -> tuple[int, ...]:
 
 
 def usual_blocks(depth: int) -> list[int]:
-    """The published choice for a tower of ``depth`` blocks, -2, 21, 18, ..., 3 of 24: an eighth of the depth apart."""
+    """Return the published blocks for a tower of ``depth`` blocks: of 24, -2, 21, 18, ..., 3.
+
+    They are an eighth of the depth apart.
+    """
     step = max(1, depth // 8)
     return [-2, *reversed(range(step, depth - 1, step))]
 
@@ -184,8 +227,15 @@ def usual_blocks(depth: int) -> list[int]:
 class LlavaStfConfig(LlavaConfig):
     """LLaVA's configuration with a projector that fuses tokens.
 
-    stf_window: None: LLaVA's MLP. A list as vision_feature_layer means MBTF over these blocks. image_seq_length
-    follows from the tower's grid and the window. Raises ProjectorError for what does not fit the tower.
+    ``image_seq_length`` follows from the tower's grid and the window.
+
+    Attributes:
+        stf_window: Side of STF's windows; None: LLaVA's MLP.
+        stf_expansion: Width of STF's hidden layer, in widths of its input.
+        vision_feature_layer: A list of blocks means MBTF over these.
+
+    Raises:
+        ProjectorError: The window or the blocks do not fit the tower.
     """
 
     model_type = "llava_stf"
@@ -198,6 +248,7 @@ class LlavaStfConfig(LlavaConfig):
         spec = ProjectorSpec(self.stf_window)
         self.image_seq_length = spec.num_tokens(vision.image_size // vision.patch_size)
         depth = vision.num_hidden_layers
+        # Hidden states are numbered 0..depth, or from the end -depth - 1..-1.
         beyond = [
             block
             for block in (blocks if isinstance(blocks, list) else [blocks])
@@ -205,12 +256,17 @@ class LlavaStfConfig(LlavaConfig):
         ]
         if beyond or blocks == []:
             raise ProjectorError(
-                f"the tower has hidden states {-depth - 1}..{depth}, not {beyond or 'an empty list'}"
+                f"the tower has hidden states {-depth - 1}..{depth}, not "
+                f"{beyond or 'an empty list'}"
             )
 
 
 class TokenFusionProjector(nn.Module):
-    """The ``multi_modal_projector`` of a LlavaStfConfig: (I, L, C_v), or (I, L, n C_v) of n blocks -> (I, L', C)."""
+    """The ``multi_modal_projector`` of a ``LlavaStfConfig``: MBTF or nothing, then STF or an MLP.
+
+    Args:
+        config: The model's configuration.
+    """
 
     def __init__(self, config: LlavaStfConfig):
         super().__init__()
@@ -229,14 +285,20 @@ class TokenFusionProjector(nn.Module):
             self.tokens = _mlp(width, out, out, bias=bias)
         else:
             self.tokens = SpatialTokenFusion(width, out, window, config.stf_expansion, bias)
+        # Read by compression: "vision" in a plan needs a projector that maps tokens one by one.
         self.merges_tokens = (window or 1) > 1
 
     def forward(self, features: Tensor) -> Tensor:
+        """Map features (I, L, C_v), or (I, L, n C_v) of n blocks, to (I, L', C)."""
         return self.tokens(self.blocks(features))
 
 
 class LlavaStfForConditionalGeneration(LlavaForConditionalGeneration):
-    """LLaVA with Spatial or Multi-Block Token Fusion; everything else is stock, so whatever takes a LLaVA takes it."""
+    """LLaVA with Spatial or Multi-Block Token Fusion. All else is transformers' own.
+
+    Args:
+        config: The model's configuration.
+    """
 
     config_class = LlavaStfConfig
 
@@ -245,7 +307,13 @@ class LlavaStfForConditionalGeneration(LlavaForConditionalGeneration):
         self.model.multi_modal_projector = TokenFusionProjector(config)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As ever, with a README.md that says how to load the folder, unless it has one."""
+        """Save the model, with a README.md on how to load it, unless the folder has one.
+
+        Args:
+            save_directory: The folder.
+            *args: As in transformers.
+            **kwargs: As in transformers.
+        """
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
         note = Path(save_directory) / "README.md"
         if not note.exists():
@@ -257,7 +325,15 @@ AutoModelForImageTextToText.register(LlavaStfConfig, LlavaStfForConditionalGener
 
 
 def with_projector(config: LlavaConfig, projector: str) -> LlavaConfig:
-    """``config`` of the same LLaVA with another ``projector``; as it is for "mlp". Raises ProjectorError."""
+    """Return the configuration of the same LLaVA with another projector.
+
+    Args:
+        config: The configuration of a LLaVA.
+        projector: The projector's text; "mlp" returns ``config`` itself.
+
+    Raises:
+        ProjectorError: The model is no LLaVA-1.5, or the projector does not fit it.
+    """
     spec = parse_projector(projector)
     if spec is None:
         return config
@@ -283,16 +359,28 @@ def with_projector(config: LlavaConfig, projector: str) -> LlavaConfig:
 def replace_projector(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, projector: str
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """``model`` and ``processor`` with a new, untrained ``projector``; both as they are for "mlp".
+    """Give a model and its processor a new, untrained projector.
 
-    The new model takes over the modules of ``model``, which is not to be used any more. Its visual tokens start at the
-    scale of the decoder's embeddings. The processor counts a window as one patch, and so gives the number of
-    placeholders. Raises ProjectorError.
+    The new model takes over the modules of ``model``, which must not be used any more. Its visual
+    tokens start at the scale of the decoder's embeddings. The processor counts a window as one
+    patch, which gives the right number of placeholders.
+
+    Args:
+        model: A LLaVA.
+        processor: Its processor.
+        projector: The projector's text; "mlp" returns both as they are.
+
+    Returns:
+        The new model and processor.
+
+    Raises:
+        ProjectorError: The model is no LLaVA-1.5, or the projector does not fit it.
     """
     config = with_projector(model.config, projector)
     if config is model.config:
         return model, processor
     config._attn_implementation = model.config._attn_implementation
+    # Without memory for weights: all modules are replaced below.
     with torch.device("meta"):
         new = LlavaStfForConditionalGeneration(config)
     for name in ("vision_tower", "language_model"):
@@ -307,9 +395,11 @@ def replace_projector(
 
 @torch.no_grad()
 def _scale(model: LlavaStfForConditionalGeneration) -> None:
-    """Scale the projector's weights, layer by layer, for a picture of noise: 1 inside, the embeddings' scale behind.
+    """Scale the projector's weights so that its layers keep the scale of an image of noise.
 
-    What a tower's blocks put out has no scale of its own. (Layer-sequential unit variance, arXiv 1511.06422.)
+    Inner layers give values of unit scale, the last one those of the scale of the embeddings
+    (layer-sequential unit variance, arXiv 1511.06422). The outputs of a tower's blocks have no
+    common scale.
     """
     vision = model.config.vision_config
     linears = [
@@ -320,6 +410,7 @@ def _scale(model: LlavaStfForConditionalGeneration) -> None:
     }
 
     def scale(part, args, output):
+        # Layer by layer in one pass: the next one already gets the scaled output.
         factor = targets[part] / _rms(output)
         part.weight.mul_(factor)
         return output * factor  # biases are still zero
@@ -334,4 +425,5 @@ def _scale(model: LlavaStfForConditionalGeneration) -> None:
 
 
 def _rms(values: Tensor) -> float:
+    """Return the root mean square of ``values``."""
     return values.float().pow(2).mean().sqrt().item()

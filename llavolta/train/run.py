@@ -1,17 +1,19 @@
-"""Training by stages on transformers' Trainer: projector alignment, then instruction tuning under a scheme.
+"""Training by stages with transformers' Trainer: projector alignment, then instruction tuning.
 
-``python -m llavolta.train CONFIG.yaml`` runs what the 03 notebook runs. One run folder holds one run:
+``python -m llavolta.train CONFIG.yaml`` and notebook 03 both call ``train``. A run folder holds one
+run:
 
-    config.yaml      the resolved configuration; another one is refused
+    config.yaml      the resolved configuration; a different one is an error
     metrics.jsonl    one JSON object every few steps
-    skipped.json     the entries left out, under bad_entries: skip
+    skipped.json     the entries that are left out, with bad_entries: skip
     align/           projector alignment (stage 0), a run folder of its own
-    checkpoint-*/    where training can resume; one at the end of every stage (see llavolta.train.checkpoints)
-    model.safetensors, config.json, ...   the model of the newest finished stage, a plain Hugging Face folder
+    checkpoint-*/    where training can resume; one at the end of every stage (see
+    train.checkpoints)
+    model.safetensors, config.json, ...   the model of the newest finished stage, in plain form
     scheme.json      which stage that is
 
-Stage i of a scheme is the run from the checkpoint at the end of stage i - 1 to the one at the end of stage i, so
-stages trained one by one give the same weights as the whole scheme in one go.
+Stage i of a scheme is trained from the checkpoint at the end of stage i - 1 to the one at its own
+end. So stages that are trained one by one give the same weights as the whole scheme at once.
 """
 
 from __future__ import annotations
@@ -75,29 +77,44 @@ from llavolta.train.words import fit_to_words
 from llavolta.worlds import model_path
 from llavolta.worlds.joining import join
 
-# What may differ between two calls on one run folder: how far to train, and how, not what.
+# Parameters that may differ between two calls on one run folder. They do not change the weights.
 _FREE = ("output", "stage", "num_workers", "log_steps", "save_steps", "keep_checkpoints")
-WANTED_PROCESSES = "LLAVOLTA_PROCESSES"  # environment variable: so many must come up
+WANTED_PROCESSES = "LLAVOLTA_PROCESSES"  # environment variable: how many processes must start
 
 
 def train(config: TrainConfig, progress: bool = True) -> Path:
-    """Run ``config`` up to its stage, doing only what its output folder does not hold yet. Returns that folder.
+    """Train up to the configuration's stage. What the run folder has already is not trained again.
 
-    Missing earlier stages, projector alignment among them, are trained first. Raises ConfigError, PlanError,
-    DataError, SaveError, FloatingPointError, and Stopped at SIGTERM,
-    SIGHUP or Ctrl-C; whatever was finished before stays.
+    Earlier stages that are missing, and projector alignment, are trained first. What was finished
+    before an error or a signal stays.
+
+    Args:
+        config: The configuration of the run.
+        progress: Whether to print messages and show progress bars, on the main process.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ConfigError: The configuration, the model, the launch or the run folder is wrong.
+        PlanError: A plan does not fit the model.
+        SchemeError: The scheme does not fit, or the model cannot run a stage's plan.
+        DataError: The data cannot be used.
+        SaveError: A checkpoint or the model cannot be written.
+        FloatingPointError: The loss is not finite.
+        Stopped: SIGTERM, SIGHUP or Ctrl-C stopped the training after a step, which was saved.
     """
     output = Path(config.output)
     if (config.deepspeed or config.fsdp) and "RANK" not in os.environ:
         raise ConfigError(
-            f"{config.deepspeed or config.fsdp} needs a launcher, also for one process: --num-processes 1, or launch()"
+            f"{config.deepspeed or config.fsdp} needs a launcher, also for one process: "
+            "--num-processes 1, or launch()"
         )
     if not torch.cuda.is_available():
         _keep_freed_memory()
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # DeepSpeed warns on import if it has to find out itself
-    if config.deepspeed:  # it calls ninja, which pip puts beside this Python
+        # DeepSpeed warns on import if it has to find out itself.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if config.deepspeed:  # it starts ninja, which pip installs beside this Python
         os.environ["PATH"] = os.pathsep.join(
             [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
         )
@@ -105,13 +122,15 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
     wanted = int(os.environ.get(WANTED_PROCESSES, state.num_processes))
     if wanted != state.num_processes:
         raise ConfigError(
-            f"{wanted} processes were asked for, but {state.num_processes} came up; launch with torchrun"
+            f"{wanted} processes were asked for, but {state.num_processes} came up; launch with "
+            "torchrun"
         )
     progress = progress and state.is_main_process
     with state.main_process_first():
         setup = prepare(config)
         if state.is_main_process:
-            _check_folder(output, config, setup)  # before the lock, which leaves a file
+            # Before the lock, whose file would be left in a folder of something else.
+            _check_folder(output, config, setup)
     with checkpoints.lock(output) if state.is_main_process else nullcontext():
         if state.is_main_process:
             _claim(output, config, setup)
@@ -119,19 +138,37 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next step. On a CPU each step frees and asks for gigabytes, and giving them
-    back to the system in between, page by page, took half of the time of a step of ``nano``."""
+    """Make glibc keep freed memory for the next step, in place of giving it back to the system.
+
+    On a CPU each step frees gigabytes and asks for them again. Without this it took half of the
+    time of a step of ``nano``.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never trim the heap
-        mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap, too
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the end of the heap back
+        mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap as well
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Projector alignment or instruction tuning: what is trained on what, where, and up to the end of which stage."""
+    """Projector alignment or instruction tuning: what is trained on what, where, and how far.
 
-    name: str  # "align" or "instruct"
+    Attributes:
+        name: "align" or "instruct".
+        output: The phase's run folder.
+        model: Folder or name of the model that it starts from.
+        data: The data file.
+        images: Its image folder.
+        scheme: The scheme, for the model's depth.
+        total_steps: Optimizer steps of the whole scheme.
+        last: The stage, from 1, at whose end the phase ends.
+        then: Data file and image folder of the phase after this one, which are checked before this
+            one trains.
+        later: The scheme of the phase after this one, whose stages are tried before this one
+            trains.
+    """
+
+    name: str
     output: Path
     model: str
     data: Path
@@ -139,18 +176,17 @@ class Phase:
     scheme: Scheme
     total_steps: int
     last: int
-    then: tuple[Path, Path | None] | None = (
-        None  # data and images that are trained on later, to be checked now
-    )
-    later: Scheme | None = None  # what they are trained by, to be tried now
+    then: tuple[Path, Path | None] | None = None
+    later: Scheme | None = None
 
     @property
     def end(self) -> int:
-        """The optimizer step that ends stage ``last``."""
+        """The optimizer step at which stage ``last`` ends."""
         return self.scheme.boundaries(self.total_steps)[self.last - 1]
 
 
 def _train(config: TrainConfig, setup: Setup, progress: bool) -> Path:
+    """Train the phases that the configuration's stage needs, alignment first."""
     output, model, state = Path(config.output), config.model, PartialState()
     if config.aligns:
         align = output / ALIGN
@@ -158,7 +194,7 @@ def _train(config: TrainConfig, setup: Setup, progress: bool) -> Path:
             data, images = align_data(config)
         stage = config.align_stage(setup.scheme)
         steps = max(1, round(stage.share * count_steps(config, "align", data, images)))
-        scheme = Scheme(ALIGN, (replace(stage, share=1),))
+        scheme = Scheme(ALIGN, (replace(stage, share=1),))  # its share is in ``steps``
         then = (setup.data, setup.images) if config.stage != 0 else None
         later = setup.scheme if then else None
         _bring(
@@ -166,7 +202,7 @@ def _train(config: TrainConfig, setup: Setup, progress: bool) -> Path:
             Phase("align", align, model, data, images, scheme, steps, 1, then, later),
             progress,
         )
-        if config.stage == 0:
+        if config.stage == 0:  # the run folder has the aligned model as well
             if (
                 state.is_main_process
                 and checkpoints.finished(output, ALIGN, scheme.written, steps) < steps
@@ -187,8 +223,9 @@ def _train(config: TrainConfig, setup: Setup, progress: bool) -> Path:
 
 
 def _bring(config: TrainConfig, phase: Phase, progress: bool) -> None:
-    """Bring the phase's folder to the model at the end of its last stage, from what it holds already."""
+    """Train a phase from what its folder has to the end of its last stage, and make the model."""
     state, output, scheme = PartialState(), phase.output, phase.scheme
+    # The main process looks at the folder, so that all processes go on from the same step.
     held = checkpoint = None
     if state.is_main_process:
         checkpoints.clear(output)
@@ -213,33 +250,35 @@ def _bring(config: TrainConfig, phase: Phase, progress: bool) -> None:
         what = what if phase.name == "instruct" else "stage 0, projector alignment"
         say(f"{what}: training{earlier}", progress)
         _run(config, phase, checkpoint, progress)
-        unset_hf_deepspeed_config()  # under ZeRO-3 models would load in parts, one a process
+        # With it, transformers would load the next models in shards, one per process.
+        unset_hf_deepspeed_config()
     if state.is_main_process:
         checkpoint = output / f"{PREFIX_CHECKPOINT_DIR}-{phase.end}"
-        # Before the model, which says that all is there: a kill in between must not lose them.
-        if phase.name == ALIGN:  # whose isolator tuning starts from
+        # Before the model: once that is there, a run that was killed would not write these again.
+        if phase.name == ALIGN:  # tuning starts from alignment's isolator
             keep_isolator(checkpoint, output)
         else:
             write_card(output, config, scheme, phase.total_steps, phase.end)
-        # What is only aligned is trained on, so it keeps what training computed.
+        # Tuning goes on from the aligned model, which stays in the precision that was trained.
         _finish(output, checkpoint, torch.float32 if phase.name == ALIGN else source_dtype(config))
     state.wait_for_everyone()  # the next phase loads what the main process has just written
 
 
 def _claim(output: Path, config: TrainConfig, setup: Setup) -> None:
-    """Write config.yaml into the folder, which must be locked. Raises ConfigError for another run's."""
-    _check_folder(output, config, setup)  # again: another training may have been here meanwhile
-    if not _has_trained(output):  # what a configuration that was refused has left out
+    """Write config.yaml into the locked run folder. Raise ConfigError if another run is in it."""
+    _check_folder(output, config, setup)  # again, as another training may have begun meanwhile
+    if not _has_trained(output):  # written by another configuration, which failed
         (output / "skipped.json").unlink(missing_ok=True)
     (output / "config.yaml").write_text(yaml.safe_dump(_written(config, setup), sort_keys=False))
 
 
 def _written(config: TrainConfig, setup: Setup) -> dict:
+    """Return what config.yaml has: the configuration, and the scheme for the model's depth."""
     return {**config.model_dump(), "resolved_stages": setup.scheme.written}
 
 
 def _has_trained(output: Path) -> bool:
-    """Whether a run folder holds more than the configuration of a run that never saved a step."""
+    """Return whether a run folder has a checkpoint or a model."""
     folders = (output, output / ALIGN)
     return any(
         (run / checkpoints.RECORD).exists() or any(run.glob("*checkpoint-*")) for run in folders
@@ -247,20 +286,20 @@ def _has_trained(output: Path) -> bool:
 
 
 def _check_folder(output: Path, config: TrainConfig, setup: Setup) -> None:
-    """Refuse the folder of another run, unless that one has saved nothing. Raises ConfigError.
+    """Raise ConfigError if a folder has another run, unless that one has saved nothing yet.
 
-    max_steps and epochs are two ways to say how many steps a run has, which is what must be the same.
+    max_steps and epochs may differ if they come to the same number of steps.
     """
     values, file = _written(config, setup), output / "config.yaml"
     if file.exists():
         fields = TrainConfig.model_fields
-        defaults = {
-            name: fields[name].get_default() for name in fields
-        }  # of parameters younger than the run
+        # For parameters that did not exist when the run began.
+        defaults = {name: fields[name].get_default() for name in fields}
         written = parse_yaml(file.read_text(encoding="utf-8", errors="replace"), str(file))
         if not isinstance(written, dict) or not written:
             raise ConfigError(
-                f"{file} holds no run's parameters; it is damaged: restore it, or name another output"
+                f"{file} holds no run's parameters; it is damaged: restore it, or name another "
+                "output"
             )
         if "resolved_stages" in written and not _has_trained(output):
             return
@@ -270,6 +309,7 @@ def _check_folder(output: Path, config: TrainConfig, setup: Setup) -> None:
             for name in values
             if name not in _FREE and name != "plan" and held.get(name) != values[name]
         ]
+        # Two ways to set the number of steps, which is all that must be the same.
         if differ and {*differ} <= {"max_steps", "epochs"}:
             same = prepare(TrainConfig(**{name: held[name] for name in defaults})).total_steps
             differ = differ if same != setup.total_steps else []
@@ -285,7 +325,7 @@ def _check_folder(output: Path, config: TrainConfig, setup: Setup) -> None:
 
 
 def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: bool) -> None:
-    """Train ``phase`` from ``checkpoint``, or from its model, to the end of its last stage."""
+    """Train a phase from ``checkpoint``, or from its model, to the end of its last stage."""
     set_seed(config.seed)
     output, scheme, total, aligning = (
         phase.output,
@@ -301,7 +341,7 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         model, processor = load_to_adapt(phase.model, config)
     if aligning:
         model, processor = replace_projector(model, processor, config.projector)
-    num_layers = len(find_parts(model).layers)
+    num_layers = len(find_parts(model).layers)  # with adapters, PEFT has chosen what trains
     if aligning or not config.lora_rank:
         set_trainable(model, phase.name, config.train_tower)
     slow, isolates = (
@@ -332,9 +372,8 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=not progress,
-        ddp_find_unused_parameters=True
-        if slow
-        else None,  # the mode isolator has no part in slow steps
+        # Slow steps do not use the mode isolator.
+        ddp_find_unused_parameters=True if slow else None,
         deepspeed=_engine_file(config.deepspeed),
         fsdp=True if config.fsdp else None,
         fsdp_config=_fsdp_config(config.fsdp, model) if config.fsdp else None,
@@ -343,14 +382,13 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
     )
     check_processes(arguments)
     if config.fsdp and arguments.device.type == "cpu":
-        # accelerate would leave FSDP out on a CPU, and say nothing; over gloo it works like on GPUs
+        # On a CPU accelerate would leave FSDP out without a message. Over gloo it works as on GPUs.
         PartialState().distributed_type = DistributedType.MULTI_GPU
     collate = Collator(processor, config.max_length, always_picture=True)
     dataset = open_data(config, phase.data, phase.images, collate, progress)
     if phase.then and config.bad_entries == "fail":
-        open_data(
-            config, *phase.then, collate, progress
-        )  # an error is told before hours of alignment
+        # An error in these data is found now, and not after hours of alignment.
+        open_data(config, *phase.then, collate, progress)
     if config.bad_entries == "skip":
         record_skipped(output, dataset, progress)
     check_words(dataset.texts(), processor.tokenizer, dataset.file.name)
@@ -363,7 +401,7 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
             f"projector fitted to words: {named:.0%} of unseen pictures' patches named right",
             progress,
         )
-    asked: list[int] = []  # signals
+    asked: list[int] = []  # signals that were received
     stages = StageCallback(
         scheme, phase.last, lambda: _on_any_process(trainer, bool(asked)), later=phase.later
     )
@@ -388,9 +426,10 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
     ):
         if wanted and not on:
             raise ConfigError(
-                f"{engine} {wanted!r} was asked for, but accelerate left it out; see its warnings above"
+                f"{engine} {wanted!r} was asked for, but accelerate left it out; see its warnings "
+                "above"
             )
-    for printing in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):  # metrics.jsonl holds it all
+    for printing in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):  # metrics.jsonl has the logs
         trainer.remove_callback(printing)
     if progress:
         trainer.add_callback(StepBar)
@@ -404,7 +443,8 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
     if step < phase.end:
         name = signal.Signals(asked[0]).name if asked else "a signal to another process"
         raise Stopped(
-            f"{name} stopped training after step {step}, saved as checkpoint-{step}; run again to go on",
+            f"{name} stopped training after step {step}, saved as checkpoint-{step}; run again to "
+            "go on",
             *asked[:1],
         )
 
@@ -413,9 +453,13 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
 def on_signals(act: Callable[[int], None]):
     """Call ``act`` with the first Ctrl-C, SIGTERM or SIGHUP, in place of ending the process.
 
-    Ctrl-C again raises KeyboardInterrupt at once. Within a second it is the same one: a terminal, a
-    notebook and a launcher may each send it. Only the main thread can receive signals; elsewhere, as in
-    a thread of a notebook, nothing changes. What is ignored, as under nohup, stays ignored.
+    A second Ctrl-C raises KeyboardInterrupt. Within a second it counts as the first one, because a
+    terminal, a notebook and a launcher may each send it. Only the main thread can receive signals:
+    in another one, such as a notebook's thread, nothing changes. Signals that are ignored, as under
+    nohup, stay ignored.
+
+    Args:
+        act: Called with the number of the signal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -423,7 +467,7 @@ def on_signals(act: Callable[[int], None]):
     process, first = os.getpid(), []
 
     def receive(signum: int, frame) -> None:
-        if os.getpid() != process:  # a data-loading process, which ends with this one
+        if os.getpid() != process:  # a data-loading process; it ends with this one
             return
         if not first:
             first.append(time.monotonic())
@@ -445,7 +489,7 @@ def on_signals(act: Callable[[int], None]):
 
 
 def _on_any_process(trainer: Trainer, here: bool) -> bool:
-    """Whether ``here`` is true on any process; to be asked by all of them."""
+    """Return whether ``here`` is true on any process. All processes must call this."""
     if trainer.args.world_size == 1:
         return here
     if here:
@@ -454,15 +498,13 @@ def _on_any_process(trainer: Trainer, here: bool) -> bool:
 
 
 def _engine_file(name: str | None) -> str | None:
-    """The configuration file of a DeepSpeed or FSDP engine: a name of ENGINES, or a file's own."""
+    """Return the file of a DeepSpeed or FSDP configuration: a path, or a name of ENGINES."""
     return str(ENGINES.get(name, name)) if name else None
 
 
 def _fsdp_config(name: str, model) -> dict:
-    """Trainer's fsdp_config: the file's, sharding layer by layer unless it says what to wrap.
-
-    transformers' own list of LLaVA's layers names some that the model does not have, which accelerate refuses.
-    """
+    """Return Trainer's fsdp_config: the file's, which shards layer by layer unless it says else."""
+    # transformers' own list has layers that a LLaVA lacks, and accelerate raises for these.
     stacks = [
         part
         for part in unwrap(model).modules()
@@ -476,9 +518,10 @@ def _fsdp_config(name: str, model) -> dict:
 
 @quiet()
 def _finish(output: Path, source: Path, dtype: torch.dtype) -> None:
-    """Make the plain Hugging Face folder ``output`` of a checkpoint or run, as ``save_pretrained`` writes it.
+    """Make a plain Hugging Face folder of the model in a checkpoint or run.
 
-    Training computes and saves float32; adapters are merged in it, and then all weights become ``dtype``.
+    Training computes and saves float32. Adapters are merged in float32, and then all weights become
+    ``dtype``.
     """
     merges = (source / ADAPTERS).exists()
     model, processor = load_model(str(source), dtype=torch.float32 if merges else dtype)
@@ -487,51 +530,62 @@ def _finish(output: Path, source: Path, dtype: torch.dtype) -> None:
         shutil.rmtree(staging, ignore_errors=True)
         save_plain(model.to(dtype), staging)
         processor.save_pretrained(staging)
-        (staging / CARD).unlink(missing_ok=True)  # the run has its own
+        (staging / CARD).unlink(missing_ok=True)  # the run has its own model card
         checkpoints.install(staging, source / checkpoints.RECORD, output)
 
 
 def _check_checkpoint(checkpoint: Path, trainer: StageTrainer, config: TrainConfig) -> None:
-    """Refuse to go on from a checkpoint of another scheme, batch, or partition of the optimizer."""
+    """Raise ConfigError for a checkpoint of another scheme, batch or number of shards."""
     held = json.loads((checkpoint / checkpoints.RECORD).read_text())
     scheme, total = trainer.scheme, trainer.args.max_steps
     if held["total_steps"] != total or held["stages"] != scheme.written:
         raise ConfigError(
-            f"{checkpoint} belongs to scheme {held['scheme']!r} over {held['total_steps']} steps, this run is "
-            f"{scheme.name!r} over {total}; name another output"
+            f"{checkpoint} belongs to scheme {held['scheme']!r} over {held['total_steps']} steps, "
+            f"this run is {scheme.name!r} over {total}; name another output"
         )
     processes, now = held["processes"], trainer.args.world_size
     if held["examples_per_step"] != trainer.examples_per_step:
         raise ConfigError(
-            f"{checkpoint} was trained on {held['examples_per_step']} examples a step in {processes} processes, "
-            f"this run has {trainer.examples_per_step} in {now}; set global_batch or batch_size"
+            f"{checkpoint} was trained on {held['examples_per_step']} examples a step in "
+            f"{processes} processes, this run has {trainer.examples_per_step} in {now}; set "
+            "global_batch or batch_size"
         )
     if (config.deepspeed or config.fsdp) and processes != now:
         raise ConfigError(
-            f"{checkpoint} is in parts for {processes} processes, not {now}; use as many, or begin the next stages in "
-            "another output, with this one's folder as the model"
+            f"{checkpoint} is in parts for {processes} processes, not {now}; use as many, or begin "
+            "the next stages in another output, with this one's folder as the model"
         )
 
 
 def summarise(config: TrainConfig, setup: Setup, table, times) -> str:
-    """A paragraph of Markdown: the stage's accuracy and the time that its compression saves.
+    """Describe in Markdown a stage's accuracy and the time that its compression saves.
 
-    table: from studies.statistics.accuracy_table. times: from bench.step_times, with the scheme's stages.
+    Args:
+        config: The configuration of the run.
+        setup: Its resolved values.
+        table: The table of ``studies.statistics.accuracy_table``.
+        times: The table of ``cost.bench.step_times``, with the scheme's stages.
+
+    Returns:
+        A list of two or three items.
     """
     overall = table.loc["overall"]
     ratio = dict(zip(times.plan, times.ratio, strict=True))
     stages = setup.scheme.stages
     last = len(stages) if config.stage is None else config.stage
     accuracy = (
-        f"held-out accuracy after stage {last} of `{setup.scheme.name}`: **{overall.accuracy:.1%}** "
-        f"(95% interval {overall.low:.1%} to {overall.high:.1%}, best constant answers {overall.constant:.1%})"
+        f"held-out accuracy after stage {last} of `{setup.scheme.name}`: "
+        f"**{overall.accuracy:.1%}** (95% interval {overall.low:.1%} to {overall.high:.1%}, best "
+        f"constant answers {overall.constant:.1%})"
     )
+    # Step time of the scheme, as a share of a scheme without compression.
     whole = sum(stage.share * ratio[str(stage)] for stage in stages)
     lines = [accuracy]
     if last:
         plan = str(stages[last - 1])
         lines.append(
-            f"a step under this stage's plan `{plan}` takes **{1 - ratio[plan]:.0%}** less time than without it"
+            f"a step under this stage's plan `{plan}` takes **{1 - ratio[plan]:.0%}** less time "
+            "than without it"
         )
     lines.append(
         f"the whole scheme takes **{1 - whole:.0%}** less training time than no compression"
