@@ -25,7 +25,7 @@ from llavolta.errors import DataError
 
 # Letters that no vocabulary of words contains: a tokenizer that can write them can write any text.
 RARE = "\ua66e \U00013000"
-# Bytes that a question and its answer take in a file beside their texts, at least.
+# Bytes that a question and its answer take in LLaVA's form beside their texts, at least.
 QUESTION = len('{"from":"human","value":""},{"from":"gpt","value":""},')
 MAY_BE_UNKNOWN = 0.01  # share of the words
 
@@ -237,7 +237,7 @@ def find_too_long(data: LlavaData, collate: Collator, progress: bool = True) -> 
     pictures = data.index.media[data.rows]  # (n,) images and videos of each entry
     first, each = collate.template_tokens or (np.inf, 0)
     # (n,) upper bound of the tokens: one a byte. Each further question adds ``each`` tokens of the
-    # template, and has at least QUESTION bytes beside its text to pay for them.
+    # template, and has some QUESTION bytes beside its text to make up for them.
     at_most = bytes_ * max(1, each / QUESTION) + first + pictures * (fixed or 0)
     unsure = (pictures > 0) & (fixed is None) | (data.medium == 2)  # (n,)
     found = {}

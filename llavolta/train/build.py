@@ -80,6 +80,7 @@ def prepare(config: TrainConfig) -> Setup:
             f"no data file {data}; give a LLaVA JSON or Parquet file, or "
             f"{' or '.join(map(repr, WORLDS))}"
         )
+    # Some generated data have a number of steps that suits them.
     if world and world.steps and config.max_steps is None and config.epochs is None:
         total = world.steps
     else:
@@ -103,6 +104,7 @@ def _sizes(config: TrainConfig) -> tuple[int, int]:
     if config.vision_tower is None:
         whole = with_projector(read_config(config.model), config.projector)
         return whole.get_text_config().num_hidden_layers, visual_tokens(whole)
+    # The model will be made of a vision tower and a language model.
     grid = tower_grid(model_path(config.vision_tower), read(config.vision_tower))
     depth = read(config.language_model).num_hidden_layers
     projector = parse_projector(config.projector)

@@ -90,6 +90,7 @@ class StageCallback(TrainerCallback):
             for scheme in (self.scheme, self.later)
             for number, stage in enumerate(scheme.stages if scheme else (), start=1)
         ]
+        # Set on the instance: the class and other trainers keep their methods.
         trainer.training_step = self._training_step(trainer.training_step)
         trainer._save = _saving_as_resumed(trainer, trainer._save)
         spare_frozen_towers(model)
@@ -108,7 +109,7 @@ class StageCallback(TrainerCallback):
             control.should_save = control.should_log = True
             if self.stop_after is not None and state.global_step >= ends[self.stop_after - 1]:
                 control.should_training_stop = True
-        if self.stopping():
+        if self.stopping():  # called on all processes at every step, as it may communicate
             control.should_save = control.should_log = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -140,13 +141,13 @@ class StageCallback(TrainerCallback):
         return fast_mode(self.trainer.model, self.stage, self.labelled_only)
 
     def _try_stages(self, model, inputs: dict) -> None:
-        """Run every stage's plans on the first batch with images; random states are restored."""
+        """Run every stage's plans on the first batch with images. Restore torch's random state."""
         trainer = self.trainer
         # All processes try, or none: sharded ones would wait for one another for ever.
         if not self._untried or not _processes_with_images(trainer, inputs):
             return
         untried, self._untried = self._untried, []
-        model.train()
+        model.train()  # as the training step will do
         inputs, device = trainer._prepare_inputs(inputs), trainer.args.device
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),

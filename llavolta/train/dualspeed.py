@@ -42,6 +42,7 @@ class ModeIsolator(nn.Module):
         """Return the embeddings (I, P, C) that stand before I images."""
         return self.weight.repeat(pictures, 1, 1)
 
+    # State dicts leave the weight out; save_isolator and load_isolator have a file for it.
     def _save_to_state_dict(self, *args):
         pass
 
@@ -128,7 +129,7 @@ def slow_mode(model: nn.Module, stage: Stage, batch: dict) -> Iterator[None]:
     def loss(
         logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **options
     ) -> Tensor:
-        slow = logits[0, :-1].float().log_softmax(-1)
+        slow = logits[0, :-1].float().log_softmax(-1)  # (M, vocabulary)
         divergence = F.kl_div(slow, fast, reduction="sum", log_target=True)
         divergence = divergence / (len(fast) if num_items_in_batch is None else num_items_in_batch)
         return (
@@ -139,6 +140,7 @@ def slow_mode(model: nn.Module, stage: Stage, batch: dict) -> Iterator[None]:
     # A property whose setter writes _loss_function; the original is restored below.
     top.loss_function = loss
     try:
+        # "none" removes no token, but gives the same M + 1 rows of logits.
         with compress(model, "none", labelled_only=True):
             yield
     finally:

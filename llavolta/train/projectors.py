@@ -68,8 +68,8 @@ def _mlp(*widths: int, bias: bool = True) -> nn.Sequential:
 class MultiBlockTokenFusion(nn.Module):
     """Fuses the outputs of n blocks of the vision tower per patch (MBTF), to C_v channels.
 
-    It is Linear n C_v -> ceil(n/2) C_v, GELU, Linear -> C_v: for 8 blocks the published widths 8
-    C_v -> 4 C_v -> C_v.
+    It is Linear n C_v -> ceil(n/2) C_v, GELU, Linear -> C_v. For 8 blocks these are the published
+    widths ``8 C_v -> 4 C_v -> C_v``.
 
     Args:
         width: Channels C_v of the vision tower.
@@ -89,9 +89,9 @@ class MultiBlockTokenFusion(nn.Module):
 class SpatialTokenFusion(nn.Module):
     """Fuses each window x window tokens of a square grid into one (STF).
 
-    The tokens of a window are joined along the channels, row by row. Then follow Linear window² C_v
-    -> expansion window² C_v, GELU, Linear -> C: for window 2 the published widths 4 C_v -> 16 C_v
-    -> C.
+    The tokens of a window are joined along the channels, row by row. Linear, GELU and Linear
+    follow: ``window² C_v -> expansion window² C_v -> C``. For window 2 these are the published
+    widths ``4 C_v -> 16 C_v -> C``.
 
     Args:
         width: Channels C_v of a visual token.
@@ -180,6 +180,7 @@ def parse_projector(text: str) -> ProjectorSpec | None:
     given, names = {}, []
     for part in text.split("+"):
         name, *options = (word.strip() for word in part.split(":"))
+        # MBTF reads the tower's blocks, so it cannot come after STF.
         if name not in _PARTS or name in names or "stf" in names:
             raise ProjectorError(
                 f"cannot read projector {text!r}; write 'mlp', 'stf:WINDOW', "
@@ -309,10 +310,7 @@ class LlavaStfForConditionalGeneration(LlavaForConditionalGeneration):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save the model, with a README.md on how to load it, unless the folder has one.
 
-        Args:
-            save_directory: The folder.
-            *args: As in transformers.
-            **kwargs: As in transformers.
+        The arguments are those of transformers.
         """
         super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
         note = Path(save_directory) / "README.md"
@@ -345,7 +343,7 @@ def with_projector(config: LlavaConfig, projector: str) -> LlavaConfig:
     if spec.blocks is not None:
         blocks = list(spec.blocks) or usual_blocks(config.vision_config.num_hidden_layers)
     elif isinstance(blocks, list):
-        blocks = blocks[0]
+        blocks = blocks[0]  # a projector without MBTF reads one block
     kept = {
         name: value
         for name, value in config.to_dict().items()
@@ -416,6 +414,7 @@ def _scale(model: LlavaStfForConditionalGeneration) -> None:
         return output * factor  # biases are still zero
 
     hooks = [part.register_forward_hook(scale) for part in linears]
+    # A generator of its own leaves the global random state as it is.
     noise = torch.randn(
         1, vision.num_channels, *[vision.image_size] * 2, generator=torch.Generator().manual_seed(0)
     )

@@ -326,6 +326,7 @@ def _check_folder(output: Path, config: TrainConfig, setup: Setup) -> None:
 
 def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: bool) -> None:
     """Train a phase from ``checkpoint``, or from its model, to the end of its last stage."""
+    # The model, and what of it trains.
     set_seed(config.seed)
     output, scheme, total, aligning = (
         phase.output,
@@ -351,6 +352,7 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         add_isolator(model)
         if not aligning and holds_isolator(phase.model):
             load_isolator(model, Path(phase.model))
+    # Trainer's arguments.
     size, accumulated = config.batches(phase.name, int(os.environ.get("WORLD_SIZE", 1)))
     arguments = TrainingArguments(
         output_dir=str(output),
@@ -365,11 +367,11 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
         bf16=autocasts(config),
         logging_steps=config.log_steps,
         logging_first_step=True,
-        logging_nan_inf_filter=False,
+        logging_nan_inf_filter=False,  # show a loss that is not finite
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
         dataloader_num_workers=config.num_workers,
-        remove_unused_columns=False,
+        remove_unused_columns=False,  # a LlavaData has examples, and no columns
         report_to="none",
         disable_tqdm=not progress,
         # Slow steps do not use the mode isolator.
@@ -384,6 +386,7 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
     if config.fsdp and arguments.device.type == "cpu":
         # On a CPU accelerate would leave FSDP out without a message. Over gloo it works as on GPUs.
         PartialState().distributed_type = DistributedType.MULTI_GPU
+    # The data.
     collate = Collator(processor, config.max_length, always_picture=True)
     dataset = open_data(config, phase.data, phase.images, collate, progress)
     if phase.then and config.bad_entries == "fail":
@@ -401,6 +404,7 @@ def _run(config: TrainConfig, phase: Phase, checkpoint: Path | None, progress: b
             f"projector fitted to words: {named:.0%} of unseen pictures' patches named right",
             progress,
         )
+    # The trainer.
     asked: list[int] = []  # signals that were received
     stages = StageCallback(
         scheme, phase.last, lambda: _on_any_process(trainer, bool(asked)), later=phase.later

@@ -62,6 +62,7 @@ class MetricsCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
+        # global_step counts the steps that are done, so the last one has this number less one.
         stage = self.scheme.stage_at(state.global_step - 1, state.max_steps)
         row = {
             "step": state.global_step,
@@ -107,7 +108,8 @@ class StageTrainer(Trainer):
     def __init__(self, *args, scheme: Scheme, rates: dict[str, float | None], keep: int, **kwargs):
         super().__init__(*args, **kwargs)
         self.scheme, self.rates, self.keep = scheme, rates, keep
-        self.staging: Path | None = None
+        self.staging: Path | None = None  # where a checkpoint is being written
+        # Modalities that the model reads: "image", "video".
         self.media = list(find_parts(unwrap(self.model)).visual_ids)
 
     def _get_output_dir(self, trial=None):
@@ -165,6 +167,7 @@ class StageTrainer(Trainer):
             return inputs
         # The last batches of an epoch mix images, videos and text. If one process has images or
         # videos, all need some, so that all run the same parts of the model.
+        # (modalities,) whether this batch has them
         held = torch.tensor(
             [int(PIXELS[name] in inputs) for name in self.media], device=self.args.device
         )
@@ -175,6 +178,7 @@ class StageTrainer(Trainer):
         return inputs
 
     def compute_loss(self, model, inputs, *args, **kwargs):
+        # StageCallback leaves slow steps to this method, as they run the model in two modes.
         step, total = self.state.global_step, self.state.max_steps
         stage = self.scheme.stages[self.scheme.stage_at(step, total)]
         with slow_mode(model, stage, inputs) if self.scheme.is_slow(step, total) else nullcontext():
@@ -204,6 +208,7 @@ class StageTrainer(Trainer):
             save_isolator(model, folder, *sharded)
         step, total = self.state.global_step, self.state.max_steps
         stages = self.scheme.written
+        # The stage that trains the next step; at the end of the training, the last one.
         stage = self.scheme.stage_at(min(step, total - 1), total) + 1
         record = {
             "scheme": self.scheme.name,

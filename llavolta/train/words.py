@@ -62,6 +62,7 @@ def fit_to_words(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1
     )
+    # The squared error is measured in units of the embeddings' mean square.
     fitted, scale = (~patches.heldout).nonzero()[:, 0], words.pow(2).mean()
     with torch.enable_grad():
         for _ in tqdm(
@@ -79,7 +80,7 @@ def fit_to_words(
             optimizer.step()
             schedule.step()
     optimizer.zero_grad(set_to_none=True)
-    asked = (patches.heldout & (label >= 0)).nonzero()[:, 0]
+    asked = (patches.heldout & (label >= 0)).nonzero()[:, 0]  # patches of objects, not fitted to
     with torch.no_grad():
         named = [
             _similarities(projector(features[part].to(words)) - places[place[part]], words).argmax(
@@ -160,7 +161,7 @@ def _patches(model, processor, data: LlavaData, seed: int, progress: bool) -> _P
                         background[:: max(1, 4 * len(background) // len(label))],
                     ]
                 )
-                features.append(feature[kept].half())
+                features.append(feature[kept].half())  # all are kept in memory
                 labels.append(label[kept])
                 places.append(kept)
                 counts.append(len(kept))
