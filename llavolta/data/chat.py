@@ -216,8 +216,8 @@ def within(text: str, spans: list[tuple[int, int]], offsets: torch.Tensor) -> to
 def special(processor, text: str) -> dict:
     """Return tokenizer options that avoid a second begin token before a rendered text.
 
-    Chat templates often write the begin token themselves. transformers' chat templating does the
-    same.
+    Chat templates often write the begin token themselves. ``apply_chat_template`` of transformers'
+    processors sets the same option.
     """
     begin = processor.tokenizer.bos_token
     return {"add_special_tokens": False} if begin and text.startswith(begin) else {}

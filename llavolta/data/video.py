@@ -176,6 +176,7 @@ class NoVideos(VideoProcessorMixin):
             raise AttributeError(name) from None
 
     def __call__(self, *args, **kwargs):
+        """Raise DataError, as videos need torchvision."""
         raise DataError(
             "this model's clips are read by torchvision, which is not installed; pip install "
             "torchvision"
