@@ -1,4 +1,7 @@
-"""Where methods break: position, small detail, and a second question about a picture compressed for the first one."""
+"""Measure where methods fail: position, small detail, and a second question about the same image.
+
+A compressor that reads the first question may drop what a second question needs.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,9 @@ from llavolta.studies.opening import StudyError, answering
 from llavolta.studies.statistics import interval
 
 POSITION_TYPES = ("read", "where", "neighbour")
-"""Question types of the worlds that ask what is in a place, or where a thing is."""
-SMALL = 0.2  # objects this small, as a share of the picture's sides, are those of grids of 5 x 5
+"""Question types of the generated data that ask what is at a place, or where an object is."""
+# Largest side of a small object, as a share of the image's side: one cell of a 5 x 5 grid.
+SMALL = 0.2
 TASKS = (
     "position",
     "small detail",
@@ -29,9 +33,18 @@ TASKS = (
 
 
 def tasks_of(data: LlavaData, answers: pd.DataFrame) -> dict[str, pd.Series]:
-    """(n,) bool per task, which rows of ``answers`` (see ``evaluation.evaluate``) belong to it: "position" by the
-    question's type; "small detail" where the entry lists its ``objects``, all of them small. Tasks that the data has
-    nothing of are left out."""
+    """Select the answers that belong to each task.
+
+    "position" goes by the question's type. "small detail" needs an entry that lists its
+    ``objects``, all of them small.
+
+    Args:
+        data: The questions that were answered.
+        answers: (n,) rows of ``evaluation.evaluate``.
+
+    Returns:
+        By task, a boolean series (n,). Tasks without any question are left out.
+    """
     shares = {index: _largest(data, index) for index in answers["index"].unique()}
     found = {
         "position": answers.type.isin(POSITION_TYPES),
@@ -41,8 +54,10 @@ def tasks_of(data: LlavaData, answers: pd.DataFrame) -> dict[str, pd.Series]:
 
 
 def _largest(data: LlavaData, index: int) -> float:
-    """The largest of an entry's objects as a share of its picture's side; NaN where it lists none, or has not one
-    picture."""
+    """The largest side of an entry's objects, as a share of the image's side.
+
+    NaN if the entry lists no objects, or has no image or several.
+    """
     entry = data.entry(index)
     boxes, paths = [thing["box"] for thing in entry.get("objects") or ()], media_paths_of(entry)
     if not boxes or len(paths) != 1:
@@ -61,12 +76,29 @@ def second_questions(
     batch_size: int = 32,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """The second question of each entry's conversation, behind the first and its true answer; rows as of ``evaluate``.
+    """Answer the second question of each conversation, after the first and its reference answer.
 
-    one_cache: the first question is read alone, so that the pictures are compressed with it in sight, and the second is
-    asked on its cache, as in a chat; else both are read at once, and a compressor that looks at the text sees the
-    second one, too. limit: the first so many entries that have a second question. Raises StudyError if none has.
+    Args:
+        model: A supported vision-language model.
+        processor: The model's processor.
+        data: Conversations about images.
+        plan: The plan in force while reading and answering.
+        limit: Number of entries with a second question to use; None: all.
+        one_cache: True: the first question is read alone, and the second is asked on its cache,
+            as in a chat. A compressor that reads the text then sees the first question only.
+            False: both questions are read at once.
+        batch_size: Conversations in a batch.
+        progress: Show a progress bar.
+
+    Returns:
+        One row per question: index, type, question, answer, prediction, correct. See
+        ``evaluation.evaluate``.
+
+    Raises:
+        StudyError: No entry has a second question, or the chat template rewrites earlier turns.
+        DataError: The tokenizer does not know the words of the questions or answers.
     """
+    # A generator, so that entries beyond ``limit`` are not opened.
     with_two = (index for index in range(len(data)) if len(data.questions_of(index)) > 1)
     questions = [data.questions_of(index)[1] for index in islice(with_two, limit)]
     if not questions:
@@ -97,19 +129,21 @@ def second_questions(
             batch, given = batch.to(model.device, model.dtype), {}
             if one_cache:
                 given = dict(past_key_values=DynamicCache(config=model.config.get_text_config()))
-                greedy(
-                    model, processor, batch, 1, **given
-                )  # by generate(), which counts positions without padding
+                # Fill the cache by generate(), because it does not count padding in positions.
+                greedy(model, processor, batch, 1, **given)
                 settings = dict(
                     padding=True, padding_side="left", return_tensors="pt", add_special_tokens=False
                 )
                 asked = processor.tokenizer(list(tails), **settings).to(model.device)
-                # generate() leaves out of the ids what the cache holds, unless its first layer holds fewer.
+                # generate() skips as many input ids as layer 0 has cached. A plan that compresses
+                # before layer 0 leaves fewer there, so only the new ids are passed.
                 names = ("attention_mask",) if first_layer else ("input_ids", "attention_mask")
+                # The mask covers the cached tokens as well: (B, T1) and (B, T2) -> (B, T1 + T2)
                 batch = {
                     **asked,
                     **{name: torch.cat([batch[name], asked[name]], 1) for name in names},
                 }
+            # The prompt that generate() returns too is cut off: (B, T + new) -> (B, new)
             ids = greedy(model, processor, batch, length, **given)[:, batch["input_ids"].shape[1] :]
             predictions += processor.batch_decode(ids, skip_special_tokens=True)
     frame = pd.DataFrame(questions).drop(columns="turn").assign(prediction=predictions)
@@ -117,14 +151,15 @@ def second_questions(
 
 
 def _parts(processor, messages: list[dict]) -> tuple[str, str]:
-    """A conversation as text up to where its first answer begins, and from there to where its second one does."""
+    """The text up to the start of the first answer, and from there to the start of the second."""
     asked = [number for number, message in enumerate(messages) if message["role"] == "user"]
     first, both = (
         chat.write(processor, messages[: number + 1], ask=True)[0] for number in asked[:2]
     )
     if not both.startswith(first):
         raise StudyError(
-            "this model's chat template rewrites earlier turns, so a second question needs a cache anew"
+            "this model's chat template rewrites earlier turns, so a second question needs "
+            "a cache anew"
         )
     return first, both[len(first) :]
 
@@ -138,11 +173,21 @@ def breaking(
     talks: int = 100,
     progress=True,
 ) -> pd.DataFrame:
-    """One row per method and task of TASKS: method, task, questions, accuracy and its 95% interval (low, high).
+    """Measure the accuracy of every method on the tasks of TASKS, at one budget.
 
-    answers: of ``budgets.training_free``; plans: rows of ``budgets.plans_at`` at one budget, whose answers are counted;
-    talks: how many conversations of two questions, 0 for none. Methods without a plan here, such as no compression,
-    take "none".
+    Args:
+        model: The model that gave ``answers``.
+        processor: The model's processor.
+        data: The questions that were answered.
+        answers: From ``budgets.training_free``.
+        plans: Rows of ``budgets.plans_at``. The budget of the first row is used. Methods that
+            have no row here, such as no compression, take the plan "none".
+        talks: Conversations of two questions to answer; 0 skips these two tasks.
+        progress: Show a progress bar.
+
+    Returns:
+        One row per method and task: method, task, questions, accuracy, and its 95% interval (low,
+        high).
     """
     rows = []
     budget = plans.budget.iloc[0]
@@ -151,6 +196,7 @@ def breaking(
     for method in tqdm(asked.method.unique(), desc="methods", disable=not progress, leave=False):
         own = asked[asked.method == method]
         found = {task: own.correct[which] for task, which in tasks_of(data, own).items()}
+        # Both tasks ask a second question, so they need the model again.
         for task, one_cache in ((TASKS[2], False), (TASKS[3], True)) if talks else ():
             told = second_questions(
                 model, processor, data, plan_of.get(method, "none"), talks, one_cache

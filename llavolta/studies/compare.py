@@ -1,7 +1,8 @@
-"""Schemes side by side: trained with the same seeds, data order and number of steps, then asked the same questions.
+"""Compare training schemes: same seeds, data order and number of steps, then the same questions.
 
-Every run is a folder of ``llavolta.train``; what is finished is not done again, so an interrupted comparison goes on
-where it stopped.
+``compare`` trains and asks, ``costs`` measures the training cost, ``table`` summarises both.
+Every run is a run folder of ``llavolta.train``. Finished runs and saved answers are used again, so
+an interrupted comparison continues where it stopped.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from llavolta.train.run import train
 from llavolta.train.schemes import CONTROL_SCHEMES, SCHEMES, Scheme
 from llavolta.train.trainer import read_metrics
 
-BASELINE = "single-stage"
+BASELINE = "single-stage"  # training without compression
 CONTROLS = CONTROL_SCHEMES
 
 
@@ -56,10 +57,21 @@ class CompareError(UserError, ValueError):
 def contestants(
     names: Sequence[str], own: Mapping[str, Sequence], num_layers: int
 ) -> dict[str, Scheme]:
-    """Schemes by name, for a model of ``num_layers`` layers, the baseline first.
+    """Collect the schemes to compare, the baseline first.
 
-    names: of schemes.SCHEMES, scaled to the model's depth. own: more, each a list of plans (equal
-    shares) or of {plan, share}, taken as they are.
+    Args:
+        names: Names of schemes.SCHEMES. These are scaled to the model's depth.
+        own: Further schemes by name. Each is a list of plans, which share the steps equally, or a
+            list of {plan, share}. These are not scaled.
+        num_layers: Decoder layers of the model.
+
+    Returns:
+        The schemes by name.
+
+    Raises:
+        CompareError: An unknown name, or a name in ``own`` that exists already.
+        SchemeError: Stages that form no scheme.
+        PlanError: A plan that cannot be read, or names a layer that the model does not have.
     """
     unknown = [name for name in names if name not in SCHEMES]
     if unknown:
@@ -71,6 +83,7 @@ def contestants(
         if name in SCHEMES:
             raise CompareError(f"a scheme of your own cannot be called {name!r}; that one exists")
         chosen[name] = scheme = Scheme.of(name, stages)
+        # Named schemes fit by scaling, while these may name layers that do not exist.
         for stage in (*scheme.stages, *([scheme.align] if scheme.align else [])):
             for plan in stage.choices:
                 check_layers(plan, num_layers)
@@ -89,25 +102,42 @@ def compare(
     changes: Mapping[str, dict] | None = None,
     max_new_tokens: int | None = None,
 ) -> pd.DataFrame:
-    """Train every scheme with its ``seeds`` and ask each model the first ``questions`` held-out questions.
+    """Train every scheme with its seeds, and ask each model the same held-out questions.
 
-    config: what the runs share; its output is the folder that holds them all, as ``<seed>/<scheme>``. Projector
-    alignment is done once a seed. heldout: LLaVA JSON; None: that of the generated data trained on. workers: runs at
-    a time, each in a process of its own (on the CPU with its share of the cores). plans: by scheme, the plan in force
-    while answering (default: none). changes: by scheme, what differs in its configuration: ``{"projector": "stf:2"}``,
-    or fewer steps of tuning and alignment, ``{"max_steps": 83, "align_steps": 99}``.
-    max_new_tokens: see evaluation.evaluate; pictures are padded as the runs pad them.
-    Returns one row per scheme, seed and question: see evaluation.evaluate. Raises what ``train`` raises, at once; what
-    is finished stays.
+    Projector alignment runs once for each seed and way of aligning, in a folder of its own.
+
+    Args:
+        schemes: Schemes by name; see ``contestants``.
+        seeds: Seeds by scheme; see ``seed_lists``.
+        config: The configuration that the runs share. Each run is written to
+            ``<output>/<seed>/<scheme>``.
+        heldout: LLaVA JSON with the questions; None: the held-out file of the generated data that
+            is trained on.
+        questions: Number of questions to ask, from the first.
+        workers: Runs at a time. Several run in processes of their own, with equal shares of the
+            CPU cores.
+        progress: Show a progress bar.
+        plans: By scheme, the plan in force while answering; default: "none".
+        changes: By scheme, parameters of the configuration that differ, such as
+            ``{"projector": "stf:2"}`` or ``{"max_steps": 83, "align_steps": 99}``.
+        max_new_tokens: See ``evaluation.evaluate``.
+
+    Returns:
+        One row per scheme, seed and question. Columns are those of ``evaluation.evaluate``, and
+        scheme and seed. Images are padded as in training.
+
+    Raises:
+        CompareError: ``workers`` is no whole number of at least 1, or a worker process was killed.
+            Errors of ``train`` and ``evaluate`` are raised at once. Finished runs stay.
     """
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise CompareError(f"workers must be a whole number of at least 1, not {workers!r}")
     setup = build.prepare(neutral(config))  # builds the data once, before the workers need it
     heldout = Path(heldout) if heldout else build.heldout_file(config)
-    LlavaData(heldout)  # refuses what cannot be asked, before anything is trained
+    LlavaData(heldout)  # raises for unusable questions before anything is trained
     root, plans, changes = Path(config.output), plans or {}, changes or {}
     aligned, runs = {}, {}
-    # Seed by seed, each in the order of the schemes: what is finished can be compared, the baseline first.
+    # Seed by seed, the baseline first: after an interruption the finished runs are comparable.
     for seed, name in (
         (number, key) for number in sorted(set().union(*seeds.values())) for key in schemes
     ):
@@ -118,6 +148,7 @@ def compare(
         own = config.changed(seed=seed, **change)
         start = {}
         if own.aligns:
+            # The folder is named by the projector, the scheme's plan of alignment and its steps.
             kind = "" if own.projector == OWN else "-" + own.projector.replace(":", "-")
             align = schemes[name].align
             if align is not None:
@@ -126,13 +157,14 @@ def compare(
             if own.align_steps != config.align_steps:
                 kind += f"-{own.align_steps}-steps"
             first = root / f"{seed}" / f"{build.ALIGN}{kind}"
-            # Under stages that play no part in it, so that schemes which are aligned alike share one.
+            # Alignment ignores the stages. Neutral ones let schemes share an alignment run.
             stages = (
                 ["none"]
                 if align is None
                 else replace(Scheme.equal("any", "none"), align=align).written
             )
             aligned[first] = own.changed(output=str(first), stage=0, plan=None, scheme=stages)
+            # The run starts from the aligned model, so it must not align again.
             start = dict(model=str(first), align_steps=0, align_epochs=None, projector=OWN)
         run = own.changed(output=str(root / f"{seed}" / name), stage=None, plan=None, **start)
         written = schemes[name].written
@@ -161,14 +193,18 @@ def compare(
 
 
 def neutral(config: TrainConfig) -> TrainConfig:
-    """``config`` with a scheme that fits any number of steps; its own plays no part here."""
+    """Return ``config`` with a scheme of one stage, which fits any number of steps."""
     return config.changed(scheme=["none"], stage=None, plan=None)
 
 
 def _begin_worker(threads: int) -> None:
-    """Use so many threads, and end with the parent: a worker left alone would train on into the next run's folders."""
+    """Set up a worker process: its number of threads, and its end when the parent process ends.
+
+    A worker that outlives the parent would write into the folders of the next comparison.
+    """
     torch.set_num_threads(threads)
 
+    # os._exit ends the process at once, also within a training step.
     def end_with_parent() -> None:
         parent_process().join()
         os._exit(1)
@@ -179,7 +215,7 @@ def _begin_worker(threads: int) -> None:
 def _in_pool(
     pool, aligned: dict, runs: dict, heldout: Path, questions: int, plans, max_new_tokens, progress
 ) -> dict:
-    """The answers of every run; what cannot start any more after a failure is given up."""
+    """The answers of every run, by scheme and seed. After a failure no further run starts."""
     frames = {}
     with tqdm(total=len(aligned) + len(runs), desc="runs", disable=not progress) as bar:
         try:
@@ -188,6 +224,7 @@ def _in_pool(
             ):
                 done.result()
                 bar.update()
+            # Runs start from aligned models, so alignment must be finished by now.
             waiting = {
                 pool.submit(
                     _run, run, heldout, questions, plans.get(key[0], "none"), max_new_tokens
@@ -211,13 +248,13 @@ def _in_pool(
 def _run(
     config: TrainConfig, heldout: Path, questions: int, plan: str, max_new_tokens: int | None = None
 ) -> pd.DataFrame:
-    """Train ``config`` unless its folder holds the trained model already, and its answers under ``plan`` likewise."""
+    """Train one run and answer the questions, unless its folder has the model or the answers."""
     output = Path(config.output)
-    train(
-        config, progress=False
-    )  # which refuses another run's folder, and does nothing for a finished one
+    # Raises if the folder belongs to another run; returns at once if the run is finished.
+    train(config, progress=False)
     data = LlavaData(heldout)
     asked = asked_digest(data, list(islice(data.questions(), questions)))
+    # The file's name is a digest of all that the answers depend on, besides the model.
     depends = repr([plan, max_new_tokens, config.pad_to_square]).encode()
     file = output / f"answers-{hashlib.blake2b(depends + asked, digest_size=6).hexdigest()}.csv"
     if file.exists():
@@ -225,14 +262,15 @@ def _run(
     study = open_study(output, heldout, pad_to_square=config.pad_to_square)
     limits = dict(limit=questions, progress=False, max_new_tokens=max_new_tokens)
     answers = evaluate(study.model, study.processor, study.data, plan, **limits)
-    part = file.with_suffix(".part")
+    part = file.with_suffix(".part")  # renamed when complete, so that no partial file is read
     answers.to_csv(part, index=False)
     part.replace(file)
-    for checkpoint in output.glob("checkpoint-*"):  # the finished model stands beside them
+    for checkpoint in output.glob("checkpoint-*"):  # the folder has the finished model as well
         shutil.rmtree(checkpoint)
     return answers
 
 
+# An answer such as "7" must stay text when it is read from the CSV.
 _TEXT = {"question": str, "answer": str, "prediction": str}
 
 
@@ -244,14 +282,29 @@ def costs(
     progress: bool = True,
     batches: int = 2,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """What the schemes cost relative to no compression, and the steps that this is summed from.
+    """Measure what the schemes cost relative to no compression.
 
-    The first table has one row per scheme: time and flops (1 for no compression) of instruction tuning, each the mean
-    over its stages by their shares; where the runs are aligned, too, align, the time of projector alignment relative to
-    that on all tokens, recipe, that of both together, and align_share, the share of alignment in the recipe without
-    compression. The second is ``bench.step_times`` of all plans of tuning,
-    timed in turn on the same ``batches``, as training has them, so that the noise of the machine cancels. model: a
-    trained one of them.
+    All plans are timed in turn on the same batches, so that the noise of the machine cancels.
+
+    Args:
+        schemes: Schemes by name.
+        config: The configuration that the runs share.
+        model: A trained model of the comparison, on which steps are timed.
+        rounds: Measurements of each plan.
+        progress: Show a progress bar.
+        batches: Number of batches, from the first of training.
+
+    Returns:
+        Two tables. The first has one row per scheme. Its columns time and flops are those of
+        instruction tuning, the mean over the stages weighted by their shares; 1 is no compression.
+        If the runs align the projector, it has three more columns. align: the time of alignment
+        relative to alignment without compression. recipe: the time of both phases relative to no
+        compression. align_share: the share of alignment in the time of the recipe without
+        compression. The second table is ``bench.step_times`` of all stages of tuning.
+
+    Raises:
+        ConfigError: The model or the configuration cannot be used.
+        DataError: The data cannot be read.
     """
     setup = build.prepare(neutral(config))
     trained, processor, _ = open_model(model)
@@ -263,6 +316,7 @@ def costs(
     by_plan = steps.set_index("plan")
     rows = []
     for name, scheme in schemes.items():
+        # A stage may occur several times, as in shuffled schemes; loc repeats its row.
         share = pd.Series([stage.share for stage in scheme.stages], list(map(str, scheme.stages)))
         mean = (
             by_plan.loc[share.index, ["ratio", "flops_ratio"]].mul(share.to_numpy(), axis=0)
@@ -280,6 +334,7 @@ def costs(
         )
         of_plan = aligning.set_index("plan")
         table["align"] = [stage.share * of_plan.ratio[str(stage)] for stage in chosen.values()]
+        # Seconds of both phases without compression, the weights of the recipe's mean.
         align = (
             build.count_steps(config, "align", *build.align_data(config)) * of_plan.seconds["none"]
         )
@@ -290,14 +345,22 @@ def costs(
 
 
 def _batches(data: LlavaData, collate: Collator, size: int, seed: int, count: int) -> list[dict]:
-    """The first ``count`` batches of ``data`` as training has them."""
+    """The first ``count`` batches of ``data`` in the order of training."""
     order = list(GroupedSampler(data.lengths, data.medium, size, seed))
+    # Small data sets start again from the first example.
     parts = [[order[i % len(order)] for i in range(k * size, (k + 1) * size)] for k in range(count)]
     return [collate([data[i] for i in part]) for part in parts]
 
 
 def accuracies(answers: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy per scheme, seed and question type ("overall" among them); answers: from ``compare``."""
+    """Measure the accuracy per scheme, seed and question type.
+
+    Args:
+        answers: From ``compare``.
+
+    Returns:
+        One row each: scheme, seed, type ("overall" among them), accuracy.
+    """
     groups = with_overall(answers).groupby(["scheme", "seed", "type"], sort=False)
     return groups.correct.mean().rename("accuracy").reset_index()
 
@@ -305,23 +368,46 @@ def accuracies(answers: pd.DataFrame) -> pd.DataFrame:
 def table(
     runs: pd.DataFrame, cost: pd.DataFrame | None = None, kind: str = "overall"
 ) -> pd.DataFrame:
-    """Per scheme: accuracy, its difference to the baseline's, and their 95% intervals; beside it ``cost``.
+    """Summarise runs of several seeds: accuracy and its difference to the baseline's.
 
-    runs: from ``accuracies``, at least two seeds. Intervals are Student's t over seeds; differences are paired by seed,
-    as two runs of one seed share their initial weights and the order of their data.
+    The 95% intervals are Student's t over seeds. Differences are paired by seed, because two runs
+    of one seed share their initial weights and the order of their data.
+
+    Args:
+        runs: From ``accuracies``, of at least two seeds per scheme.
+        cost: The first table of ``costs``, whose columns are appended.
+        kind: The question type.
+
+    Returns:
+        One row per scheme: accuracy, low, high, difference, difference_low, difference_high, and
+        the columns of ``cost``.
+
+    Raises:
+        StudyError: A scheme has fewer than two seeds.
     """
     wide = runs.query("type == @kind").pivot(index="seed", columns="scheme", values="accuracy")
     return _against_baseline(wide[list(dict.fromkeys(runs.scheme))], mean_interval, cost)
 
 
 def table_of_one_seed(answers: pd.DataFrame, cost: pd.DataFrame | None = None) -> pd.DataFrame:
-    """As ``table``, from the answers of a single seed: intervals are bootstrapped over the questions, paired."""
+    """Summarise runs of one seed, as ``table`` does for several.
+
+    The 95% intervals are bootstrapped over the questions. Differences are paired by question.
+
+    Args:
+        answers: From ``compare``, of one seed.
+        cost: The first table of ``costs``, whose columns are appended.
+
+    Returns:
+        One row per scheme, with the columns of ``table``.
+    """
     wide = answers.assign(number=answers.groupby("scheme").cumcount())
     wide = wide.pivot(index="number", columns="scheme", values="correct").astype(float)
     return _against_baseline(wide[list(dict.fromkeys(answers.scheme))], interval, cost)
 
 
 def _against_baseline(wide: pd.DataFrame, interval_of, cost: pd.DataFrame | None) -> pd.DataFrame:
+    """One row per scheme from ``wide``: a row per seed or question, a column per scheme."""
     rows = {}
     for name in wide:
         values = wide[name].dropna()  # a scheme may have fewer seeds than others
@@ -335,16 +421,35 @@ def _against_baseline(wide: pd.DataFrame, interval_of, cost: pd.DataFrame | None
 def paired(
     runs: pd.DataFrame, first: str, second: str, value: str = "accuracy"
 ) -> tuple[float, float, float]:
-    """Mean over seeds of ``first`` less ``second``, paired by seed, and its 95% interval.
+    """Compare two schemes by one value, paired by seed.
 
-    runs: a row per scheme and seed, such as one type of ``accuracies``, or ``roughness``.
+    Args:
+        runs: One row per scheme and seed, such as one type of ``accuracies``, or ``roughness``.
+        first: A scheme of ``runs``.
+        second: The scheme whose value is subtracted.
+        value: The column to compare.
+
+    Returns:
+        The mean difference over seeds, and the ends of its 95% interval.
+
+    Raises:
+        StudyError: The two schemes have fewer than two seeds in common.
     """
     wide = runs.pivot(index="seed", columns="scheme", values=value)
     return tuple(paired_difference(wide[first], wide[second], mean_interval).values())
 
 
 def curves(seeds: Mapping[str, Sequence[int]], config: TrainConfig) -> pd.DataFrame:
-    """The rows of every run's metrics.jsonl (step, stage, plan, loss, grad_norm, ...), by scheme and seed."""
+    """Read the training logs of every run.
+
+    Args:
+        seeds: Seeds by scheme.
+        config: The configuration that the runs share.
+
+    Returns:
+        The rows of every metrics.jsonl (step, stage, plan, loss, grad_norm, ...), and scheme and
+        seed.
+    """
     frames = []
     for name, numbers in seeds.items():
         for seed in numbers:
@@ -354,11 +459,17 @@ def curves(seeds: Mapping[str, Sequence[int]], config: TrainConfig) -> pd.DataFr
 
 
 def roughness(curves: pd.DataFrame) -> pd.DataFrame:
-    """How unsteadily each run trained: one row per scheme and seed.
+    """Measure how unsteady the training of each run was.
 
-    loss: the standard deviation of the change of the logged loss from one log to the next, nats per token, within
-    stages (the jump between two stages is no unrest). grad_norm: the mean gradient norm before clipping.
+    Args:
+        curves: From ``curves``.
+
+    Returns:
+        One row per scheme and seed. loss: the standard deviation of the change of the logged loss
+        from one log line to the next, in nats per token. Changes between two stages do not count.
+        grad_norm: the mean gradient norm before clipping.
     """
+    # Without the first log line of each stage, whose change is NaN and does not count.
     steps = curves.sort_values(["scheme", "seed", "step"])
     change = steps.groupby(["scheme", "seed", "stage"], sort=False).loss.diff()
     return (
@@ -370,9 +481,20 @@ def roughness(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def seed_lists(seeds: int | Mapping[str, int], schemes: Iterable[str]) -> dict[str, list[int]]:
-    """0, 1, ... of so many ``seeds`` for each of ``schemes``; a mapping gives some of them a number of their own.
+    """List the seeds of each scheme, counted from 0.
 
-    The baseline has as many as any, because every other scheme is compared with it seed by seed.
+    The baseline gets as many seeds as the scheme with most, because every scheme is compared with
+    it seed by seed.
+
+    Args:
+        seeds: Number of seeds of every scheme; or numbers by scheme, where the others have one.
+        schemes: Names of the schemes.
+
+    Returns:
+        The seeds by scheme.
+
+    Raises:
+        CompareError: A number below 1, or a scheme in ``seeds`` that is not compared.
     """
     given = dict(seeds) if isinstance(seeds, Mapping) else {}
     counts = {name: given.get(name, 1) if given else seeds for name in schemes}
@@ -384,7 +506,7 @@ def seed_lists(seeds: int | Mapping[str, int], schemes: Iterable[str]) -> dict[s
         raise CompareError(
             f"seeds must be a whole number of at least 1, or one for each scheme, not {seeds!r}"
         )
-    if BASELINE in counts:
+    if BASELINE in counts:  # every seed of another scheme needs its pair
         counts[BASELINE] = max(counts.values())
     return {name: list(range(count)) for name, count in counts.items()}
 
@@ -398,10 +520,17 @@ def record(
     answers: pd.DataFrame | None = None,
     **stamp,
 ) -> None:
-    """Write a comparison's figures to ``folder`` as CSV: what ``papers/claims.py`` is made from.
+    """Write the figures of a comparison as CSV, which papers/claims.py reads.
 
-    answers: from ``compare``; of a single seed, whose intervals are over questions, each question's result is saved.
-    stamp: of ``records.write``: data, threads, command.
+    Args:
+        folder: The folder of the files ``compare-*.csv``.
+        runs: From ``accuracies``.
+        cost: The first table of ``costs``.
+        steps: The second table of ``costs``.
+        curves: From ``curves``.
+        answers: From ``compare``. If ``runs`` has one seed, the result of each question is saved,
+            because intervals are then over questions.
+        stamp: Options of ``records.write``: data, threads, command.
     """
     write = partial(records.write, **stamp)
     write(runs, folder / "compare-runs.csv", index=False, float_format="%.6f")
@@ -411,6 +540,7 @@ def record(
         numbered = answers.assign(
             question=answers.groupby("scheme").cumcount(), correct=answers.correct.astype(int)
         )
+        # One row per question, one column per scheme, in the order of ``answers``.
         wide = numbered.pivot(index=["question", "type"], columns="scheme", values="correct")
         write(wide[list(dict.fromkeys(answers.scheme))], folder / "compare-correct.csv")
     columns = ["scheme", "seed", "step", "stage", "plan", "loss", "grad_norm"]
@@ -418,20 +548,30 @@ def record(
 
 
 def headline(table: pd.DataFrame, seeds: Mapping[str, Sequence[int]]) -> str:
-    """The comparison in words: what each scheme saves and what it changes.
+    """Summarise a comparison in Markdown: the time that each scheme saves, and its accuracy.
 
-    A loss or gain is one where the whole interval says so, and of one seed none is settled.
+    A difference counts as a loss or a gain only if its whole interval does. One seed settles
+    nothing.
+
+    Args:
+        table: From ``table`` or ``table_of_one_seed``, with ``cost``.
+        seeds: Seeds by scheme.
+
+    Returns:
+        One line per scheme other than the baseline.
     """
     lines = ["Against training without compression:"]
     for name, row in table.drop(index=BASELINE).iterrows():
         low, high, count = row.difference_low, row.difference_high, len(seeds[name])
         open_text = f"not settled, at most {100 * max(-low, 0):.1f} points lost"
+        # A loss or gain needs an interval that does not contain 0.
         verdict = "a loss" if high < 0 else "a gain" if low > 0 else open_text
         verdict = (
             f"not settled by one seed ({verdict} over its questions)" if count == 1 else verdict
         )
         lines.append(
-            f"- `{name}` ({count} seed{'s' if count > 1 else ''}): {1 - row.time:.0%} less tuning time, "
-            f"accuracy {points(row.difference)} points ({points(low)} to {points(high)}): {verdict}"
+            f"- `{name}` ({count} seed{'s' if count > 1 else ''}): "
+            f"{1 - row.time:.0%} less tuning time, accuracy {points(row.difference)} points "
+            f"({points(low)} to {points(high)}): {verdict}"
         )
     return "\n".join(lines)
