@@ -1,4 +1,8 @@
-"""Accuracy of a model on questions about pictures, per question type, beside the best constant answer."""
+"""Ask a model questions about images and clips, and score its answers by exact match.
+
+``evaluate`` does both for a data set. ``chat_of``, ``prompts``, ``greedy`` and ``answer`` are its
+steps, for one question or batch. See ``statistics`` for accuracies and their intervals.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +22,26 @@ from llavolta.data.entries import MEDIA, chat_messages
 from llavolta.data.images import find_file
 from llavolta.studies.opening import answering
 
-LEAST_NEW_TOKENS = 4  # so that a model's own wrong answers can be read
+LEAST_NEW_TOKENS = 4  # room for wrong answers that are longer than every reference answer
 
 
 def _normal(text: str) -> str:
+    """``text`` in lower case, with single blanks and without a full stop at the end."""
     return " ".join(text.strip().rstrip(".").lower().split())
 
 
 def chat_of(question: str | list[dict], looks: list) -> list[dict]:
-    """The messages that ask ``question`` about opened pictures, which go first, and clips (lists of frames) behind
-    them. A text with an <image> for each picture, or a list of messages, says itself where they stand."""
+    """Build the messages that ask ``question`` about images and clips.
+
+    Args:
+        question: A text, or messages, which are returned as they are. If the text has one <image>
+            for each of ``looks``, the images stand there. Otherwise all images stand first, then
+            all clips, then the text.
+        looks: Opened images, and clips as lists of frames.
+
+    Returns:
+        Messages in transformers' chat format.
+    """
     if not isinstance(question, str):
         return question
     if looks and question.count(MEDIA["image"]) == sum(
@@ -35,6 +49,7 @@ def chat_of(question: str | list[dict], looks: list) -> list[dict]:
     ) == len(looks):
         turn = {"from": "human", "value": question}
         return chat_messages({"image": ["an image"] * len(looks), "conversations": [turn]})
+    # Sorting puts "image" before "video".
     media = sorted(
         ({"type": "video" if isinstance(look, list) else "image"} for look in looks),
         key=lambda m: m["type"],
@@ -45,10 +60,22 @@ def chat_of(question: str | list[dict], looks: list) -> list[dict]:
 def prompts(
     model, processor, asked: list[tuple[str | list[dict], list]], padding_side: str = "left"
 ):
-    """A batch for ``model`` from pairs of a question and its opened pictures; a list of frames is a clip.
+    """Build a batch of questions, rendered as for training up to where the answer begins.
 
-    A question is a text, or messages as of ``pictured``: written as for training, up to where the answer begins.
+    Args:
+        model: The model, whose device and dtype the batch gets.
+        processor: The model's processor.
+        asked: B pairs of a question, see ``chat_of``, and its images and clips. A clip is a list
+            of frames.
+        padding_side: "left" for generation, or "right".
+
+    Returns:
+        The processor's batch, with ``input_ids`` and ``attention_mask`` (B, T) and the pixels.
+
+    Raises:
+        DataError: The chat template does not accept the messages, or the processor reads no video.
     """
+    # The processor takes images per text, but clips of the whole batch in one list.
     images = [[look for look in looks if not isinstance(look, list)] for _, looks in asked]
     videos = [look for _, looks in asked for look in looks if isinstance(look, list)]
     texts = [chat.write(processor, chat_of(*one), ask=True)[0] for one in asked]
@@ -56,12 +83,22 @@ def prompts(
 
 
 def asked_digest(data: LlavaData, questions: list[dict]) -> bytes:
-    """Of what is asked: the questions of ``data``, their answers, and their pictures and clips, byte by byte."""
+    """Compute a digest of everything that is asked, to name saved answers by.
+
+    Args:
+        data: The data set, with its padding and number of frames.
+        questions: Some of ``data.questions()``.
+
+    Returns:
+        12 bytes, from the questions, the conversations and the bytes of their images and clips.
+    """
+    # Padding and number of frames change what the model sees of the same files.
     digest = hashlib.blake2b(
         json.dumps([questions, data.pad, data.frames]).encode(), digest_size=12
     )
     for index in dict.fromkeys(question["index"] for question in questions):
         digest.update(json.dumps(chat_messages(data.entry(index))).encode())
+        # A medium is either a file below the data's folder, or its bytes stand in the data.
         for path, content in data.sources(index):
             if content is None:
                 content = find_file(data.folder, path, data.file.name).read_bytes()
@@ -70,16 +107,37 @@ def asked_digest(data: LlavaData, questions: list[dict]) -> bytes:
 
 
 def check_questions(processor, questions: list[dict], data: LlavaData) -> None:
-    """Refuse ``questions`` whose words, or whose answers', the tokenizer does not know. Raises DataError."""
+    """Check that the tokenizer knows the words of the questions and reference answers.
+
+    Args:
+        processor: The model's processor.
+        questions: Rows of ``data.questions()``.
+        data: The data set, which the error names.
+
+    Raises:
+        DataError: Less than 99% of the words are known.
+    """
     texts = (question[part] for question in questions for part in ("question", "answer"))
     check_words(texts, processor.tokenizer, data.file.name)
 
 
 def answer_limit(processor, answers: Iterable[str], max_new_tokens: int | None = None) -> int:
-    """How many tokens to generate: the longest of the true ``answers`` and its end token, or ``max_new_tokens``.
+    """Choose how many tokens to generate.
 
-    Says on stderr how many of the answers a ``max_new_tokens`` cuts off, as they can then never be right. Raises
-    ValueError for one below 1.
+    If ``max_new_tokens`` is shorter than some reference answers, a line on stderr gives their
+    number, because a truncated answer is always wrong.
+
+    Args:
+        processor: The model's processor.
+        answers: The reference answers.
+        max_new_tokens: The limit; None: the longest reference answer and its end token, at least
+            LEAST_NEW_TOKENS.
+
+    Returns:
+        The number of new tokens.
+
+    Raises:
+        ValueError: ``max_new_tokens`` is below 1.
     """
     if max_new_tokens is not None and (isinstance(max_new_tokens, bool) or max_new_tokens < 1):
         raise ValueError(
@@ -87,25 +145,26 @@ def answer_limit(processor, answers: Iterable[str], max_new_tokens: int | None =
         )
     answers = list(answers)
     different = list(dict.fromkeys(answers))
-    # A blank stands before an answer in most templates, and is a token of its own in some tokenizers.
+    # Most templates write a blank before an answer. Some tokenizers make it a token of its own.
     ids = processor.tokenizer([f" {text}" for text in different], add_special_tokens=False)[
         "input_ids"
     ]
+    # Most data sets repeat few answers, so only the different ones are tokenized.
     lengths = {text: len(tokens) for text, tokens in zip(different, ids, strict=True)}
     longest = max(lengths.values(), default=0)
     if max_new_tokens is None:
         return max(longest + 1, LEAST_NEW_TOKENS)
     if cut := sum(lengths[text] > max_new_tokens for text in answers):
         print(
-            f"max_new_tokens {max_new_tokens} cuts off {cut} of {len(answers)} true answers, which are then wrong; "
-            f"the longest has {longest} tokens",
+            f"max_new_tokens {max_new_tokens} cuts off {cut} of {len(answers)} true answers, "
+            f"which are then wrong; the longest has {longest} tokens",
             file=sys.stderr,
         )
     return max_new_tokens
 
 
 def end_tokens(model, processor) -> list[int]:
-    """The tokens that end an answer: those that the model generates with, and the tokenizer's."""
+    """List the ids that end an answer: the generation config's and the tokenizer's."""
     own = model.generation_config.eos_token_id
     own = [] if own is None else own if isinstance(own, list) else [own]
     return list(dict.fromkeys([*own, processor.tokenizer.eos_token_id]))
@@ -113,7 +172,18 @@ def end_tokens(model, processor) -> list[int]:
 
 @torch.no_grad()
 def greedy(model, processor, batch, max_new_tokens: int, **options):
-    """What ``model.generate`` returns for a batch padded on the left, decoding greedily; options go to generate."""
+    """Decode greedily with ``model.generate``.
+
+    Args:
+        model: The model.
+        processor: The model's processor.
+        batch: A batch of ``prompts``, padded on the left.
+        max_new_tokens: New tokens at most.
+        options: Further options of ``generate``.
+
+    Returns:
+        What ``generate`` returns: ids (B, T + new), or its dictionary if ``options`` ask for it.
+    """
     tokenizer = processor.tokenizer
     return model.generate(
         **batch,
@@ -126,24 +196,40 @@ def greedy(model, processor, batch, max_new_tokens: int, **options):
 
 
 def answer(model, processor, batch, max_new_tokens: int) -> tuple[list[str], list[bool]]:
-    """The model's greedy answers to a batch of ``prompts``, and which of them ``max_new_tokens`` cut off."""
+    """Answer a batch of ``prompts`` greedily.
+
+    Args:
+        model: The model.
+        processor: The model's processor.
+        batch: A batch of ``prompts``, padded on the left.
+        max_new_tokens: New tokens at most.
+
+    Returns:
+        The B answers, and for each whether it was truncated: no end token was generated.
+    """
+    # (B, T + new) -> (B, new)
     ids = greedy(model, processor, batch, max_new_tokens)[:, batch["input_ids"].shape[1] :]
     ended = torch.isin(ids, torch.tensor(end_tokens(model, processor), device=ids.device)).any(1)
     return processor.batch_decode(ids, skip_special_tokens=True), (~ended).tolist()
 
 
 def pictured(data: LlavaData, questions: list[dict]) -> list[tuple[list[dict], list]]:
-    """Each of ``questions`` (see LlavaData.questions) by ``alone``."""
+    """Return the messages and images of each of ``questions``; see ``alone``."""
     return [alone(data[question["index"]], question["turn"]) for question in questions]
 
 
 def alone(example: Example, turn: int) -> tuple[list[dict], list]:
-    """Question ``turn`` of a conversation as it is trained, but without the questions and answers before it.
+    """Take one question out of a conversation, without the questions and answers before it.
+
+    Args:
+        example: The conversation.
+        turn: The question's number among the user's messages, from 0.
 
     Returns:
-        The messages: system turns, and the question with its pictures and clips in their places; those of earlier
-        questions go first. And the pictures and clips, opened.
+        The messages: system turns, and the question with its images and clips in their places.
+        Those of earlier questions stand first. And the opened images and clips.
     """
+    # The index of the question's message among all messages.
     number = [place for place, message in enumerate(example.messages) if message["role"] == "user"][
         turn
     ]
@@ -154,12 +240,13 @@ def alone(example: Example, turn: int) -> tuple[list[dict], list]:
         medium: sum(part["type"] == medium for part in content) for medium in ("image", "video")
     }
     system = [message for message in before if message["role"] == "system"]
+    # Images are listed in their order in the conversation, so the first ``count`` belong here.
     looks = [*example.images[: count["image"]], *example.videos[: count["video"]]]
     return [*system, {**question, "content": content}], looks
 
 
 def is_right(prediction: str, truth: str) -> bool:
-    """Exact match but for case, blanks and a full stop."""
+    """Return whether the answers match exactly, up to case, blanks and a full stop at the end."""
     return _normal(prediction) == _normal(truth)
 
 
@@ -173,11 +260,32 @@ def evaluate(
     progress: bool = True,
     max_new_tokens: int | None = None,
 ) -> pd.DataFrame:
-    """One row per question: index, type, question, answer, prediction, truncated, correct (exact match, case ignored).
+    """Ask a model the questions of a data set, and score the answers.
 
-    plan: compression in force while answering. limit: the first so many questions. max_new_tokens: of an answer; None:
-    as many as the longest true answer has, and its end. truncated: no end token came within them; their number is said
-    on stderr where a limit was given, since such an answer is longer than any true one otherwise.
+    Every question is asked alone; see ``alone``.
+
+    Args:
+        model: A supported vision-language model.
+        processor: The model's processor.
+        data: The questions.
+        plan: The plan in force while answering.
+        limit: Number of questions to ask, from the first; None: all.
+        batch_size: Questions in a batch.
+        progress: Show a progress bar.
+        max_new_tokens: Tokens of an answer at most; None: the length of the longest reference
+            answer and its end token.
+
+    Returns:
+        One row per question: index (of the entry), type, question, answer (the reference answer),
+        prediction, truncated, correct. An answer is truncated if no end token was generated. With
+        ``max_new_tokens`` their number is printed on stderr. Without it, a truncated answer is
+        longer than every reference answer and thus wrong in any case.
+
+    Raises:
+        DataError: The tokenizer does not know the words, or an image cannot be read.
+        PlanError: The plan cannot be read or does not fit the model.
+        UnsupportedModel: The model cannot be compressed under this plan.
+        ValueError: ``max_new_tokens`` is below 1.
     """
     questions = list(islice(data.questions(), limit))
     check_questions(processor, questions, data)
@@ -191,6 +299,7 @@ def evaluate(
             leave=False,
         ):
             asked = pictured(data, questions[start : start + batch_size])
+            # One limit for all batches: what is truncated does not depend on the batch size.
             said, cut = answer(model, processor, prompts(model, processor, asked), length)
             predictions += said
             truncated += cut

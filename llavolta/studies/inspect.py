@@ -1,4 +1,8 @@
-"""One question looked at under one plan: where each token went, what it cost, what was answered."""
+"""Show what a plan does with one question: where each token went, the cost, and the answer.
+
+``view`` answers one question and returns a ``View``, which plots and widgets draw. ``token_map``
+gives the maps alone. ``design_table`` and ``views_table`` compare plans.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +26,23 @@ from llavolta.errors import UnsupportedModel, UserError
 from llavolta.studies import evaluation, opening
 from llavolta.train.schemes import plan_compression_ratio
 
-SHOWN = 64  # tokens of an answer that is shown
+SHOWN = 64  # longest answer to show, in tokens
 
 
 def _destination(out: CompressedTokens, tokens: VisualTokens) -> Tensor:
     """(I, L) the output token that each input token ended in; -1 for dropped ones and padding."""
     if out.group is not None:
+        # The column of False added at the end stands for numbers that name no output token.
         group = out.group.expand(tokens.mask.shape)
-        stays = torch.nn.functional.pad(out.mask, (0, 1)).expand(
-            len(group), -1
-        )  # a number behind the last is of none
+        stays = torch.nn.functional.pad(out.mask, (0, 1)).expand(len(group), -1)  # (I, M + 1)
         return group.masked_fill(
             ~tokens.mask | ~stays.gather(1, group.clamp(0, out.mask.shape[1])), -1
         )
+    # Without merging, each output token m stands for the one input token at its anchor.
     anchor = out.anchor.expand(out.mask.shape)
     number = torch.where(out.mask, torch.arange(anchor.shape[1], device=anchor.device), -1)
     where = torch.full_like(tokens.mask, -1, dtype=torch.long)
+    # (I, M) -> (I, L). "amax" lets a real token win over padding that shares its anchor.
     return where.scatter(1, anchor.masked_fill(~out.mask, 0), -1).scatter_reduce(
         1, anchor.clamp(min=0), number, "amax"
     )
@@ -45,23 +50,33 @@ def _destination(out: CompressedTokens, tokens: VisualTokens) -> Tensor:
 
 @contextmanager
 def recording(model, plan) -> Iterator[SimpleNamespace]:
-    """``compress(model, plan)`` that notes where tokens go in its first pass, ready when the block ends.
+    """Compress a model, and record where visual tokens go in its first forward pass.
 
-    maps: see ``token_map``. shape: rows and columns of the first picture, None if nothing was removed. counts: by layer
-    of the plan, how many tokens were left of how many.
+    Args:
+        model: A supported vision-language model.
+        plan: The plan in force within the block, as text or parsed.
+
+    Yields:
+        A record that is filled when the block ends. maps: see ``token_map``. shape: rows and
+        columns of the first image, None if nothing was removed. counts: by layer of the plan, the
+        number of visual tokens after and before it.
+
+    Raises:
+        StudyError: The plan compresses frames at one layer and whole clips at a later one.
     """
     plan, seen = parse_plan(plan), {}
     record = SimpleNamespace(maps={}, shape=None, counts={})
 
     def note(layer, tokens: VisualTokens, out: CompressedTokens) -> None:
-        if layer not in seen:  # in the first pass
+        if layer not in seen:  # only the first pass has the whole prompt
             counts = int(out.mask.sum()), int(tokens.mask.sum())
             seen[layer] = _destination(out, tokens), tuple(tokens.grid[0].tolist()), counts
 
     with patch.compress(model, plan, observe=note):
         yield record
+    # Chain the steps: (I, L) of one layer, looked up in the next, gives the map so far.
     where = None
-    for layer in (layer for layer in plan if layer in seen):  # what removes nothing is not seen
+    for layer in (layer for layer in plan if layer in seen):  # no-op entries are not observed
         step, shape, record.counts[layer] = seen[layer]
         if where is None:
             where, record.shape = step, shape
@@ -70,20 +85,31 @@ def recording(model, plan) -> Iterator[SimpleNamespace]:
                 "a plan that works on frames first and on whole clips later cannot be drawn"
             )
         else:
-            padded = torch.nn.functional.pad(
-                step, (0, 1), value=-1
-            )  # what is gone looks up the last column
+            # The extra column of -1 is where dropped tokens look up: they stay dropped.
+            padded = torch.nn.functional.pad(step, (0, 1), value=-1)  # (I, L) -> (I, L + 1)
             where = padded.gather(1, where.masked_fill(where < 0, step.shape[1]))
         record.maps[layer] = where.cpu().numpy()
 
 
 @torch.no_grad()
 def token_map(model, batch, plan) -> dict[int | str, np.ndarray]:
-    """{layer: (I, L)} from each compressed layer of ``plan`` on: of each picture of ``batch``, for each of its L visual
-    tokens, which token it is in by then, counted from 0; -1 where it was dropped, and at padding.
+    """Map each visual token to the token that it is part of, after each layer of a plan.
 
-    Taken from a real forward pass of ``model``, so it is right for compressors that look at content, too. Tokens of
-    entries that remove nothing are left out; {} if nothing is removed at all.
+    The maps come from a forward pass of the model, so they hold for compressors that depend on
+    content as well.
+
+    Args:
+        model: A supported vision-language model.
+        batch: A batch of the model's processor.
+        plan: The plan, as text or parsed.
+
+    Returns:
+        By layer of the plan, (I, L) for I images (tiles or frames) of L tokens: the number of the
+        token from 0, or -1 for dropped tokens and padding. Entries that remove nothing are left
+        out.
+
+    Raises:
+        StudyError: The plan compresses frames at one layer and whole clips at a later one.
     """
     with recording(model, plan) as record:
         families.find_parts(model).base(**batch)
@@ -94,11 +120,18 @@ def token_map(model, batch, plan) -> dict[int | str, np.ndarray]:
 class View:
     """What one plan does with one question.
 
-    plan: its text. maps: see ``token_map``. tokens: how many visual tokens each decoder layer worked on. shape: rows
-    and columns of the first picture (or frame). visual: visual tokens in all. ratio: the compression ratio, from these
-    tokens. flops: those of a training step relative to no compression, at the plan's mean number of tokens; NaN where
-    cost.flops.step_cost does not know the model.
-    answer: the model's greedy answer. guesses: the five likeliest first tokens of the answer and their probabilities.
+    Attributes:
+        plan: The plan's text.
+        maps: The token maps; see ``token_map``.
+        tokens: (N,) visual tokens that each decoder layer processed.
+        ratio: The compression ratio, from ``tokens`` and ``visual``.
+        flops: FLOPs of a training step relative to no compression, at the plan's mean number of
+            tokens. NaN if ``cost.flops.step_cost`` does not support the model.
+        answer: The model's greedy answer. An ellipsis at the end marks a truncated one.
+        guesses: The five most likely first tokens of the answer, with their probabilities. Tokens
+            that differ by blanks only are added up.
+        shape: Rows and columns of the first image or frame.
+        visual: Visual tokens of the prompt without compression.
     """
 
     plan: str
@@ -112,18 +145,31 @@ class View:
     visual: int
 
     def clip(self, frames: int) -> np.ndarray:
-        """(frames, rows, columns) of the first clip's map behind the plan's last layer, without class tokens."""
+        """Return the first clip's token map after the plan's last layer, without class tokens.
+
+        Args:
+            frames: Frames of the clip.
+
+        Returns:
+            (frames, rows, columns) the number of each patch's token; -1 if dropped.
+        """
+        # Without a map, every token is its own: (1, T), in square frames.
         where, shape = np.arange(self.visual)[None], (math.isqrt(self.visual // frames),) * 2
         if self.maps:
             where, shape = self.maps[list(self.maps)[-1]], self.shape
-        if len(where) > 1:  # each frame counts from 0
+        if len(where) > 1:  # each frame counts from 0; (F, L) with numbers of its own per frame
             where = np.where(
                 where < 0, -1, where + np.arange(len(where))[:, None] * where.shape[1]
             )[:frames]
+        # A class token stands before the patches of its frame: (F, 1 + R C) -> (F, R, C)
         return where.reshape(frames, -1)[:, -math.prod(shape) :].reshape(frames, *shape)
 
     def grid(self, layer=None) -> np.ndarray:
-        """(rows, columns) of the first picture's map behind ``layer``, by default the plan's last; for plots."""
+        """Return the first image's token map after ``layer``, by default the plan's last.
+
+        Returns:
+            (rows, columns) the number of each patch's token; -1 if dropped.
+        """
         if not self.maps:
             return np.arange(math.prod(self.shape)).reshape(self.shape)
         where = self.maps[list(self.maps)[-1] if layer is None else layer][0]
@@ -131,14 +177,25 @@ class View:
 
 
 def choose(data: LlavaData, number: int) -> tuple[dict, list]:
-    """Question ``number`` of ``data`` (see LlavaData.questions), with its ``messages``, and its opened pictures; of a
-    clip the first frame alone. Raises StudyError."""
-    question = next(
-        (one for count, one in enumerate(data.questions()) if count == number), None
-    )  # opens none behind
+    """Choose one question of a data set.
+
+    Args:
+        data: The questions.
+        number: The question's number in ``data.questions()``, from 0.
+
+    Returns:
+        The question with its ``messages``, and its opened images. A clip is replaced by its first
+        frame.
+
+    Raises:
+        StudyError: There is no such question, or it has no image.
+    """
+    # A generator, so that no entry after the question is opened.
+    question = next((one for count, one in enumerate(data.questions()) if count == number), None)
     if question is None:
         raise opening.StudyError(
-            f"{data.file.name} has questions 0..{sum(1 for _ in data.questions()) - 1}, not {number!r}"
+            f"{data.file.name} has questions 0..{sum(1 for _ in data.questions()) - 1}, "
+            f"not {number!r}"
         )
     messages, looks = evaluation.alone(data[question["index"]], question["turn"])
     if not looks:
@@ -163,17 +220,30 @@ def view(
     text_tokens: float = 64,
     max_new_tokens: int = SHOWN,
 ) -> View:
-    """Ask ``question``, a text or messages, about opened ``images``, or clips (lists of frames), under ``plan``.
+    """Ask one question under a plan.
 
-    text_tokens: of the training example that FLOPs are of. max_new_tokens: of the answer, which ends in an ellipsis
-    where it is cut off. Raises PlanError, UnsupportedModel, or a compressor's own
-    ValueError.
+    Args:
+        model: A supported vision-language model.
+        processor: The model's processor.
+        question: A text, or messages in transformers' chat format.
+        images: Opened images, and clips as lists of frames.
+        plan: The plan's text.
+        text_tokens: Text tokens of the training example for which FLOPs are given.
+        max_new_tokens: Tokens of the answer at most.
+
+    Returns:
+        Where each token went, the cost, and the answer.
+
+    Raises:
+        PlanError: The plan cannot be read or does not fit the model.
+        UnsupportedModel: The model cannot be compressed under this plan.
+        StudyError: The plan compresses frames at one layer and whole clips at a later one.
+        ValueError: A compressor cannot work on these images.
     """
     parts = families.find_parts(model)
     batch = evaluation.prompts(model, processor, [(question, images)])
-    frames = [
-        len(look) if isinstance(look, list) else 1 for look in images
-    ]  # each counts as an image in FLOPs
+    # In FLOPs every frame counts as an image.
+    frames = [len(look) if isinstance(look, list) else 1 for look in images]
     length = batch["input_ids"].shape[1]
     visual = sum(int((batch["input_ids"] == token).sum()) for token in parts.visual_ids.values())
     with opening.answering(model), recording(model, plan) as record:
@@ -190,7 +260,7 @@ def view(
     likeliest = out.logits[0][0].float().softmax(-1).topk(5)
     pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
     guesses: dict[str, float] = {}
-    for token, chance in pairs:  # a word with and without a blank before it is one guess
+    for token, chance in pairs:  # add up a word with and without a blank before it
         word = processor.tokenizer.decode([token]).strip() or "(blank)"
         guesses[word] = guesses.get(word, 0.0) + chance
     tokens = _tokens_left(record.counts, len(parts.layers), visual)
@@ -200,7 +270,9 @@ def view(
         tokens=tokens,
         ratio=len(tokens) * visual / sum(tokens) if sum(tokens) else math.inf,
         flops=_relative_flops(families.unwrap(model).config, plan, text_tokens, sum(frames)),
-        answer=f"{processor.decode(said, skip_special_tokens=True).strip()}{'' if ended else ' …'}".strip(),
+        answer=(
+            f"{processor.decode(said, skip_special_tokens=True).strip()}{'' if ended else ' …'}"
+        ).strip(),
         guesses=guesses,
         shape=record.shape or _square(visual // max(len(images), 1)),
         visual=visual,
@@ -215,7 +287,10 @@ def views(
     plans: Sequence[str],
     text_tokens: float = 64,
 ) -> list[View]:
-    """``view`` under each of ``plans``; one that this model cannot do is left out, and a printed line says why."""
+    """Ask one question under several plans; see ``view``.
+
+    A plan that the model does not support is left out, and a printed line says why.
+    """
     seen = []
     for plan in plans:
         try:
@@ -226,7 +301,7 @@ def views(
 
 
 def _tokens_left(counts: dict, depth: int, visual: int) -> list[int]:
-    """Of ``visual`` tokens, those that each of ``depth`` layers worked on; see ``recording``."""
+    """(N,) visual tokens that each of ``depth`` layers processed; counts: see ``recording``."""
     tokens = []
     for layer in range(depth):
         for place in (VISION, layer) if layer == 0 else (layer,):
@@ -239,7 +314,18 @@ def _tokens_left(counts: dict, depth: int, visual: int) -> list[int]:
 def design_table(
     config, layers: Sequence[int], strides: Sequence[int], text_tokens: float = 64
 ) -> pd.DataFrame:
-    """One row per layer K and stride S of average pooling: compression ratio, and training FLOPs relative to none."""
+    """Compare average pooling at several layers K with several strides S.
+
+    Args:
+        config: The model's configuration.
+        layers: Decoder layers K.
+        strides: Strides S.
+        text_tokens: Text tokens of the training example for which FLOPs are given.
+
+    Returns:
+        One row per layer and stride: layer, stride, ratio (the compression ratio), and flops (of a
+        training step, relative to no compression).
+    """
     depth, tokens = config.get_text_config().num_hidden_layers, config.image_seq_length
     rows = []
     for layer in layers:
@@ -251,22 +337,29 @@ def design_table(
 
 
 def _square(count: int) -> tuple[int, int]:
+    """Rows and columns of ``count`` tokens: a square, or one row if they do not form one."""
     side = math.isqrt(count)
     return (side, side) if side * side == count else (1, count)
 
 
 def _relative_flops(config, plan, text_tokens: float, images: int = 1) -> float:
+    """FLOPs of a training step relative to no compression; NaN where they are not known."""
     try:
         return (
             step_cost(config, plan, text_tokens, images).total
             / step_cost(config, "none", text_tokens, images).total
         )
-    except UnsupportedModel:  # its tower cuts images into parts of its own
+    except UnsupportedModel:  # such as a model that cuts images into tiles
         return math.nan
 
 
 def views_table(views: Sequence[View]) -> pd.DataFrame:
-    """Per view: plan, tokens left in the last layer, compression ratio, FLOPs relative to none, answer."""
+    """Summarise views in a table.
+
+    Returns:
+        One row per view, indexed by plan: tokens left (in the last layer), ratio (the compression
+        ratio), flops (relative to no compression), answer.
+    """
     rows = [(view.plan, view.tokens[-1], view.ratio, view.flops, view.answer) for view in views]
     return pd.DataFrame(
         rows, columns=["plan", "tokens left", "ratio", "flops", "answer"]

@@ -1,4 +1,4 @@
-"""Models and data opened for asking, as they were trained."""
+"""Open models and data for evaluation, with the image padding that the model was trained with."""
 
 from __future__ import annotations
 
@@ -22,37 +22,52 @@ from llavolta.worlds import world as find_world
 
 
 class StudyError(UserError, ValueError):
-    """A study that cannot be made with these settings or data."""
+    """A study that cannot be made with these settings or data; the message says why."""
 
 
 def device() -> torch.device:
-    """Where models answer and are timed: the accelerator, or the CPU where there is none."""
+    """Return the device for answering and timing: the accelerator, or the CPU without one."""
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def embedded_llava() -> Path:
-    """The folder of the embedded LLaVA trained without compression (scheme "single-stage"), a plain LLaVA.
+    """Train the embedded LLaVA without compression, on first use.
 
-    Trained on first use, about 3 minutes on 2 cores: the shipped parts alone have an untrained projector.
+    The shipped parts alone have an untrained projector. Training takes about 3 minutes on 2 cores.
+
+    Returns:
+        The run folder of the scheme "single-stage", a plain Hugging Face folder.
+
+    Raises:
+        ConfigError: The folder has another run.
     """
     folder = RUNS / "single-stage"
     RUNS.mkdir(parents=True, exist_ok=True)
-    with FileLock(RUNS / ".single-stage.lock"):  # a second notebook waits for the first
+    with FileLock(RUNS / ".single-stage.lock"):  # a second process waits for the first
         first_use = not (folder / RECORD).exists()
         if first_use:
             print(
                 "training the embedded LLaVA without compression, once; about 3 minutes on 2 cores",
                 flush=True,
             )
-        config = TrainConfig.from_preset(
-            "embedded", output=str(folder), scheme="single-stage"
-        )  # as 03 trains it
+        # The parameters of notebook 03, so that both share one run.
+        config = TrainConfig.from_preset("embedded", output=str(folder), scheme="single-stage")
         return train(config, progress=first_use)
 
 
 @contextmanager
 def answering(model):
-    """``model`` in evaluation mode; the mode of each of its modules is back afterwards, also after an error."""
+    """Put ``model`` in evaluation mode within the block.
+
+    Each module's mode is restored afterwards, also after an error.
+
+    Args:
+        model: The model.
+
+    Yields:
+        The same model.
+    """
+    # model.train() would set all modules to one mode, but they may differ.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -63,9 +78,18 @@ def answering(model):
 
 
 def open_model(name: str | Path, dtype: torch.dtype | None = None) -> tuple:
-    """(model, processor, folder) of a run's folder, a Hugging Face folder or a hub name, on its device.
+    """Load a model onto its device.
 
-    "embedded" is the embedded LLaVA trained without compression. dtype: float32 unless given.
+    Args:
+        name: A run folder, a Hugging Face folder, a hub name, or a model that comes with the
+            package. "embedded" is the embedded LLaVA trained without compression.
+        dtype: Of the weights; None: float32.
+
+    Returns:
+        Model, processor, and the folder or name that was loaded.
+
+    Raises:
+        ConfigError: There is no such model, or weights are missing.
     """
     folder = str(embedded_llava() if name == "embedded" else name)
     model, processor = load_model(folder, dtype=dtype or torch.float32)
@@ -74,9 +98,13 @@ def open_model(name: str | Path, dtype: torch.dtype | None = None) -> tuple:
 
 @dataclass(frozen=True)
 class Study:
-    """What a study asks: a model on its device, its processor, questions with pictures opened as the model was trained.
+    """A model with the questions to ask it.
 
-    depth: decoder layers. folder: of the model.
+    Attributes:
+        model: The model, on its device.
+        processor: The model's processor.
+        data: The questions. Their images are padded as in the model's training.
+        folder: The folder or name of the model.
     """
 
     model: torch.nn.Module
@@ -86,6 +114,7 @@ class Study:
 
     @property
     def depth(self) -> int:
+        """The number of decoder layers."""
         return len(find_parts(self.model).layers)
 
 
@@ -97,20 +126,42 @@ def open_study(
     dtype: torch.dtype | None = None,
     world: str | None = None,
 ) -> Study:
-    """Open ``model`` (see ``open_model``) to be asked ``questions``, LLaVA JSON, about ``images``.
+    """Open a model and the questions to ask it.
 
-    questions: None: those held out of ``world``; None: the model's own, which it comes with or was trained on.
-    pad_to_square: see ``trained_padding``.
+    Args:
+        model: A model's name; see ``open_model``.
+        questions: LLaVA JSON; None: the held-out questions of ``world``.
+        images: The folder of the questions' images; None: the folder of ``questions``.
+        pad_to_square: Pad images to squares; None: as in the model's training.
+        dtype: Of the weights; None: float32.
+        world: Generated data; None: the data that the model comes with or was trained on, else
+            "digits".
+
+    Returns:
+        The model, processor and questions.
+
+    Raises:
+        DataError: The questions cannot be read, or ``world`` is unknown.
+        ConfigError: There is no such model, or weights are missing.
     """
     questions = questions or find_world(world or home(model)).heldout()
-    data = LlavaData(questions, images or None)  # refused before a model is loaded
+    data = LlavaData(questions, images or None)  # raises before the model is loaded
     opened, processor, folder = open_model(model, dtype)
+    # The colour depends on the processor, so the data set gets it only now.
     data.pad = trained_padding(processor, folder, pad_to_square)
     return Study(opened, processor, data, folder)
 
 
 def home(model: str | Path) -> str:
-    """The world that ``model`` comes with, or was trained on by its run's config.yaml; "digits" if neither is known."""
+    """Return the generated data that a model comes with, or was trained on.
+
+    Args:
+        model: A model's name or folder. A run folder's config.yaml names the data.
+
+    Returns:
+        A key of WORLDS; "digits" if neither is known.
+    """
+    # ``data`` of a run may also be a file, which is no generated data.
     trained_on = run_settings(model).get("data")
     return HOMES.get(str(model), trained_on if trained_on in WORLDS else "digits")
 
@@ -118,8 +169,16 @@ def home(model: str | Path) -> str:
 def trained_padding(
     processor, model: str | Path, wanted: bool | None = None
 ) -> tuple[int, int, int] | None:
-    """The colour that pads pictures to squares before the model in the folder ``model`` is asked, None for no padding:
-    as it was trained, by its run's own config.yaml, unless ``wanted`` says. A model without one is not padded for."""
+    """Return the colour that pads a model's images to squares.
+
+    Args:
+        processor: The model's processor.
+        model: The model's folder. A run folder's config.yaml tells whether training padded.
+        wanted: Whether to pad; None: as in training. A model without a config.yaml was not padded.
+
+    Returns:
+        RGB from 0 to 255, or None for no padding.
+    """
     if wanted is None:
         wanted = run_settings(model).get("pad_to_square", False)
     return padding_colour(processor) if wanted else None

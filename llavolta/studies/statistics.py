@@ -1,6 +1,7 @@
-"""Accuracies with their intervals: overall, by type, and paired differences. One place for all that is counted.
+"""Compute accuracies with 95% intervals, overall and by question type, and paired differences.
 
-``answers`` is always a table with a row per question: at least type and correct, such as ``evaluation.evaluate`` gives.
+``answers`` is always a table with one row per question and at least the columns type and correct,
+such as ``evaluation.evaluate`` returns.
 """
 
 from __future__ import annotations
@@ -15,21 +16,30 @@ from scipy import stats
 from llavolta.studies.opening import StudyError
 
 OVERALL = "overall"
-DRAWN_AT_ONCE = 1 << 20  # numbers that a bootstrap holds at a time, 16 MB
+DRAWN_AT_ONCE = 1 << 20  # numbers that a bootstrap resamples at a time: 16 MB
 
 
 def with_overall(answers: pd.DataFrame) -> pd.DataFrame:
-    """``answers`` twice: as they are, and, first, all of the type "overall"."""
+    """Return ``answers`` twice: first with the type "overall", then as they are."""
     return pd.concat([answers.assign(type=OVERALL), answers], ignore_index=True)
 
 
 def accuracy_table(answers: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
-    """Per question type, and last over all: questions, accuracy, its 95% interval (low, high) and, where true answers
-    are given, constant: the accuracy of giving every question of a type that type's most frequent answer.
+    """Measure the accuracy per question type.
 
-    by: further columns to tell apart; then type is a column, too, and the types stand in the order of ``answers``.
+    Args:
+        answers: One row per question: type, correct, and the columns ``by``. If it has the
+            reference answer as well, the table gets the column constant.
+        by: Further columns to group by.
+
+    Returns:
+        One row per type, "overall" last: questions (their number), accuracy, and its 95% interval
+        (low, high). constant is the accuracy of a model that gives each type's most frequent
+        reference answer to all questions of the type. The index is type. With ``by``, type is a
+        column, groups stand in the order of ``answers``, and "overall" comes first.
     """
     if "answer" in answers:
+        # mode() sorts, so that of several most frequent answers the first by alphabet counts.
         best = answers.groupby([*by, "type"])["answer"].transform(lambda given: given.mode()[0])
         answers = answers.assign(constant=answers.answer == best)
     rows = []
@@ -50,12 +60,25 @@ def accuracy_table(answers: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFram
 
 
 def interval(values: Sequence[float], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """The 95% interval of the mean of ``values`` (n,), by bootstrap (percentiles), in bounded memory."""
+    """Compute the 95% percentile bootstrap interval of a mean.
+
+    Args:
+        values: (n,) numbers, such as whether each question was answered correctly.
+        draws: Number of resamples.
+        seed: Seed of the resampling.
+
+    Returns:
+        The ends of the interval. They are equal if all values are.
+
+    Raises:
+        StudyError: There are no values.
+    """
     values = np.asarray(values, dtype=float)
     if not len(values):
         raise StudyError("there is no answer to take a mean of; ask at least one question")
-    if len(values) < 2 or (values == values[0]).all():  # every draw is the same
+    if len(values) < 2 or (values == values[0]).all():  # all resamples are equal
         return float(values[0]), float(values[0])
+    # In batches, so that memory does not grow with the number of values.
     found = stats.bootstrap(
         (values,),
         np.mean,
@@ -69,7 +92,17 @@ def interval(values: Sequence[float], draws: int = 2000, seed: int = 0) -> tuple
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95% interval of the mean of ``values``, one a seed, by Student's t. Raises StudyError for fewer than two."""
+    """Compute the 95% interval of a mean by Student's t.
+
+    Args:
+        values: (n,) one number per seed.
+
+    Returns:
+        The ends of the interval.
+
+    Raises:
+        StudyError: There are fewer than two values.
+    """
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         raise StudyError("an interval over seeds needs at least two seeds")
@@ -80,30 +113,42 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 def paired_difference(
     first: pd.Series, second: pd.Series, interval_of=interval
 ) -> dict[str, float]:
-    """{"difference", "difference_low", "difference_high"} of ``first`` less ``second``, paired by their index.
+    """Compute the mean difference of two series, paired by their index.
 
-    interval_of: ``interval`` over questions, or ``mean_interval`` over seeds.
+    Args:
+        first: One number per question or seed.
+        second: The numbers to subtract.
+        interval_of: ``interval`` over questions, or ``mean_interval`` over seeds.
+
+    Returns:
+        "difference", and its 95% interval "difference_low" and "difference_high".
+
+    Raises:
+        StudyError: Too few pairs for the interval.
     """
-    difference = (first.astype(float) - second.astype(float)).dropna()  # one may have fewer seeds
+    # The series align by index. Pairs that one of them lacks are NaN and do not count.
+    difference = (first.astype(float) - second.astype(float)).dropna()
     low, high = interval_of(difference)
     return {"difference": float(difference.mean()), "difference_low": low, "difference_high": high}
 
 
 def points(share: float) -> str:
-    """``share`` in percentage points, with its sign: 0.0125 is "+1.3". See ``percent``."""
+    """Format ``share`` in percentage points with its sign: 0.0125 is "+1.3". See ``percent``."""
     text = _hundredfold(share)
     return text if text.startswith("-") else f"+{text}"
 
 
 def percent(share: float) -> str:
-    """``share`` as "92.9%".
+    """Format ``share`` (0 to 1) in percent, such as "92.9%".
 
-    It is rounded once and halves go away from 0, so that a CSV of six digits and the figures that it was written from
-    give the same text.
+    Halves round away from 0, so that figures read from a CSV of six digits give the same text as
+    the figures that were written.
     """
     return f"{_hundredfold(share)}%"
 
 
 def _hundredfold(share: float) -> str:
+    """``share`` times 100 with one digit after the point."""
+    # Four digits of a percentage are the six digits of a share, which a CSV preserves.
     exact = Decimal(repr(round(100 * float(share), 4)))
     return str(exact.quantize(Decimal("0.1"), ROUND_HALF_UP) + 0)  # adding 0 turns -0.0 into 0.0
