@@ -1,1 +1,1 @@
-"""What is seen: plots, widgets and the notebooks' parameters."""
+"""Plots, widgets, and the parameters of the notebooks."""

@@ -1,4 +1,4 @@
-"""``python -m llavolta.show MODEL``: ask a model questions about pictures, and draw what it answers."""
+"""``python -m llavolta.show MODEL``: ask a model questions about images, and draw its answers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ from llavolta.studies.opening import StudyError, open_model, open_study
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Of the command line; None: those of this process.
+
+    Returns:
+        The exit code: 1 after an error, which is printed on stderr.
+    """
+    # The usage is in the parser's ``prog``; the rest of the module's docstring describes it.
     parser = argparse.ArgumentParser(
         prog="python -m llavolta.show", description=__doc__.partition(": ")[2]
     )
@@ -56,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _own(options) -> list[tuple]:
+    """Rows of (image, question, view, "") for the user's image, which has no reference answer."""
     if not options.question:
         raise StudyError("--picture needs a --question")
     file = options.picture
@@ -69,12 +79,13 @@ def _own(options) -> list[tuple]:
 
 
 def _heldout(options) -> list[tuple]:
-    """Questions of different pictures and, as far as there are, types."""
+    """Rows of (image, question, view, reference answer), each of another image and type."""
     if options.question:
         raise StudyError("--question needs a --picture")
     if options.count < 1:
         raise StudyError(f"--count must be at least 1, not {options.count}")
     study = open_study(options.model)
+    # Each image gives at most one question, of a type that no earlier one has.
     chosen, types = [], set()
     for index in np.flatnonzero(study.data.medium == 1).tolist():
         fresh = [one for one in study.data.questions_of(index) if one["type"] not in types]

@@ -1,4 +1,7 @@
-"""What the notebooks share: the parameters that papermill injects, converted to their types or refused."""
+"""Check the parameters of a notebook, and convert what papermill injects to their types.
+
+A parameter's type is that of its default, or is given by a comment in papermill's syntax.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ from llavolta.errors import UserError
 from llavolta.paths import expand
 from llavolta.train.config import parse_yaml
 
-# What a parameter may be, in the order of trying, and how an error calls it.
+# The types of a parameter, in the order of trying, and their names in an error message.
 KINDS = {
     "bool": "true or false",
     "int": "a whole number of at least 0",
     "float": "a number",
     "list": "a list such as [1, 2]",
     "dict": "a mapping such as {name: value}",
-    "plan": "a plan such as 1:avgpool:4, or none",  # which is a plan, too
+    "plan": "a plan such as 1:avgpool:4, or none",  # "none" is a plan, not None
     "str": "text (papermill's -r gives text that looks like a number)",
 }
 
@@ -28,13 +31,22 @@ class ParameterError(UserError, ValueError):
 
 
 def check_parameters() -> dict:
-    """The notebook's parameters, converted to their types; call it below the parameters cell, as
-    ``globals().update(check_parameters())``. Raises ParameterError, also for a misspelt name.
+    """Check the notebook's parameters and convert them to their types.
 
-    papermill itself only warns of a misspelt name, and all but numbers that ``-p`` gives is text: "false" is true. A
-    parameter's type is its default's, or what a comment says, as papermill reads it: ``plan = None  # type: str``,
-    ``layers = []  # type: list[int]``, ``hours = 6.0  # type: float|None``. Where the default is None or empty, "none"
-    stands for it.
+    Call it below the parameters cell, as ``globals().update(check_parameters())``. It is needed
+    because papermill only warns of a misspelt name, and passes all values but numbers as text, so
+    that "false" would be true.
+
+    A parameter's type is that of its default, or what a comment gives:
+    ``plan = None  # type: str``, ``layers = []  # type: list[int]``,
+    ``hours = 6.0  # type: float|None``. If the default is None or empty, "none" stands for it.
+
+    Returns:
+        The parameters' values by name.
+
+    Raises:
+        ParameterError: An unknown name, a value of another type, or the parameters cell has not
+            run.
     """
     from IPython import get_ipython
 
@@ -44,7 +56,20 @@ def check_parameters() -> dict:
 
 
 def converted(cells: Sequence[str], values: dict) -> dict:
-    """``check_parameters`` where ``cells`` have run and variables have these ``values``."""
+    """Check and convert parameters, without a running notebook.
+
+    Args:
+        cells: Source text of the cells that have run. The parameters cell is the one with most
+            assignments among those that assign literals only. A cell that papermill injected
+            begins with "# Parameters".
+        values: The variables.
+
+    Returns:
+        The parameters' values by name.
+
+    Raises:
+        ParameterError: As of ``check_parameters``.
+    """
     injected = {name for cell in cells if _is_injected(cell) for name in _assigned(cell)}
     declared = max(
         (_declared(cell) for cell in cells if not _is_injected(cell)), key=len, default={}
@@ -61,7 +86,20 @@ def converted(cells: Sequence[str], values: dict) -> dict:
 
 
 def convert(name: str, value, kinds: str, default=None):
-    """``value`` of the parameter ``name`` as one of ``kinds`` ("int", "list[int]|None", ...). Raises ParameterError."""
+    """Convert one value.
+
+    Args:
+        name: The parameter's name, for the error message.
+        value: The value, as text or of its type.
+        kinds: The types it may have, such as "int" or "list[int]|None".
+        default: The parameter's default. If it is empty, "none" gives it.
+
+    Returns:
+        The value in the first type of KINDS that fits.
+
+    Raises:
+        ParameterError: No type fits.
+    """
     wanted = kinds.split("|")
     nothing = (
         value is None
@@ -71,6 +109,7 @@ def convert(name: str, value, kinds: str, default=None):
     )
     if nothing and ("None" in wanted or default in ("", [], {})):
         return None if "None" in wanted else default
+    # In the order of KINDS, so that "3" of "int|str" is a number.
     for kind in sorted(
         set(wanted) - {"None"}, key=lambda kind: list(KINDS).index(kind.split("[")[0])
     ):
@@ -85,7 +124,10 @@ def convert(name: str, value, kinds: str, default=None):
 
 
 def _read(value, kind: str, each: str | None = None, alone: bool = True):
-    """``value`` as ``kind``, an element of a list as ``each``; ``alone``, one element makes a list. Or ValueError."""
+    """``value`` as ``kind``, and elements of a list as ``each``; ValueError if it does not fit.
+
+    ``alone``: no other type is possible, so that a single value stands for a list of one.
+    """
     if kind in ("list", "dict"):
         if isinstance(value, str) and value.strip().startswith("[" if kind == "list" else "{"):
             value = parse_yaml(value, "text")
@@ -96,7 +138,7 @@ def _read(value, kind: str, each: str | None = None, alone: bool = True):
     elif kind == "bool" and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     elif kind in ("plan", "str") and isinstance(value, str):
-        return expand(value)  # where it is a path
+        return expand(value)  # a path may begin with ~
     elif (
         kind in ("int", "float")
         and isinstance(value, str | int | float)
@@ -111,14 +153,14 @@ def _read(value, kind: str, each: str | None = None, alone: bool = True):
 
 
 def _is_injected(cell: str) -> bool:
-    return cell.lstrip().startswith("# Parameters")  # papermill's own mark
+    return cell.lstrip().startswith("# Parameters")  # papermill begins its cell so
 
 
 def _assigned(cell: str) -> dict[str, ast.expr]:
-    """What a cell assigns to which names, if it does nothing else."""
+    """The assigned expressions of a cell by name; empty if the cell does anything else."""
     try:
         body = ast.parse(cell).body
-    except SyntaxError:  # such as a magic
+    except SyntaxError:  # such as IPython's %magic
         return {}
     plain = all(
         isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) for node in body
@@ -127,15 +169,17 @@ def _assigned(cell: str) -> dict[str, ast.expr]:
 
 
 def _declared(cell: str) -> dict[str, tuple[str, object]]:
-    """By parameter its kinds and default, if ``cell`` is a parameters cell: nothing but names and literal values."""
+    """Types and default by parameter, if ``cell`` assigns literals only; else empty."""
     found = {}
     for name, node in _assigned(cell).items():
         try:
             default = ast.literal_eval(node)
         except ValueError:
             return {}
+        # The comment stands on the last line of the assignment.
         written = re.search(r"#\s*type:\s*(\S+)", cell.splitlines()[node.end_lineno - 1])
         kinds = written[1] if written else type(default).__name__
+        # A list's elements have the type of the default's first one.
         if isinstance(default, list) and default and not written:
             kinds = f"list[{type(default[0]).__name__}]"
         found[name] = kinds + "|None" * (default is None), default

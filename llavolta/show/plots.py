@@ -1,4 +1,7 @@
-"""Pictures: colour-blind-safe, labelled, readable in print. Every function returns what it drew."""
+"""Plots of training, accuracy and cost: colour-blind-safe, labelled, and readable in print.
+
+Every function returns the figure that it drew. Token maps are in ``token_maps``.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,22 @@ THEME = (
 
 
 def themed(draw: Callable) -> Callable:
-    """``draw`` under this module's theme; the caller's matplotlib settings stay as they are.
+    """Decorate a function to draw under this module's theme.
 
-    Not by plt.rc_context: that would also take back what a notebook's backend sets when the first figure loads it, and
-    no figure would be shown.
+    The caller's matplotlib settings are restored afterwards. ``plt.rc_context`` does not do: it
+    would also undo the settings that a notebook's backend makes while it loads with the first
+    figure, and no figure would be shown.
+
+    Args:
+        draw: A function that draws.
+
+    Returns:
+        The function under the theme.
     """
 
     @functools.wraps(draw)
     def drawn(*args, **kwargs):
+        # Only the names of the theme, so that a backend's own settings stay.
         held = {name: plt.rcParams[name] for name in THEME}
         plt.rcParams.update(THEME)
         try:
@@ -48,12 +59,21 @@ def themed(draw: Callable) -> Callable:
 def scheme_diagram(
     scheme: Scheme, num_layers: int, num_tokens: int, total_steps: int, current: int | None = None
 ) -> Figure:
-    """Visual tokens per decoder layer in each stage (LLaVolta, figure 1), for the actual numbers.
+    """Draw the visual tokens per decoder layer in each stage (LLaVolta, figure 1).
 
-    A panel a stage, four a row; the bar of a layer is as long as its visual tokens are many. num_tokens: of an image;
-    0 where they vary, which draws an image of 576. current: the stage (from 1) to mark.
+    Each stage has a panel, with one bar per layer.
+
+    Args:
+        scheme: The scheme, for the model's depth.
+        num_layers: Decoder layers of the model.
+        num_tokens: Visual tokens of an image; 0 if the number varies, which draws 576.
+        total_steps: Optimizer steps of the scheme.
+        current: The stage to highlight, from 1; None: all.
+
+    Returns:
+        The figure.
     """
-    of = num_tokens or 576
+    of = num_tokens or 576  # the tokens of an image in LLaVA-1.5
     steps = np.diff([0, *scheme.boundaries(total_steps)])
     columns = min(len(steps), 4)
     rows = -(-len(steps) // columns)
@@ -71,7 +91,8 @@ def scheme_diagram(
         colour = COLOURS[0] if current in (None, number) else "0.7"
         ax.barh(range(num_layers), counts, color=colour, height=0.8)
         ax.set_title(
-            f"Stage {number}: {stage}\n{steps[number - 1]} steps, CR {num_layers * of / sum(counts):.2f}",
+            f"Stage {number}: {stage}\n{steps[number - 1]} steps, "
+            f"CR {num_layers * of / sum(counts):.2f}",
             fontsize=11,
         )
         ax.set_xlabel("visual tokens" if num_tokens else f"visual tokens of {of}")
@@ -87,7 +108,11 @@ def scheme_diagram(
 
 @themed
 def example(conversation) -> Figure:
-    """The first picture, or else the frames of the first clip, of a data.Example."""
+    """Draw the first image of an example, or the frames of its first clip if it has no image.
+
+    Args:
+        conversation: A ``data.Example``.
+    """
     pictures = conversation.images[:1] or conversation.videos[0]
     size = (2.6, 2.6) if len(pictures) == 1 else (1.3 * len(pictures), 1.6)
     figure, axes = plt.subplots(1, len(pictures), figsize=size, squeeze=False, layout="constrained")
@@ -100,7 +125,11 @@ def example(conversation) -> Figure:
 
 @themed
 def asked(rows: Sequence[tuple]) -> Figure:
-    """Pictures with what was asked and answered below: rows of (picture, question, answer, right answer or "")."""
+    """Draw images with questions and answers below, three in a row.
+
+    Args:
+        rows: (image, question, answer, reference answer or "") each.
+    """
     across = min(len(rows), 3)
     down = -(-len(rows) // across)
     figure, axes = plt.subplots(
@@ -120,10 +149,16 @@ def asked(rows: Sequence[tuple]) -> Figure:
 
 @themed
 def loss_curve(metrics: pd.DataFrame, title: str = "") -> Figure:
-    """Training loss against the optimizer step; each stage in its colour and named in the legend."""
+    """Draw the training loss against the optimizer step, with a colour for each stage.
+
+    Args:
+        metrics: Rows of metrics.jsonl: stage, plan, step, loss (in nats per token).
+        title: The title.
+    """
     figure, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
     for number, (stage, part) in enumerate(metrics.groupby("stage")):
         label = f"stage {stage} ({part.plan.iloc[0]})"
+        # Where stages outnumber the colours, the next line style tells them apart.
         style = LINES[number // len(COLOURS) % len(LINES)]
         colour = COLOURS[number % len(COLOURS)]
         ax.plot(
@@ -136,7 +171,7 @@ def loss_curve(metrics: pd.DataFrame, title: str = "") -> Figure:
             markersize=4,
         )
     ax.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
-    few = len(ax.lines) <= 6
+    few = len(ax.lines) <= 6  # a longer legend would cover the curve
     ax.legend(
         **{}
         if few
@@ -149,7 +184,11 @@ def loss_curve(metrics: pd.DataFrame, title: str = "") -> Figure:
 
 @themed
 def training_logs(logs: dict[str, pd.DataFrame]) -> Figure:
-    """For each named log: the loss and the accuracy column (its last) against the step."""
+    """Draw loss and accuracy against the step, in a panel for each log.
+
+    Args:
+        logs: Tables by name: step, loss (in nats), and the accuracy (0 to 1) as the last column.
+    """
     figure, axes = plt.subplots(
         1, len(logs), figsize=(5 * len(logs), 3.2), squeeze=False, layout="constrained"
     )
@@ -157,7 +196,7 @@ def training_logs(logs: dict[str, pd.DataFrame]) -> Figure:
         accuracy = log.columns[-1]
         ax.plot(log.step, 100 * log[accuracy], color=COLOURS[0], label=accuracy.replace("_", " "))
         ax.set(title=name, xlabel="step", ylabel="accuracy (%)", ylim=(0, 102))
-        loss = ax.twinx()
+        loss = ax.twinx()  # a second y axis, for nats
         loss.plot(log.step, log.loss, color=COLOURS[1], linestyle="--", label="loss")
         loss.set(ylabel="loss (nats)", ylim=(0, None))
         loss.grid(visible=False)
@@ -167,9 +206,15 @@ def training_logs(logs: dict[str, pd.DataFrame]) -> Figure:
 
 @themed
 def accuracy_bars(table: pd.DataFrame, title: str = "") -> Figure:
-    """Accuracy per question type with its 95% interval, beside the best constant answer (see accuracy_table)."""
+    """Draw the accuracy per question type, beside the best constant answer.
+
+    Args:
+        table: From ``statistics.accuracy_table``, with the column constant.
+        title: The title.
+    """
     figure, ax = plt.subplots(figsize=(8.5, 3.4), layout="constrained")
     place = np.arange(len(table))
+    # matplotlib takes the distances to both ends of the interval: (2, n)
     error = np.abs(100 * table[["low", "high"]].to_numpy().T - 100 * table.accuracy.to_numpy())
     bars = ax.bar(
         place - 0.2,
@@ -197,7 +242,12 @@ def accuracy_bars(table: pd.DataFrame, title: str = "") -> Figure:
 
 @themed
 def step_time_bars(times: pd.DataFrame, labels: Sequence[str] | None = None) -> Figure:
-    """Measured step time relative to no compression, beside what the FLOPs promise (see bench.step_times)."""
+    """Draw measured step times relative to no compression, beside the relative FLOPs.
+
+    Args:
+        times: From ``bench.step_times``.
+        labels: Names of the bars; None: the plans.
+    """
     figure, ax = plt.subplots(figsize=(8.5, 3.2), layout="constrained")
     place = np.arange(len(times))
     for shift, column, label, colour, hatch in (
@@ -206,7 +256,7 @@ def step_time_bars(times: pd.DataFrame, labels: Sequence[str] | None = None) -> 
     ):
         bars = ax.bar(place + shift, times[column], 0.4, label=label, color=colour, hatch=hatch)
         ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
-    crowded = len(times) > 5
+    crowded = len(times) > 5  # then plan texts would overlap
     ax.set_xticks(
         place,
         labels or times.plan,
@@ -218,17 +268,21 @@ def step_time_bars(times: pd.DataFrame, labels: Sequence[str] | None = None) -> 
     return figure
 
 
-LAYER_MARKERS = "osD^vP*X"
+LAYER_MARKERS = "osD^vP*X"  # beside colours, for print without colour
 
 
 @themed
 def accuracy_curves(table: pd.DataFrame, constant: pd.Series | None = None) -> Figure:
-    """Accuracy against the share of visual tokens kept, a curve per layer, a point per stride, a panel per type.
+    """Draw accuracy against the share of visual tokens left, in a panel for each question type.
 
-    table: from redundancy.sweep_table. constant: per type, the accuracy of the best constant answer, drawn as a line.
+    There is a curve per layer, and a point per stride with its 95% interval.
+
+    Args:
+        table: From ``redundancy.sweep_table``.
+        constant: By type, the accuracy of the best constant answer, drawn as a line.
     """
     kinds = ["overall", *sorted(set(table.type) - {"overall"})]
-    kinds = kinds[:1] if len(kinds) == 2 else kinds  # one type is the whole
+    kinds = kinds[:1] if len(kinds) == 2 else kinds  # a single type equals "overall"
     figure, axes = plt.subplots(
         1, len(kinds), figsize=(1 + 3 * len(kinds), 3.6), sharey=True, layout="constrained"
     )
@@ -273,9 +327,12 @@ def accuracy_curves(table: pd.DataFrame, constant: pd.Series | None = None) -> F
 
 @themed
 def attention_lines(table: pd.DataFrame) -> Figure:
-    """The share of the answer position's attention per kind of token against the layer; see redundancy.attention_table.
+    """Draw the answer position's attention to each kind of token, against the layer.
 
-    Dotted: the share of the prompt's tokens that are of the kind.
+    Dotted lines are the shares of the prompt's tokens that are of each kind.
+
+    Args:
+        table: From ``redundancy.attention_table``.
     """
     figure, ax = plt.subplots(figsize=(8, 3.8), layout="constrained")
     for number, (kind, part) in enumerate(table.groupby("kind", sort=False)):
@@ -283,6 +340,7 @@ def attention_lines(table: pd.DataFrame) -> Figure:
         ax.plot(part.layer, 100 * part.share, color=colour, marker=marker, label=kind)
         ax.fill_between(part.layer, 100 * part.low, 100 * part.high, color=colour, alpha=0.2)
         ax.axhline(100 * part.tokens_share.mean(), color=colour, linestyle=":", linewidth=1.2)
+    # An empty line, which gives the legend one entry for all dotted lines.
     ax.plot([], [], color="0.4", linestyle=":", label="share of the tokens")
     ax.set(
         xlabel="decoder layer",
@@ -296,7 +354,11 @@ def attention_lines(table: pd.DataFrame) -> Figure:
 
 @themed
 def design_grid(table: pd.DataFrame) -> Figure:
-    """Compression ratio and training FLOPs by layer K and stride S as two heat maps; see inspect.design_table."""
+    """Draw compression ratio and training FLOPs by layer K and stride S, as two heat maps.
+
+    Args:
+        table: From ``inspect.design_table``.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for ax, column, title, form in (
         (axes[0], "ratio", "compression ratio", ".2f"),
@@ -315,9 +377,11 @@ def design_grid(table: pd.DataFrame) -> Figure:
 
 @themed
 def accuracy_against_cost(table: pd.DataFrame, baseline: str) -> Figure:
-    """Each scheme's accuracy, with its 95% interval, against its training time; table: see compare.table.
+    """Draw each scheme's accuracy, with its 95% interval, against its training time.
 
-    The dotted line is the baseline's accuracy.
+    Args:
+        table: From ``compare.table``, with costs.
+        baseline: The scheme whose accuracy is drawn as a dotted line.
     """
     figure, ax = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
     for number, (name, row) in enumerate(table.iterrows()):
@@ -334,7 +398,7 @@ def accuracy_against_cost(table: pd.DataFrame, baseline: str) -> Figure:
             label=name,
         )
     ax.axhline(100 * table.accuracy[baseline], color="0.5", linestyle=":")
-    low, high = ax.get_ylim()
+    low, high = ax.get_ylim()  # as wide as the intervals, but within 0 and 102%
     ax.set(
         xlabel="training time (% of no compression)",
         ylabel="accuracy (%)",
@@ -346,8 +410,12 @@ def accuracy_against_cost(table: pd.DataFrame, baseline: str) -> Figure:
 
 @themed
 def frontier(table: pd.DataFrame) -> Figure:
-    """Accuracy lost against speed-up, a point per scheme (the index) in the colour of its ``group``, with the 95%
-    interval of the difference; table: speedup (times), difference, difference_low, difference_high, shares."""
+    """Draw the accuracy difference against the speed-up, with a colour for each group of schemes.
+
+    Args:
+        table: One row per scheme, indexed by its name: group, speedup (times), and difference,
+            difference_low, difference_high (shares from -1 to 1).
+    """
     figure, ax = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
     for number, (group, of) in enumerate(table.groupby("group", sort=False)):
         for shape, (name, row) in enumerate(of.iterrows()):
@@ -364,7 +432,7 @@ def frontier(table: pd.DataFrame) -> Figure:
                 label=f"{group}: {name}",
             )
     ax.axhline(0, color="0.5", linestyle=":")
-    # What loses much would hide the differences between those that lose next to nothing.
+    # On a linear scale, large losses would hide the differences between small ones.
     ax.set_yscale("symlog", linthresh=2)
     low, high = ax.get_ylim()
     ticks = [tick for tick in (-50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10) if low <= tick <= high]
@@ -380,7 +448,12 @@ def frontier(table: pd.DataFrame) -> Figure:
 
 @themed
 def differences(table: pd.DataFrame, baseline: str) -> Figure:
-    """Each scheme's accuracy less the baseline's, with the 95% interval of the difference; see compare.table."""
+    """Draw each scheme's accuracy difference to the baseline's, with its 95% interval.
+
+    Args:
+        table: From ``compare.table``.
+        baseline: The scheme that the differences are to.
+    """
     rest = table.drop(index=baseline)
     figure, ax = plt.subplots(figsize=(7.5, 1 + 0.4 * len(rest)), layout="constrained")
     place, middle = np.arange(len(rest)), 100 * rest.difference
@@ -399,7 +472,12 @@ def differences(table: pd.DataFrame, baseline: str) -> Figure:
 
 @themed
 def loss_curves(curves: pd.DataFrame, columns: int = 4) -> Figure:
-    """Training loss against the step, a panel per scheme, a line per seed; see compare.curves."""
+    """Draw the training loss against the step, with a panel per scheme and a line per seed.
+
+    Args:
+        curves: From ``compare.curves``.
+        columns: Panels in a row.
+    """
     names = list(dict.fromkeys(curves.scheme))
     columns = min(columns, len(names))
     figure, axes = plt.subplots(
@@ -411,7 +489,7 @@ def loss_curves(curves: pd.DataFrame, columns: int = 4) -> Figure:
         squeeze=False,
         layout="constrained",
     )
-    for number, ax in enumerate(axes.flat):
+    for number, ax in enumerate(axes.flat):  # the last row may have panels to spare
         ax.set_visible(number < len(names))
         if number >= len(names):
             continue
@@ -432,7 +510,7 @@ def loss_curves(curves: pd.DataFrame, columns: int = 4) -> Figure:
 
 @themed
 def _stacked(table: pd.DataFrame, labels: Sequence[str], xlabel: str, title: str = "") -> Figure:
-    """A horizontal bar a row of ``table``, its columns stacked; values at the end."""
+    """Draw a horizontal bar for each row, its columns stacked, with the sum at its end."""
     figure, ax = plt.subplots(figsize=(8.5, 1.2 + 0.45 * len(table)), layout="constrained")
     left, hatches = np.zeros(len(table)), ("", "//", "..", "xx", "--", "\\\\")
     for number, column in enumerate(table):
@@ -459,12 +537,17 @@ def _stacked(table: pd.DataFrame, labels: Sequence[str], xlabel: str, title: str
 
 @themed
 def step_cost_bars(costs: dict, title: str = "") -> Figure:
-    """FLOPs of one example's training step by part, a bar a plan; costs: {plan: cost.StepCost}."""
+    """Draw the FLOPs of one example's training step by part of the model, with a bar per plan.
+
+    Args:
+        costs: ``cost.StepCost`` by plan.
+        title: The title.
+    """
     parts = {
         plan: {part: getattr(cost, part).total / 1e12 for part in PARTS}
         for plan, cost in costs.items()
     }
-    names = [
+    names = [  # in the order of PARTS
         "vision tower",
         "projector",
         "decoder, linear",
@@ -478,7 +561,12 @@ def step_cost_bars(costs: dict, title: str = "") -> Figure:
 
 @themed
 def memory_bars(table: pd.DataFrame, limit: float | None = None) -> Figure:
-    """Memory of one GPU by part, a bar a plan; table: see planner.memory_table. limit: GB that the GPU has."""
+    """Draw the memory of one GPU by part, with a bar per plan.
+
+    Args:
+        table: From ``planner.memory_table``.
+        limit: Memory of the GPU in GB, drawn as a dotted line.
+    """
     figure = _stacked(
         table[["weights", "gradients", "optimizer", "activations"]],
         list(table.index),
@@ -492,7 +580,12 @@ def memory_bars(table: pd.DataFrame, limit: float | None = None) -> Figure:
 
 @themed
 def hours_bars(table: pd.DataFrame, budget: float | None = None) -> Figure:
-    """Hours of training, a bar a scheme; table: see planner.scheme_table. budget: hours at hand, a dotted line."""
+    """Draw the hours of training, with a bar per scheme.
+
+    Args:
+        table: From ``planner.scheme_table``.
+        budget: Available hours, drawn as a dotted line. Schemes that exceed them are grey.
+    """
     figure, ax = plt.subplots(figsize=(8.5, 1.2 + 0.4 * len(table)), layout="constrained")
     fits = table.hours <= (budget or np.inf)
     bars = ax.barh(table.index, table.hours, color=[COLOURS[0] if fit else "0.7" for fit in fits])
@@ -507,7 +600,11 @@ def hours_bars(table: pd.DataFrame, budget: float | None = None) -> Figure:
 
 @themed
 def measured_and_predicted(table: pd.DataFrame) -> Figure:
-    """Training time relative to no compression, measured and predicted; table: see bench.scheme_times."""
+    """Draw measured and predicted training times relative to no compression.
+
+    Args:
+        table: One row per scheme, indexed by its name: measured, predicted.
+    """
     figure, ax = plt.subplots(figsize=(8.5, 3.2), layout="constrained")
     place = np.arange(len(table))
     for shift, column, colour, hatch in (
@@ -524,10 +621,17 @@ def measured_and_predicted(table: pd.DataFrame) -> Figure:
 
 @themed
 def budget_rows(table: pd.DataFrame, kinds: Sequence[str] = ("overall", "difficult")) -> Figure:
-    """Accuracy of each method, a row each in the order of their means, a mark per budget with its 95% interval, a panel
-    per kind of question; table: see budgets.accuracy."""
+    """Draw the accuracy of each method at each budget, in a panel for each kind of question.
+
+    Methods stand in rows, the best first. Each budget is a mark with its 95% interval.
+
+    Args:
+        table: From ``budgets.accuracy``.
+        kinds: Question types.
+    """
     overall = table[table.type == "overall"]
-    # A method that cannot meet the small budgets has no easy mean: compare each budget with the others' first.
+    # A method that cannot meet small budgets would have too high a mean accuracy. So methods are
+    # ranked by their mean difference to the average of each budget.
     relative = overall.accuracy - overall.groupby("budget").accuracy.transform("mean")
     methods = list(relative.groupby(overall.method).mean().sort_values(ascending=False).index)
     size = (4.2 * len(kinds) + 1.5, 1.4 + 0.3 * len(methods))
@@ -542,6 +646,7 @@ def budget_rows(table: pd.DataFrame, kinds: Sequence[str] = ("overall", "difficu
             place = np.array([methods.index(method) for method in part.method])
             ax.errorbar(
                 middle,
+                # Budgets of one method lie around its row, so that their intervals do not overlap.
                 place + 0.22 * (number - (len(budgets) - 1) / 2),
                 xerr=np.abs(100 * part[["low", "high"]].to_numpy().T - middle),
                 color=COLOURS[number % len(COLOURS)],
@@ -566,9 +671,13 @@ def budget_rows(table: pd.DataFrame, kinds: Sequence[str] = ("overall", "difficu
 
 @themed
 def benchmark_table(table: pd.DataFrame) -> Figure:
-    """Percent per row and benchmark (see harness.table.paper_table); hatched where nothing was run.
+    """Draw a table of benchmark scores in percent, hatched where nothing was run.
 
-    Published rows have no colour: they are of other models, which a common scale would invite to compare.
+    Rows whose name begins with "published" have no colour, because they are of other models and
+    not to be compared.
+
+    Args:
+        table: From ``harness.table.paper_table``.
     """
     figure, ax = plt.subplots(
         figsize=(1.5 + 0.62 * table.shape[1], 1.6 + 0.42 * len(table)), layout="constrained"
@@ -577,6 +686,7 @@ def benchmark_table(table: pd.DataFrame) -> Figure:
     ax.patch.set(hatch="//", edgecolor="0.75")
     values, others = table.astype(float), table.index.astype(str).str.startswith("published")
     shared = dict(annot=True, fmt=".1f", vmin=0, vmax=100, ax=ax, annot_kws={"size": 8})
+    # Masked cells are not drawn, so that the hatched background shows.
     sns.heatmap(
         values,
         mask=values.isna() | others[:, None],

@@ -1,4 +1,7 @@
-"""Pictures with what became of their visual tokens."""
+"""Draw token maps: images with the tokens that their patches ended in.
+
+See ``studies.inspect`` for the maps and views that are drawn here.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,11 @@ from llavolta.show.plots import COLOURS, themed
 
 @themed
 def scene_grid(pictures: np.ndarray) -> Figure:
-    """Pictures (N, H, W, 3) in one row."""
+    """Draw images in one row.
+
+    Args:
+        pictures: (N, H, W, 3).
+    """
     figure, axes = plt.subplots(
         1, len(pictures), figsize=(1.6 * len(pictures), 1.7), layout="constrained"
     )
@@ -31,22 +38,31 @@ def token_map(
     title: str = "",
     shared: np.ndarray | None = None,
 ):
-    """A picture, (H, W, 3) or PIL's, under its patch grid, tinted by the token that each patch ends in.
+    """Draw an image under its patch grid, tinted by the token that each patch ended in.
 
-    groups: (rows, columns) for each patch the number of its output token; -1 where it was dropped (drawn dark).
-    shared: those of the whole clip that the picture is a frame of.
+    Dropped patches are dark. Patches that were not merged keep the image's own colours.
+
+    Args:
+        picture: (H, W, 3), or a PIL image.
+        groups: (rows, columns) the number of each patch's token; -1 if dropped.
+        ax: The axes to draw on; None: those of a new figure.
+        title: The title.
+        shared: (frames, rows, columns) the groups of the whole clip, if the image is a frame. A
+            token may then merge patches of several frames.
+
+    Returns:
+        The axes.
     """
     ax = ax or plt.subplots(figsize=(3.4, 3.4), layout="constrained")[1]
     rows, columns = groups.shape
-    extent = (0, columns, rows, 0)
+    extent = (0, columns, rows, 0)  # the axes count patches, from the upper left corner
     ax.imshow(picture, extent=extent, interpolation="nearest")
     tint = np.array([COLOURS[number % len(COLOURS)] for number in groups.ravel()]).reshape(
         rows, columns, 3
     )
     numbers, count = np.unique(groups if shared is None else shared, return_counts=True)
-    merged = (
-        count[np.searchsorted(numbers, groups)] > 1
-    )  # a token of one patch keeps the picture's own colours
+    # ``numbers`` is sorted and has every group, so searchsorted finds each patch's count.
+    merged = count[np.searchsorted(numbers, groups)] > 1
     alpha = np.where(groups < 0, 0.85, np.where(merged, 0.4, 0.0))
     ax.imshow(
         np.where(groups[..., None] < 0, 0.0, tint),
@@ -66,10 +82,19 @@ def token_map(
 
 @themed
 def stage_token_maps(picture: np.ndarray, maps: dict[str, np.ndarray]) -> Figure:
-    """Token maps of several plans side by side on one picture, five a row; groups as in ``token_map``."""
+    """Draw the token maps of several plans on one image, five in a row.
+
+    Args:
+        picture: (H, W, 3), or a PIL image.
+        maps: By title, the groups as of ``token_map``.
+
+    Returns:
+        The figure.
+    """
     columns = min(len(maps), 5)
     rows = -(-len(maps) // columns)
-    size, dpi = (2.7 * columns, 3.1 * rows), 100 if rows == 1 else 70  # many maps make a large file
+    # At a lower resolution, several rows of maps do not make the notebook's file too large.
+    size, dpi = (2.7 * columns, 3.1 * rows), 100 if rows == 1 else 70
     figure, axes = plt.subplots(
         rows, columns, figsize=size, dpi=dpi, squeeze=False, layout="constrained"
     )
@@ -83,9 +108,17 @@ def stage_token_maps(picture: np.ndarray, maps: dict[str, np.ndarray]) -> Figure
 
 @themed
 def clip_token_maps(frames: Sequence, maps: dict[str, np.ndarray]) -> Figure:
-    """A row for each plan: the frames of a clip under its token map (frames, rows, columns), see ``token_map``.
+    """Draw the frames of a clip under the token maps of several plans, one plan in a row.
 
-    Patches of one colour in one row of pictures, also in different frames, may have ended in one token.
+    Patches of one colour in one row, also in different frames, may have ended in one token. Colours
+    repeat.
+
+    Args:
+        frames: The frames, as images of ``token_map``.
+        maps: By plan, (frames, rows, columns) the number of each patch's token; -1 if dropped.
+
+    Returns:
+        The figure.
     """
     size = (1.4 * len(frames), 1.75 * len(maps))  # tall enough for a plan's text beside its row
     figure, axes = plt.subplots(
@@ -102,7 +135,15 @@ def clip_token_maps(frames: Sequence, maps: dict[str, np.ndarray]) -> Figure:
 
 @themed
 def picture_with_tokens(picture, view) -> Figure:
-    """What the first explorer shows: the token map of a studies.View over its picture, and the model's guesses."""
+    """Draw a view's token map, and the most likely first tokens of the answer.
+
+    Args:
+        picture: The image of the view.
+        view: An ``inspect.View``.
+
+    Returns:
+        The figure.
+    """
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(7.6, 3.4), layout="constrained", width_ratios=(1, 1.1)
     )
@@ -119,7 +160,15 @@ def picture_with_tokens(picture, view) -> Figure:
 
 @themed
 def picture_with_layers(picture, view) -> Figure:
-    """What the second explorer shows: the token map of a studies.View, and the tokens that each layer works on."""
+    """Draw a view's token map, and the visual tokens that each decoder layer processed.
+
+    Args:
+        picture: The image of the view.
+        view: An ``inspect.View``.
+
+    Returns:
+        The figure.
+    """
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(7.6, 3.4), layout="constrained", width_ratios=(1, 1.1)
     )
@@ -137,18 +186,28 @@ def picture_with_layers(picture, view) -> Figure:
 
 
 def _view_map(picture, view, ax) -> None:
+    """Draw the token map after the plan's last layer on ``ax``."""
     groups = view.grid()
     token_map(picture, groups, ax, f"{view.plan}\n{_left(groups)} of {groups.size} tokens")
     ax.title.set_fontsize(11)
 
 
 def _left(groups: np.ndarray) -> int:
+    """The number of tokens left."""
     return len(np.unique(groups[groups >= 0]))
 
 
 @themed
 def layer_maps(picture, view) -> Figure:
-    """The token map of a studies.View behind each layer that compresses."""
+    """Draw a view's token map after each layer that compresses.
+
+    Args:
+        picture: The image of the view.
+        view: An ``inspect.View``.
+
+    Returns:
+        The figure.
+    """
     return stage_token_maps(
         picture, {f"from layer {layer} on": view.grid(layer) for layer in view.maps}
     )

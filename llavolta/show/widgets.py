@@ -1,7 +1,8 @@
-"""Sliders for JupyterLab: one question about one picture, under whatever compressor the registry knows.
+"""Sliders for JupyterLab: ask one question about one image under any compressor.
 
-An explorer only collects a plan, a picture and a question. What it shows comes from ``inspect.view`` and a function
-of ``plots``, which can be called without it just as well.
+``Explorer`` collects a plan, an image and a question. ``inspect.view`` answers, and a function of
+``token_maps`` draws; both can be called without widgets. ``CostExplorer`` shows what a scheme
+costs.
 """
 
 from __future__ import annotations
@@ -37,10 +38,32 @@ STYLE = {"description_width": "90px"}
 
 
 class Explorer:
-    """Controls of one plan, picture and question, and what the model makes of them; display it, or its ``box``.
+    """Controls of one plan, image and question, with the model's answer and token map.
 
-    layer, compressor, options (name -> widget), entry, question, path, upload: the controls. view: the inspect.View on
-    show, None while ``message`` shows an error. draw: (picture, view) -> figure.
+    Display the explorer itself or its ``box``. A compressor is listed as soon as it is defined, and
+    its options get controls by their types.
+
+    Args:
+        model: A supported vision-language model.
+        processor: The model's processor.
+        data: Entries with images or clips to choose from.
+        draw: A function (image, view) that returns a figure.
+        layer: The layer at first: "vision" or a decoder layer.
+        compressor: The compressor's name at first.
+        options: Values of the compressor's options at first.
+
+    Attributes:
+        layer: The control of the layer.
+        compressor: The control of the compressor.
+        options: The controls of the compressor's options, by name.
+        entry: The control of the entry.
+        question: The control of the question.
+        path: The control for the path of the user's image.
+        upload: The control for the upload of the user's image.
+        message: The answer with its figures, or an error.
+        image: The drawn figure.
+        view: The ``inspect.View`` on display; None while ``message`` shows an error.
+        box: All of these.
     """
 
     def __init__(
@@ -55,15 +78,16 @@ class Explorer:
     ):
         self.model, self.processor, self.data, self.draw = model, processor, data, draw
         self.view: inspect.View | None = None
-        self._own: list[
-            Image.Image
-        ] = []  # pictures that are not of ``data``; the last is in use while ``_use_own``
+        # The user's images. The last one is in use while ``_use_own`` is set.
+        self._own: list[Image.Image] = []
         self._use_own = False
-        self._quiet = False
+        self._quiet = False  # set while code, not the user, changes a control
+        # A cache, so that moving a slider back does not ask the model again.
         self._compute = lru_cache(256)(self._view)
 
         parts = find_parts(model)
         places = [VISION] * (parts.projector is not None) + list(range(len(parts.layers)))
+        # The last layer, where the model has none of this number.
         layer = layer if layer in places else places[-1]
         self.layer = ui.SelectionSlider(
             options=places,
@@ -113,6 +137,7 @@ class Explorer:
             layout=ui.Layout(flex_flow="row wrap", align_items="flex-start"),
         )
 
+        # Controls are observed only from here on, so that setting them up draws once.
         self._show_options(**options)
         self._choose_entry()
         self.refresh()
@@ -128,11 +153,11 @@ class Explorer:
 
     @property
     def plan(self) -> str:
-        """The plan that the controls say."""
+        """The plan's text, from the controls."""
         values = {name: control.value for name, control in self.options.items()}
-        inner = (
-            [values.pop("inner")] if "inner" in values else []
-        )  # another compressor's text, which stands last
+        # The text of a wrapped compressor stands last in a plan.
+        inner = [values.pop("inner")] if "inner" in values else []
+        # A switch that is off by default is left out of the text.
         off = {
             f.name
             for f in dataclasses.fields(COMPRESSORS[self.compressor.value])
@@ -147,18 +172,22 @@ class Explorer:
 
     @property
     def picture(self) -> Image.Image:
-        """One's own picture, or the entry's first: of a clip its first frame."""
+        """The user's image or the entry's first one; of a clip, its first frame."""
         look = self._looks(self.entry.value, self._own_number)[0]
         return look[0] if isinstance(look, list) else look
 
     def _looks(self, entry: int, own: int | None) -> list:
-        """What is asked about: pictures, or clips as lists of frames."""
+        """The images to ask about, and clips as lists of frames."""
         if own is not None:
             return [self._own[-1]]
         return self.data[entry].looks
 
     def refresh(self, change=None) -> None:
-        """Compute and draw what the controls say, or say in one line why that cannot be."""
+        """Compute and draw the view of the controls, or show an error in one line.
+
+        Args:
+            change: The event of a control, which is not used.
+        """
         if self._quiet:
             return
         try:
@@ -177,16 +206,20 @@ class Explorer:
 
     @property
     def _own_number(self) -> int | None:
+        """The number of the user's image, or None for an entry; a key for the cache."""
         return len(self._own) if self._use_own else None
 
     def _view(self, plan: str, question: str, entry: int, own: int | None) -> inspect.View:
+        """Ask the model; all arguments are keys of the cache."""
         if found := re.search("<image>|<video>", question):
             raise opening.StudyError(
-                f"the question holds the placeholder {found[0]}; leave it out, the picture is put in"
+                f"the question holds the placeholder {found[0]}; "
+                "leave it out, the picture is put in"
             )
         check_words([question], self.processor.tokenizer, "the question")
         asked, looks = question, self._looks(entry, own)
         if own is None:
+            # A question of the entry is asked with its images in place, others after all images.
             example = self.data[entry]
             turn = next(
                 (
@@ -204,6 +237,7 @@ class Explorer:
         return inspect.view(self.model, self.processor, asked, looks, plan)
 
     def _text(self, view: inspect.View) -> str:
+        """The answer, the reference answer if it is known, and the cost, as HTML."""
         truth = (
             ""
             if self._use_own
@@ -220,10 +254,11 @@ class Explorer:
         return "<br>".join(f"{name}: {value}" for name, value in rows.items())
 
     def _here(self) -> list[dict]:
+        """The questions of the chosen entry."""
         return self.data.questions_of(self.entry.value)
 
     def _entries(self, most: int = 200) -> list[tuple[str, int]]:
-        """The first entries with a picture, by id."""
+        """(id, index) of the first ``most`` entries with an image or clip."""
         pictured = np.flatnonzero(self.data.has_image)[:most].tolist()
         if not pictured:
             raise opening.StudyError(
@@ -232,14 +267,17 @@ class Explorer:
         return [(str(self.data.entry(index).get("id", index)), index) for index in pictured]
 
     def _choose_entry(self) -> None:
+        """Offer the entry's questions."""
         asked = [question["question"] for question in self._here()]
         self.question.options = list(dict.fromkeys(asked))
         if self.question.value not in asked:
             self.question.value = asked[0]
 
     def _show_options(self, **values) -> None:
+        """Make the controls of the compressor's options, with ``values`` or their defaults."""
         kind = COMPRESSORS[self.compressor.value]
         types = typing.get_type_hints(kind)
+        # Sliders need an end: the tokens of an image, or those of LLaVA-1.5 where they vary.
         tokens = getattr(self.model.config, "image_seq_length", None) or 576
         self.options = {}
         for option in dataclasses.fields(kind):
@@ -255,6 +293,7 @@ class Explorer:
 
     def _on_compressor(self, change) -> None:
         self._show_options()
+        # Such a compressor works before the decoder only, so move the layer there.
         if "tower" in COMPRESSORS[self.compressor.value].needs and VISION in self.layer.options:
             self._quiet, self.layer.value = True, VISION
             self._quiet = False
@@ -276,11 +315,8 @@ class Explorer:
             )
         except UserError as error:
             self.message.value = f"<b style='color:#a00'>{escape(str(error))}</b>"
-        except (
-            RuntimeError,
-            ValueError,
-            OSError,
-        ) as error:  # no such user's home, or no path at all
+        except (RuntimeError, ValueError, OSError) as error:
+            # Path raises these for an unknown user's home, or text that cannot be a path.
             self.message.value = f"<b style='color:#a00'>image path: {escape(str(error))}</b>"
 
     def _on_upload(self, change) -> None:
@@ -294,6 +330,7 @@ class Explorer:
             )
 
     def _show_own(self, picture: Image.Image | None) -> None:
+        """Use the user's image from now on, or the entry again for None."""
         self._use_own = picture is not None
         if picture is not None:
             self._own.append(picture)
@@ -303,9 +340,18 @@ class Explorer:
 def redundancy_explorer(
     model, processor, data: LlavaData, layer: Layer = 2, compressor: str = "avgpool", **options
 ) -> Explorer:
-    """Sliders for layer and compressor; shows token map, ratio, FLOPs, answer and how sure the model is of it.
+    """Make an explorer that draws the token map and the answer's most likely first tokens.
 
-    options: of the compressor, such as ``stride=8``.
+    Args:
+        model: A supported vision-language model.
+        processor: The model's processor.
+        data: Entries with images or clips to choose from.
+        layer: The layer at first.
+        compressor: The compressor's name at first.
+        options: Values of the compressor's options at first, such as ``stride=8``.
+
+    Returns:
+        The explorer.
     """
     return Explorer(
         model, processor, data, token_maps.picture_with_tokens, layer, compressor, **options
@@ -315,17 +361,36 @@ def redundancy_explorer(
 def design_explorer(
     model, processor, data: LlavaData, layer: Layer = 2, compressor: str = "avgpool", **options
 ) -> Explorer:
-    """The same controls; shows token map, ratio, FLOPs, answer and the tokens that each layer works on."""
+    """Make an explorer that draws the token map and the visual tokens of each decoder layer.
+
+    The arguments are those of ``redundancy_explorer``.
+    """
     return Explorer(
         model, processor, data, token_maps.picture_with_layers, layer, compressor, **options
     )
 
 
 class CostExplorer:
-    """Sliders of a scheme of three stages, and what it costs; display it, or its ``box``.
+    """Sliders of a scheme with three stages, and what it costs.
 
-    layer, stride, share: of the first stage; the second pools at half the depth with the same stride; light: its
-    share; the rest is not compressed. table: planner.scheme_table of "yours" and no compression.
+    Display the explorer itself or its ``box``. The first stage pools at layer K, the second at half
+    the depth with the same stride, and the rest is not compressed.
+
+    Args:
+        model: The cost model.
+        speed: The speed of the hardware.
+        examples: Examples of training.
+        step: Options of ``CostModel.step``, such as text_tokens and images.
+
+    Attributes:
+        layer: The slider of layer K.
+        stride: The slider of stride S.
+        share: The slider of the first stage's share of the steps.
+        light: The slider of the second stage's share of the steps.
+        table: The ``planner.scheme_table`` of "yours" and "no compression".
+        message: The scheme with its cost, or an error.
+        image: The drawn figure.
+        box: All of these.
     """
 
     def __init__(self, model: CostModel, speed: Speed, examples: int, **step):
@@ -364,8 +429,9 @@ class CostExplorer:
 
     @property
     def scheme(self) -> Scheme:
-        """The scheme that the sliders say; shares that exceed 1 together are an error."""
+        """The scheme of the sliders. Raises SchemeError if the shares sum to more than 1."""
         rest = 1 - self.share.value - self.light.value
+        # A stage must have a share above 0; the tolerance is for rounded sliders.
         half = len(self.model.layers) // 2
         stride = self.stride.value
         parts = [
@@ -378,7 +444,11 @@ class CostExplorer:
         return Scheme("yours", tuple(stages))
 
     def refresh(self, change=None) -> None:
-        """Compute and draw what the sliders say, or say in one line why that cannot be."""
+        """Compute and draw the cost of the sliders' scheme, or show an error in one line.
+
+        Args:
+            change: The event of a slider, which is not used.
+        """
         try:
             schemes = {"no compression": Scheme.equal("none", "none"), "yours": self.scheme}
             self.table = scheme_table(self.model, schemes, self.examples, self.speed, **self.step)
@@ -391,9 +461,11 @@ class CostExplorer:
         row = self.table.loc["yours"]
         stages = "; ".join(f"{stage.plan} ({stage.share:.0%})" for stage in schemes["yours"].stages)
         self.message.value = (
-            f"{escape(stages)}<br>compression ratio: {row.ratio:.2f}<br>training FLOPs: {row.flops_ratio:.1%}<br>"
+            f"{escape(stages)}<br>compression ratio: {row.ratio:.2f}"
+            f"<br>training FLOPs: {row.flops_ratio:.1%}<br>"
             f"hours: {row.hours:.2f} of {self.table.hours.iloc[0]:.2f}"
         )
+        # A plan that occurs in two stages gets one bar.
         costs = {"none": "none"} | {stage.plan: stage.plan for stage in schemes["yours"].stages}
         self.image.value = png(
             plots.step_cost_bars(
@@ -403,7 +475,10 @@ class CostExplorer:
 
 
 def _control(name: str, kind, value, tokens: int) -> ui.Widget:
-    """The control for one option of a compressor, from its type and default; whole numbers run up to ``tokens``."""
+    """The control for one option of a compressor, by its type and default.
+
+    ``tokens`` is the largest value of a whole number's slider.
+    """
     common = dict(description=name, layout=WIDE, style=STYLE)
     if typing.get_origin(kind) is typing.Literal:
         return ui.Dropdown(options=typing.get_args(kind), value=value, **common)
@@ -422,7 +497,14 @@ def _control(name: str, kind, value, tokens: int) -> ui.Widget:
 
 
 def png(figure) -> bytes:
-    """A figure as PNG; the figure is closed, so that the notebook does not show it once more."""
+    """Render a figure as PNG, and close it, so that the notebook does not show it a second time.
+
+    Args:
+        figure: A matplotlib figure.
+
+    Returns:
+        The bytes of the PNG.
+    """
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=80)
     plt.close(figure)
