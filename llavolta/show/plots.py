@@ -76,7 +76,7 @@ def scheme_diagram(
     of = num_tokens or 576  # the tokens of an image in LLaVA-1.5
     steps = np.diff([0, *scheme.boundaries(total_steps)])
     columns = min(len(steps), 4)
-    rows = -(-len(steps) // columns)
+    rows = -(-len(steps) // columns)  # rounded up
     figure, axes = plt.subplots(
         rows,
         columns,
@@ -130,8 +130,8 @@ def asked(rows: Sequence[tuple]) -> Figure:
     Args:
         rows: (image, question, answer, reference answer or "") each.
     """
-    across = min(len(rows), 3)
-    down = -(-len(rows) // across)
+    across = min(len(rows), 3)  # more would make the text below too small
+    down = -(-len(rows) // across)  # rounded up
     figure, axes = plt.subplots(
         down, across, figsize=(3.2 * across, 3.9 * down), squeeze=False, layout="constrained"
     )
@@ -199,7 +199,7 @@ def training_logs(logs: dict[str, pd.DataFrame]) -> Figure:
         loss = ax.twinx()  # a second y axis, for nats
         loss.plot(log.step, log.loss, color=COLOURS[1], linestyle="--", label="loss")
         loss.set(ylabel="loss (nats)", ylim=(0, None))
-        loss.grid(visible=False)
+        loss.grid(visible=False)  # two grids would be hard to read
         ax.legend(handles=[*ax.lines, *loss.lines], loc="center right")
     return figure
 

@@ -92,7 +92,7 @@ def stage_token_maps(picture: np.ndarray, maps: dict[str, np.ndarray]) -> Figure
         The figure.
     """
     columns = min(len(maps), 5)
-    rows = -(-len(maps) // columns)
+    rows = -(-len(maps) // columns)  # rounded up
     # At a lower resolution, several rows of maps do not make the notebook's file too large.
     size, dpi = (2.7 * columns, 3.1 * rows), 100 if rows == 1 else 70
     figure, axes = plt.subplots(

@@ -40,8 +40,8 @@ STYLE = {"description_width": "90px"}
 class Explorer:
     """Controls of one plan, image and question, with the model's answer and token map.
 
-    Display the explorer itself or its ``box``. A compressor is listed as soon as it is defined, and
-    its options get controls by their types.
+    Display the explorer itself or its ``box``. Every compressor of the registry is listed, and its
+    options get controls by their types.
 
     Args:
         model: A supported vision-language model.
@@ -62,7 +62,7 @@ class Explorer:
         upload: The control for the upload of the user's image.
         message: The answer with its figures, or an error.
         image: The drawn figure.
-        view: The ``inspect.View`` on display; None while ``message`` shows an error.
+        view: The latest ``inspect.View``; None if it could not be computed.
         box: All of these.
     """
 
@@ -97,7 +97,7 @@ class Explorer:
             layout=WIDE,
             style=STYLE,
         )
-        names = sorted(COMPRESSORS)
+        names = sorted(COMPRESSORS)  # those of the user as well, if they are defined by now
         self.compressor = ui.Dropdown(
             options=names, value=compressor, description="compressor", style=STYLE
         )
@@ -301,7 +301,7 @@ class Explorer:
 
     def _on_entry(self, change) -> None:
         self._use_own, self._quiet = False, True
-        self._choose_entry()
+        self._choose_entry()  # which may set the question
         self._quiet = False
         self.refresh()
 
@@ -397,6 +397,7 @@ class CostExplorer:
         self.model, self.speed, self.examples, self.step = model, speed, examples, step
         depth, tokens = len(model.layers), model.visual
 
+        # continuous_update=False: compute when a slider is released, not while it moves.
         def slider(kind, value, low, high, text, **more):
             return kind(
                 value,
@@ -431,15 +432,15 @@ class CostExplorer:
     def scheme(self) -> Scheme:
         """The scheme of the sliders. Raises SchemeError if the shares sum to more than 1."""
         rest = 1 - self.share.value - self.light.value
-        # A stage must have a share above 0; the tolerance is for rounded sliders.
         half = len(self.model.layers) // 2
         stride = self.stride.value
         parts = [
             (f"{self.layer.value}:avgpool:{stride}", self.share.value),
             (f"{half}:avgpool:{stride}", self.light.value),
         ]
-        if rest < -1e-9:
+        if rest < -1e-9:  # more than a rounding error
             raise SchemeError(f"the shares sum to {1 - rest:.2f}, above 1; lower one of them")
+        # A stage must have a share above 0, so empty ones are left out.
         stages = [Stage(plan, share) for plan, share in [*parts, ("none", rest)] if share > 1e-9]
         return Scheme("yours", tuple(stages))
 
