@@ -1,14 +1,16 @@
-"""Benchmarks through lmms-eval, in the extra environment that ``make .venv-eval/installed`` sets up.
+"""Run benchmarks with lmms-eval, in the environment that ``make .venv-eval/installed`` sets up.
 
-plugin.py   the model of lmms-eval: any checkpoint under any plan
-run.py      runs the harness, fails when it fails, reads what it wrote
-local.py    benchmarks as local files; the embedded digits as GQA, VQAv2 and POPE
-video.py    MSVD-QA and MSRVTT-QA
+plugin.py   the lmms-eval model "llavolta": any checkpoint under any plan
+run.py      runs lmms-eval, raises when it fails, and reads its result files
+table.py    makes the papers' tables from result files
+local.py    writes benchmarks as local files: the digits questions as GQA, VQAv2 and POPE
+video.py    writes MSVD-QA and MSRVTT-QA as tasks
 
-Only plugin.py imports lmms-eval.
+Only plugin.py imports lmms-eval when it is imported.
 """
 
-# lmms-eval's names of the papers' benchmarks; those for a server write the files that it takes.
+# lmms-eval's names of the papers' benchmarks. The last four have hidden answers: lmms-eval writes a
+# submission file for the benchmark's server.
 TASKS = (
     *(
         "gqa",
@@ -23,7 +25,7 @@ TASKS = (
     *("mmbench_cn_dev", "seedbench", "llava_in_the_wild", "mmvet", "activitynetqa"),
     *("vqav2_test", "vizwiz_vqa_test", "mmbench_en_test", "mmbench_cn_test"),
 )
-# A judge, a language model behind an endpoint of OpenAI's make, scores these.
+# A language model scores these, through an endpoint with OpenAI's interface.
 JUDGED_TASKS = (
     "llava_in_the_wild",
     "mmvet",
@@ -36,7 +38,7 @@ JUDGED_TASKS = (
 
 
 def manifest():
-    """Where lmms-eval finds the model "llavolta"; the entry point of the package."""
+    """Tell lmms-eval where the model "llavolta" is. This is an entry point of the package."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest("llavolta", simple_class_path="llavolta.harness.plugin.Llavolta")

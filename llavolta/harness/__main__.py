@@ -1,4 +1,4 @@
-"""Benchmarks through lmms-eval: run them, make tasks of MSVD-QA and MSRVTT-QA, evaluate the embedded model."""
+"""Run benchmarks with lmms-eval, make tasks of MSVD-QA and MSRVTT-QA, or test a model on digits."""
 
 from __future__ import annotations
 
@@ -24,26 +24,38 @@ from llavolta.train.config import TrainConfig
 from llavolta.train.run import train
 from llavolta.train.schemes import scale_plan
 
+# The digits are local files, so that nothing needs the hub.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-STAGE_I = "2:avgpool:8"  # of a model of 32 layers
+STAGE_I = "2:avgpool:8"  # the paper's heaviest plan, for 32 decoder layers
 
 
 def embedded(
     model: str | None, output: Path, plans: list[str] | None, limit: int, batch_size: int = 64
 ) -> None:
-    """Evaluate a model on the digits by lmms-eval and by ``llavolta.studies``; HarnessError unless all answers agree.
+    """Evaluate a model on the digits questions by lmms-eval and by ``llavolta.studies``.
 
-    plans: without, and the paper's "2:avgpool:8" scaled to the model's depth, unless given.
+    Both must give the same answers and scores. This tests the plugin, tasks and result files.
+
+    Args:
+        model: The model; None: the embedded LLaVA, which is trained if necessary.
+        output: The folder to write to. Tasks, caches and results of an earlier call are replaced.
+        plans: The plans to evaluate under; None: "none", and STAGE_I scaled to the model's depth.
+        limit: Number of questions, from the first.
+        batch_size: Questions in a batch.
+
+    Raises:
+        HarnessError: Answers or scores differ, or lmms-eval failed.
     """
     model = model or str(_trained())
     for old in (output / "tasks", output / "cache", *output.glob("plan-*")):
         shutil.rmtree(old, ignore_errors=True)
-    datasets.disable_progress_bars()
+    datasets.disable_progress_bars()  # the tables are small, and the bars would hide the figures
     study = open_study(model)
     order = write_digits(output / "tasks", study.data, limit)
     plans = plans or ["none", scale_plan(STAGE_I, study.depth)]
     for number, plan in enumerate(plans):
         start, folder = time.perf_counter(), output / f"plan-{number}"
+        # A cache of its own, so that tasks of an earlier call are not read from it.
         cache = OFFLINE | {"LMMS_EVAL_DATASETS_CACHE": str(output / "cache")}
         table = run(
             model,
@@ -55,12 +67,14 @@ def embedded(
             environment=cache,
         )
         samples = pd.DataFrame([sample for task in DIGITS for sample in read_samples(folder, task)])
+        # Tasks order the questions by type; ``order`` brings ours into the same order.
         own = evaluate(
             study.model, study.processor, study.data, plan, limit, batch_size, progress=False
         ).iloc[order]
         compare(samples, own)
         print(
-            f"\nplan {plan}: {len(own)} answers agree with llavolta.studies, accuracy {own.correct.mean():.1%}"
+            f"\nplan {plan}: {len(own)} answers agree with llavolta.studies, "
+            f"accuracy {own.correct.mean():.1%}"
         )
         print(
             table[["task", "metric", "value", "questions"]].to_string(
@@ -71,7 +85,10 @@ def embedded(
 
 
 def _trained() -> Path:
-    """The embedded LLaVA where it is trained already, else one tuned for 60 steps: two scorers agree on any model."""
+    """The embedded LLaVA if it is trained already, else one that is trained for 60 steps.
+
+    A short training does, because the scores of any model must agree.
+    """
     if (RUNS / "single-stage" / RECORD).exists():
         return embedded_llava()
     print("training the embedded LLaVA for a short while; about 3 minutes on 2 cores", flush=True)
@@ -79,14 +96,23 @@ def _trained() -> Path:
 
 
 def compare(samples: pd.DataFrame, own: pd.DataFrame) -> None:
-    """Raise HarnessError unless the harness has the answers and verdicts of ``own``, question by question."""
+    """Check that lmms-eval has the same answers and scores, question by question.
+
+    Args:
+        samples: The logged samples of lmms-eval; see ``run.read_samples``.
+        own: Rows of ``evaluation.evaluate``, in the same order.
+
+    Raises:
+        HarnessError: An answer or a score differs.
+    """
     said, truth = samples.filtered_resps.map(_text), own.prediction.str.strip()
     differ = (said.to_numpy() != truth.to_numpy()).nonzero()[0]
     if len(differ):
         first = differ[0]
         raise HarnessError(
-            f"{len(differ)} of {len(own)} answers differ from llavolta.studies; question {own.index[first]}: "
-            f"{said.iloc[first]!r} by lmms-eval, {truth.iloc[first]!r} by us"
+            f"{len(differ)} of {len(own)} answers differ from llavolta.studies; "
+            f"question {own.index[first]}: {said.iloc[first]!r} by lmms-eval, "
+            f"{truth.iloc[first]!r} by us"
         )
     right = samples.apply(_verdict, axis=1).to_numpy()
     if (right != own.correct.to_numpy()).any():
@@ -96,10 +122,13 @@ def compare(samples: pd.DataFrame, own: pd.DataFrame) -> None:
 
 
 def _text(answer) -> str:
+    """The answer of a sample, which is text or a list of one."""
     return (answer if isinstance(answer, str) else answer[0]).strip()
 
 
 def _verdict(sample: pd.Series) -> bool:
+    """Whether lmms-eval scores a sample as correct."""
+    # POPE has a score of its own form. Samples of all tasks share one table, hence the NaN.
     score = sample.get("exact_match")
     if not isinstance(score, (int, float)) or pd.isna(score):
         score = sample["pope_accuracy"]["score"]
@@ -107,6 +136,14 @@ def _verdict(sample: pd.Series) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: Of the command line; None: those of this process.
+
+    Returns:
+        The exit code: 1 after an error, which is printed on stderr.
+    """
     parser = argparse.ArgumentParser(prog="python -m llavolta.harness", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser(

@@ -1,4 +1,7 @@
-"""Benchmarks as local files, in their own format and scored by lmms-eval's own code; the embedded digits as such."""
+"""Write benchmarks as local files for lmms-eval, such as the digits as GQA, VQAv2 and POPE.
+
+The files have the benchmark's own format, and lmms-eval's own code scores the answers.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ from PIL import Image
 from llavolta.data import LlavaData
 from llavolta.errors import UserError
 
-# The embedded model knows some 40 words; "Answer the question using a single word or phrase." is none of them.
+# The embedded model knows about 40 words. None are of the benchmarks' usual prompt, "Answer the
+# question using a single word or phrase."
 BARE = {"lmms_eval_specific_kwargs": {"default": {"pre_prompt": "", "post_prompt": ""}}}
-DIGITS = {  # which benchmark stands for which type of question
+DIGITS = {  # question types by task; the first part of a task's name is its benchmark
     "gqa_digits": ("read", "compare"),
     "vqav2_digits": ("count",),
     "pope_digits": ("presence",),
@@ -24,11 +28,21 @@ DIGITS = {  # which benchmark stands for which type of question
 
 
 class HarnessError(UserError, RuntimeError):
-    """lmms-eval is not there, or did not do what was asked."""
+    """lmms-eval is not installed, failed, or gave other results than expected."""
 
 
 def shipped(task_file: str) -> str:
-    """The path of one of lmms-eval's task files, such as "pope/pope.yaml". Raises HarnessError."""
+    """Find one of lmms-eval's task files.
+
+    Args:
+        task_file: The path below lmms-eval's tasks, such as "pope/pope.yaml".
+
+    Returns:
+        The file's path.
+
+    Raises:
+        HarnessError: lmms-eval is not installed.
+    """
     spec = importlib.util.find_spec("lmms_eval")
     if spec is None:
         raise HarnessError(
@@ -40,10 +54,19 @@ def shipped(task_file: str) -> str:
 def write_task(
     folder: Path, name: str, task_file: str, split: str, rows: list[dict], **changes
 ) -> None:
-    """Write the task ``name`` to ``folder``: lmms-eval's ``task_file`` over ``rows`` instead of its hub data.
+    """Write a task that scores local rows as one of lmms-eval's benchmarks does.
 
-    rows: entries of the benchmark's own data set; pictures as PIL images under "image". split: that the task reads.
-    changes: other keys of the task file to replace.
+    Args:
+        folder: The folder of the task file and its data.
+        name: The task's name.
+        task_file: lmms-eval's file of the benchmark; see ``shipped``.
+        split: The split that the benchmark reads.
+        rows: Rows in the columns of the benchmark's data set, with a PIL image, or a list of them,
+            under "image".
+        changes: Keys of the task file to replace.
+
+    Raises:
+        HarnessError: lmms-eval is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pictures = (
@@ -51,6 +74,7 @@ def write_task(
         if isinstance(rows[0]["image"], Image.Image)
         else datasets.List(datasets.Image())
     )
+    # Images are stored as PNG within the table, which datasets decodes when it reads them.
     table = datasets.Dataset.from_list([{**row, "image": _encode(row["image"])} for row in rows])
     table.cast_column("image", pictures).to_parquet(folder / f"{name}.parquet")
     task = {
@@ -64,6 +88,7 @@ def write_task(
 
 
 def _encode(image: Image.Image | list[Image.Image]) -> dict | list[dict]:
+    """An image as the ``datasets`` library stores it."""
     if isinstance(image, list):
         return [_encode(one) for one in image]
     file = io.BytesIO()
@@ -74,9 +99,20 @@ def _encode(image: Image.Image | list[Image.Image]) -> dict | list[dict]:
 def write_digits(
     folder: Path, data: LlavaData, limit: int | None = None, max_new_tokens: int = 4
 ) -> list[int]:
-    """The digits questions of ``data`` as tasks (see DIGITS); returns their numbers in ``data.questions()``, in order.
+    """Write the digits questions as the tasks of DIGITS.
 
-    Every question belongs to one task. The order is that of the tasks, then of the questions in each.
+    Args:
+        folder: The folder of the task files.
+        data: The digits questions.
+        limit: Number of questions, from the first; None: all.
+        max_new_tokens: Tokens of an answer at most.
+
+    Returns:
+        The numbers of the questions in ``data.questions()``, in the order of the tasks and of the
+        questions in each. Every question belongs to one task.
+
+    Raises:
+        HarnessError: lmms-eval is not installed.
     """
     questions = list(islice(data.questions(), limit))
     options = {"generation_kwargs": {"max_new_tokens": max_new_tokens, "do_sample": False}}
@@ -84,7 +120,7 @@ def write_digits(
     for task, kinds in DIGITS.items():
         numbers = [number for number, question in enumerate(questions) if question["type"] in kinds]
         rows = [_row(task, number, questions[number], data) for number in numbers]
-        if task == "gqa_digits":  # GQA's own processing fetches the pictures from the hub
+        if task == "gqa_digits":  # process_docs would fetch GQA's images from the hub
             write_task(
                 folder, task, "gqa/gqa.yaml", "testdev", rows, process_docs=None, **options, **BARE
             )
@@ -97,7 +133,7 @@ def write_digits(
 
 
 def _row(task: str, number: int, question: dict, data: LlavaData) -> dict:
-    """A question in the columns of its benchmark."""
+    """A question in the columns of its benchmark's data set."""
     image = data[question["index"]].images[0]
     name = data.entry(question["index"])["id"]
     text, answer = question["question"], question["answer"]
@@ -110,6 +146,7 @@ def _row(task: str, number: int, question: dict, data: LlavaData) -> dict:
             "image": image,
         }
     if task == "vqav2_digits":
+        # VQAv2 has ten answers of annotators to each question.
         ten = [
             {"answer": answer, "answer_confidence": "yes", "answer_id": place}
             for place in range(1, 11)

@@ -1,7 +1,8 @@
-"""The model ``llavolta`` of lmms-eval: ``--model llavolta --model_args pretrained=PATH,plan=2:avgpool:8``.
+"""The lmms-eval model ``llavolta``: any supported checkpoint under any plan.
 
-lmms-eval splits model_args at "," and each part at its first "=", so a plan with options or several entries passes
-as it is; quote it in the shell for its ";": ``--model_args "pretrained=PATH,plan=8:fastv:keep=0.5;16:fastv:0.5"``.
+Use it as ``--model llavolta --model_args pretrained=PATH,plan=2:avgpool:8``. lmms-eval splits
+model_args at "," and each part at its first "=", so plans may contain "=". The shell needs quotes
+for ";": ``--model_args "pretrained=PATH,plan=8:fastv:keep=0.5;16:fastv:0.5"``.
 """
 
 from __future__ import annotations
@@ -26,26 +27,36 @@ from llavolta.studies.evaluation import chat_of, greedy, prompts
 from llavolta.studies.opening import trained_padding
 from llavolta.train.models import load_model
 
-MAX_NEW_TOKENS = 1024  # of tasks that name no limit
-IGNORED_OPTIONS = (
-    "temperature",
-    "top_p",
-    "do_sample",
-    "image_aspect_ratio",
-)  # of sampling, and of LLaVA's own code
+MAX_NEW_TOKENS = 1024  # for tasks without a limit of their own
+# Options of tasks that do nothing here: those of sampling, and one of LLaVA's own code.
+IGNORED_OPTIONS = ("temperature", "top_p", "do_sample", "image_aspect_ratio")
 
 
 class Llavolta(lmms):
-    """Any supported vision-language model answering under a compression plan, greedily and in batches.
+    """A vision-language model under a compression plan, which answers greedily and in batches.
 
-    pretrained: folder or hub name, "embedded", or a folder of adapters. plan: see ``llavolta.compression.plan``.
-    dtype: "float32", "bfloat16" or "float16"; float32 on a CPU and bfloat16 elsewhere unless given.
-    frames: of a clip, taken uniformly; a model without a video processor sees them as that many pictures.
-    pad_to_square: True for LLaVA-1.5; default: as the model was trained, if its folder is a run's of ours.
-    Under torchrun or accelerate every process loads the model and answers its share.
+    Under torchrun or accelerate, every process loads the model and answers its share.
+
+    Args:
+        pretrained: A folder, a hub name, a folder of adapters, or a model that comes with the
+            package. "embedded" has an untrained projector.
+        plan: The plan's text; see ``llavolta.compression.plan``.
+        batch_size: Requests in a batch.
+        max_batch_size: Not used; lmms-eval passes it.
+        device: Of the model; None: this process's accelerator, or the CPU.
+        dtype: "float32", "bfloat16" or "float16"; None: float32 on a CPU, bfloat16 elsewhere.
+        frames: Frames of a clip, sampled uniformly. A model without a video processor gets them as
+            images.
+        pad_to_square: Pad images to squares, as LLaVA-1.5 needs; None: as in the model's training,
+            if its folder is a run folder.
+
+    Raises:
+        UserError: An option that cannot be used.
+        PlanError: The plan cannot be read or does not fit the model.
+        UnsupportedModel: The model cannot be compressed under this plan.
     """
 
-    is_simple = True
+    is_simple = True  # lmms-eval passes text and images, not chat messages
 
     def __init__(
         self,
@@ -61,7 +72,8 @@ class Llavolta(lmms):
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(
-                f"batch_size must be a whole number from 1, not {batch_size!r}; 'auto' is not supported"
+                f"batch_size must be a whole number from 1, not {batch_size!r}; "
+                "'auto' is not supported"
             )
         self.plan = format_plan(parse_plan(plan))
         self.batch_size = int(batch_size)
@@ -74,10 +86,21 @@ class Llavolta(lmms):
         self.model = model.to(self.device).eval()
         self.pad = trained_padding(self.processor, pretrained, pad_to_square)
         with compress(self.model, self.plan):
-            pass  # a plan that does not fit the model is refused before any data is read
+            pass  # raises before any data is read if the plan does not fit the model
 
     def generate_until(self, requests) -> list[str]:
-        """An answer for each request, in their order."""
+        """Answer each request, in their order.
+
+        Args:
+            requests: lmms-eval's requests, whose ``args`` are text, options of generation, the
+                function that gives a document's images, and the document's id, task and split.
+
+        Returns:
+            One answer per request.
+
+        Raises:
+            UserError: A task samples its answers, or shows something that is no image or clip.
+        """
         answers, started = [], time.perf_counter()
         with compress(self.model, self.plan):
             for batch in self._batches(requests):
@@ -91,10 +114,20 @@ class Llavolta(lmms):
         return answers
 
     def generate_until_multi_round(self, requests) -> list[list[str]]:
-        """The answers of every round of each request; the task makes each round's question from those before."""
+        """Answer requests of several rounds, whose later questions depend on earlier answers.
+
+        Args:
+            requests: As of ``generate_until``, with the task's function that makes the next
+                question.
+
+        Returns:
+            The answers of every round, per request.
+        """
         return [self._rounds(*request.args) for request in tqdm(requests, disable=self.rank != 0)]
 
     def _rounds(self, text, options, see, ask, *doc) -> list[str]:
+        """The answers of every round of one request."""
+        # ``told`` is the task's own state, which goes from round to round.
         looks, answers, told, number = self._look(see, *doc), [], None, 0
         row = self._doc(*doc)
         with compress(self.model, self.plan):
@@ -109,9 +142,20 @@ class Llavolta(lmms):
                 looks = self._open(visuals)
 
     def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-        """Per request the mean negative log likelihood of its continuation, and whether greedy decoding gives it.
+        """Compute the loss of each request's continuation.
 
-        lmms-eval takes the choice of the smallest value: a loss, whatever the method is called.
+        In spite of the name, lmms-eval chooses the answer with the smallest value.
+
+        Args:
+            requests: lmms-eval's requests, whose ``args`` are text, continuation, the function that
+                gives a document's images, and the document's id, task and split.
+
+        Returns:
+            Per request, the mean negative log likelihood of the continuation's tokens and its end
+            token, in nats, and whether greedy decoding gives the continuation.
+
+        Raises:
+            UserError: A task shows a clip.
         """
         with compress(self.model, self.plan), torch.no_grad():
             return [
@@ -120,6 +164,7 @@ class Llavolta(lmms):
             ]
 
     def _likelihood(self, text, continuation, see, *doc) -> tuple[float, bool]:
+        """Loss of one continuation, and whether greedy decoding gives it."""
         answer = (
             continuation if isinstance(continuation, str) else continuation(self._doc(*doc))
         ).strip()
@@ -130,6 +175,7 @@ class Llavolta(lmms):
             )
         answered = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
         messages = [*chat_of(_plain(text, looks), looks), answered]
+        # Batched and labelled as for training, without a limit on the length.
         batch = Collator(self.processor, max_length=1_000_000)([Example(messages, looks, str(doc))])
         labelled = int((batch["labels"] != -100).sum())
         batch = {name: _to(value, self.model) for name, value in batch.items()}
@@ -139,7 +185,7 @@ class Llavolta(lmms):
         return loss, said[0].strip() == answer
 
     def _batches(self, requests) -> Iterator[list]:
-        """Runs of requests with the same options, cut to the batch size."""
+        """Batches of consecutive requests with the same options."""
         with tqdm(total=len(requests), desc="answering", disable=self.rank != 0) as progress:
             for _, run in groupby(
                 requests, key=lambda request: json.dumps(request.args[1], sort_keys=True)
@@ -150,6 +196,7 @@ class Llavolta(lmms):
                     progress.update(len(run[start : start + self.batch_size]))
 
     def _answer(self, asked: list[tuple[str, list]], options: dict) -> list[str]:
+        """Answers to pairs of a text and its images, in one batch."""
         options = dict(options)
         if options.get("do_sample"):
             raise UserError(
@@ -162,23 +209,27 @@ class Llavolta(lmms):
             self.model, self.processor, [(_plain(text, looks), looks) for text, looks in asked]
         )
         answers = self._decode(greedy(self.model, self.processor, batch, length, **options), batch)
+        # Cut the answers at the task's stop texts; generation itself ends at end tokens only.
         for stop in [until] if isinstance(until, str) else until:
             answers = [answer.split(stop)[0] if stop else answer for answer in answers]
         return answers
 
     def _decode(self, ids, batch) -> list[str]:
+        """The texts of the new tokens: (B, T + new) ids, without the T of the prompt."""
         return self.processor.batch_decode(
             ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
         )
 
     def _doc(self, number, task, split) -> dict:
+        """A document of a task: one row of its data set."""
         return self.task_dict[task][split][number]
 
     def _look(self, see, *doc) -> list:
+        """The opened images and clips of a document; ``see`` is the task's function for them."""
         return self._open(see(self._doc(*doc)) if see else None)
 
     def _open(self, visuals) -> list:
-        """Pictures and clips (lists of frames) from what a task shows: opened pictures and paths of clips."""
+        """Images and clips (lists of frames), from a task's opened images and paths of clips."""
         looks = []
         for visual in visuals or []:
             if isinstance(visual, Image.Image):
@@ -187,15 +238,17 @@ class Llavolta(lmms):
                 clip = [
                     pad_to_square(frame, self.pad) for frame in read_frames(visual, self.frames)
                 ]
+                # Without a video processor, the frames are images of their own.
                 looks += [clip] if getattr(self.processor, "video_processor", None) else clip
             else:
                 raise UserError(
-                    f"the task shows a {type(visual).__name__}; only pictures and paths of clips are known"
+                    f"the task shows a {type(visual).__name__}; "
+                    "only pictures and paths of clips are known"
                 )
         return looks
 
     def _log(self, answers: list[str], started: float) -> None:
-        """Time and tokens, into the result file's "throughput"."""
+        """Add time and tokens to "throughput" in the result file."""
         seconds = time.perf_counter() - started
         tokens = sum(
             map(len, self.processor.tokenizer(answers, add_special_tokens=False)["input_ids"])
@@ -204,17 +257,23 @@ class Llavolta(lmms):
 
 
 def _plain(text: str, looks: list) -> str:
-    """The question alone, for pictures go before it, as in LLaVA; with its <image>s where each picture has one."""
+    """The question without placeholders, or with them if it has one <image> for each image.
+
+    Without placeholders, the images stand before the question, as in LLaVA.
+    """
     if looks and text.count("<image>") == len(looks):
         return text
     return text.replace("<image>", "").replace("<video>", "").strip()
 
 
 def _to(value: torch.Tensor, model) -> torch.Tensor:
+    """``value`` on the model's device, and in its dtype if it has floating point."""
     return value.to(model.device, model.dtype if value.is_floating_point() else None)
 
 
 def _device(name: str | None) -> torch.device:
+    """The named device, or that of this process."""
+    # PartialState knows which GPU belongs to which process.
     from accelerate import PartialState
 
     return torch.device(name) if name else PartialState().device

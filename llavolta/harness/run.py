@@ -1,4 +1,7 @@
-"""Running lmms-eval so that a failure fails, and reading what it wrote."""
+"""Run lmms-eval, raise an error when it fails, and read its result files.
+
+lmms-eval itself may end without an error although a task failed, so the results are checked.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +36,27 @@ def run(
     model_args: Sequence[str] = (),
     environment: dict[str, str] | None = None,
 ) -> pd.DataFrame:
-    """Evaluate ``model`` under ``plan`` on ``tasks``; returns ``read_results`` of the new folder ``output``.
+    """Evaluate a model on tasks of lmms-eval.
 
-    include: a folder of further task files. limit: the first so many questions a task. model_args: further
-    "name=value" for the plugin (see ``Llavolta``). processes: on this machine, each with a model of its own.
-    The harness's output goes to ``output``/lmms-eval.log. Raises HarnessError, PlanError, JudgeError.
+    Args:
+        model: A folder, a hub name, or a model that comes with the package.
+        tasks: lmms-eval's names of the tasks.
+        output: A new folder for the results. lmms-eval's output goes to lmms-eval.log there.
+        plan: The plan in force while answering.
+        batch_size: Questions in a batch.
+        processes: Processes on this machine, each with a copy of the model.
+        include: A folder of further task files.
+        limit: Number of questions of each task, from the first; None: all.
+        model_args: Further options "name=value" of the plugin; see ``plugin.Llavolta``.
+        environment: Environment variables to set for lmms-eval.
+
+    Returns:
+        The results; see ``read_results``.
+
+    Raises:
+        HarnessError: The folder is not empty, lmms-eval failed, or answers or scores are missing.
+        PlanError: The plan cannot be read.
+        JudgeError: A task needs a judge, and the environment names none.
     """
     output, plan = Path(output), format_plan(parse_plan(plan))
     if output.exists() and any(output.iterdir()):
@@ -64,16 +83,12 @@ def run(
         "--output_path",
         str(output),
     ]
-    command += [
-        "--log_samples",
-        "--verbosity",
-        "DEBUG",
-    ]  # at any other verbosity a failure exits with 0
+    # At any other verbosity, lmms-eval exits with 0 after a failure.
+    command += ["--log_samples", "--verbosity", "DEBUG"]
     command += ["--include_path", str(include)] if include else []
     command += ["--limit", str(limit)] if limit else []
-    home = {
-        "HF_HOME": str(Path.home() / ".cache/huggingface")
-    }  # some of its tasks cannot do without
+    # Some tasks read this variable and fail without it. The user's own value comes first.
+    home = {"HF_HOME": str(Path.home() / ".cache/huggingface")}
     with (output / LOG).open("w") as log:
         options = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
         code = subprocess.run(
@@ -88,7 +103,7 @@ def run(
 
 
 def _cause(output: Path) -> str:
-    """The exceptions that the log ends its tracebacks with."""
+    """The exceptions of the tracebacks in the log."""
     lines = (output / LOG).read_text(errors="replace").splitlines()
     raised = [
         found[1]
@@ -99,11 +114,19 @@ def _cause(output: Path) -> str:
 
 
 def check_results(output: str | Path, tasks: Sequence[str]) -> None:
-    """Raise HarnessError unless every task in ``output`` has all its answers and its scores, or a submission file."""
+    """Check that every task has all its answers, and its scores or a submission file.
+
+    Args:
+        output: The folder of the results.
+        tasks: Names of the tasks.
+
+    Raises:
+        HarnessError: Something is missing.
+    """
     results = _results(Path(output))
     for task in tasks:
         parts = results["group_subtasks"].get(task) or [task]
-        for part in parts:
+        for part in parts:  # a group of tasks has no samples of its own
             scores = _scores(results, part)
             wanted = results["n-samples"].get(part, {}).get("effective", 0)
             answered = len(read_samples(output, part))
@@ -119,10 +142,12 @@ def check_results(output: str | Path, tasks: Sequence[str]) -> None:
 
 
 def _is_score(value) -> bool:
+    """Whether a metric is a finite number."""
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _results(output: Path) -> dict:
+    """The content of the one result file in a folder."""
     files = sorted(output.glob("**/*_results.json"))
     files = [file for file in files if "submissions" not in file.parts]
     if len(files) != 1:
@@ -133,17 +158,28 @@ def _results(output: Path) -> dict:
 
 
 def _scores(results: dict, task: str) -> dict:
-    """{metric: value} of the metrics that ``task`` declares, from lmms-eval's "metric,filter" entries."""
+    """The metrics that ``task`` declares, by name."""
     declared = {
         entry["metric"] for entry in results["configs"].get(task, {}).get("metric_list", [])
     }
+    # lmms-eval's keys are "metric,filter".
     named = {key.split(",")[0]: value for key, value in results["results"].get(task, {}).items()}
     return {name: value for name, value in named.items() if name in declared}
 
 
 def read_results(output: str | Path) -> pd.DataFrame:
-    """One row per task and metric of a run: model, plan, task, metric, value (none for a submission), questions,
-    seconds (of answering, all tasks together, one process)."""
+    """Read the results of a run.
+
+    Args:
+        output: The folder of the results.
+
+    Returns:
+        One row per task and metric: model, plan, task, metric, value (NaN for a submission file),
+        questions (their number), seconds (of answering all tasks, in one process).
+
+    Raises:
+        HarnessError: The folder has no result file, or several.
+    """
     results = _results(Path(output))
     arguments = dict(part.split("=", 1) for part in results["config"]["model_args"].split(","))
     shared = {"model": arguments["pretrained"], "plan": arguments.get("plan", "none")}
@@ -158,7 +194,15 @@ def read_results(output: str | Path) -> pd.DataFrame:
 
 
 def read_samples(output: str | Path, task: str) -> list[dict]:
-    """The logged samples of ``task`` in the order of its questions: doc_id, filtered_resps (the answer), scores."""
+    """Read the logged samples of a task.
+
+    Args:
+        output: The folder of the results.
+        task: The task's name.
+
+    Returns:
+        One dictionary per question, in order: doc_id, filtered_resps (the answer), scores, ...
+    """
     files = sorted(Path(output).glob(f"**/*_samples_{task}.jsonl"))
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return sorted(lines, key=lambda sample: sample["doc_id"])

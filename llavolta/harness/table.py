@@ -1,4 +1,7 @@
-"""The papers' tables from what lmms-eval wrote: scheme by benchmark, average, training time, CR; nothing is made up."""
+"""Make the papers' tables from lmms-eval's result files: benchmarks, average, training time and CR.
+
+A value that was not measured is NaN, and shown as "not run".
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from llavolta.harness.run import read_results
 from llavolta.paths import PUBLISHED, given_path
 from llavolta.train.trainer import read_metrics
 
-# Column: lmms-eval's task, its metric, and what to multiply that by for percent. MME's perception score is of 2000.
+# By column: lmms-eval's task, its metric, and the factor that makes it percent. MME's perception
+# score is at most 2000.
 IMAGE = {
     "GQA": ("gqa", "exact_match", 100),
     "MM-Vet": ("mmvet", "gpt_eval_score", 1),
@@ -45,17 +49,27 @@ AVERAGE, HOURS, RATIO = "average", "training hours", "CR"
 
 
 class TableError(UserError, ValueError):
-    """Result files that do not make a table."""
+    """Results that do not fit into one table."""
 
 
 def paper_table(
     runs: Mapping[str, Sequence[str | Path]], columns: Sequence[str] = tuple(COLUMNS)
 ) -> pd.DataFrame:
-    """A row for each of ``runs``: {its name: folders that ``llavolta.harness run`` wrote}. Percent; NaN: not run.
+    """Make a table of benchmark scores.
 
-    average: over the columns that every row has, so that rows compare. training hours, CR: of the model's own run
-    folder, where it is one of ours. Raises TableError if a row's folders are of two models or plans, or give one
-    benchmark twice.
+    Args:
+        runs: By name of the row, folders that ``python -m llavolta.harness run`` wrote.
+        columns: Keys of COLUMNS.
+
+    Returns:
+        One row per name. Scores are in percent; NaN was not run. average is over the columns that
+        every row has, so that rows are comparable. "training hours" and "CR" are read from the
+        model's folder, if it is a run folder; else NaN.
+
+    Raises:
+        TableError: A folder does not exist, or the folders of a row are of different models or
+            plans, or have a benchmark twice.
+        HarnessError: A folder has no result file, or several.
     """
     rows = {
         name: _row(name, [given_path(folder) for folder in folders], columns)
@@ -71,6 +85,7 @@ def paper_table(
 
 
 def _row(name: str, folders: list[Path], columns: Sequence[str]) -> dict:
+    """The values of one row by column."""
     missing = [str(folder) for folder in folders if not folder.is_dir()]
     if missing:
         raise TableError(
@@ -79,7 +94,8 @@ def _row(name: str, folders: list[Path], columns: Sequence[str]) -> dict:
     found = pd.concat([read_results(folder) for folder in folders])
     if len(kinds := found[["model", "plan"]].drop_duplicates()) > 1:
         raise TableError(
-            f"{name} mixes {' and '.join(f'{m} under {p}' for m, p in kinds.to_numpy())}; a row is one"
+            f"{name} mixes {' and '.join(f'{m} under {p}' for m, p in kinds.to_numpy())}; "
+            "a row is one"
         )
     values: dict[str, float] = {}
     for column in columns:
@@ -92,7 +108,15 @@ def _row(name: str, folders: list[Path], columns: Sequence[str]) -> dict:
 
 
 def training(model: Path) -> dict[str, float]:
-    """Hours that the run folder ``model`` took to train, by its metrics, and its scheme's CR; NaN where unknown."""
+    """Read training time and compression ratio from a run folder.
+
+    Args:
+        model: The folder of a model.
+
+    Returns:
+        "training hours" and "CR"; NaN where the folder does not tell.
+    """
+    # ``seconds`` of a line is the time of one step, and holds since the line before.
     rows, steps, hours = read_metrics(model / "metrics.jsonl"), 0, 0.0
     for row in rows:
         hours += row["seconds"] * (row["step"] - steps) / 3600
@@ -101,16 +125,13 @@ def training(model: Path) -> dict[str, float]:
         return {HOURS: math.nan, RATIO: math.nan}
     stages = yaml.safe_load((model / "config.yaml").read_text())["resolved_stages"]
     by_plan = {row["plan"]: row["tokens_per_layer"] for row in rows}
-    if set(by_plan) != {
-        stage["plan"] for stage in stages
-    }:  # stages still to come, or by ranges that log_steps skips
+    # Stages are not trained yet, or are so short that no line was logged in them.
+    if set(by_plan) != {stage["plan"] for stage in stages}:
         return {HOURS: hours, RATIO: math.nan}
     used = sum(stage["share"] * sum(by_plan[stage["plan"]]) for stage in stages)
     whole = next((row["visual_tokens"] for row in rows if "visual_tokens" in row), math.nan)
-    for (
-        plan,
-        tokens,
-    ) in by_plan.items():  # logs of before: known where a plan leaves the first layer all tokens
+    # Older logs lack visual_tokens. Then a plan that leaves layer 0 all tokens gives their number.
+    for plan, tokens in by_plan.items():
         if math.isnan(whole) and not any(
             part.strip().startswith(("0:", "vision:")) for part in plan.split(";")
         ):
@@ -122,7 +143,7 @@ def training(model: Path) -> dict[str, float]:
 
 
 def published() -> pd.DataFrame:
-    """What LLaVolta publishes of such a row: averages over its 13 image benchmarks, and hours of training."""
+    """Read the paper's own rows: the average over its 13 image benchmarks, and training hours."""
     held = pd.read_csv(PUBLISHED).set_index(["claim", "quantity"]).value
     time = held["training time"]
     return pd.DataFrame(
@@ -140,20 +161,28 @@ def published() -> pd.DataFrame:
 
 
 def show(table: pd.DataFrame):
-    """``table`` styled: what was not run says so."""
+    """Style a table of ``paper_table`` for a notebook, with "not run" in place of NaN."""
     return table.style.format("{:.1f}", na_rep="not run").format(
         "{:.2f}", na_rep="", subset=[HOURS, RATIO]
     )
 
 
 def runs_in(folder: str | Path) -> dict[str, list[Path]]:
-    """{"model, plan": [folder]} of every folder of results below ``folder``; none if there is none."""
+    """Find all results below a folder.
+
+    Args:
+        folder: A folder that ``python -m llavolta.harness run`` wrote folders to.
+
+    Returns:
+        By "model, plan", the folders of results, as ``paper_table`` takes them.
+    """
     found: dict[str, list[Path]] = {}
     for file in sorted(Path(folder).glob("*/**/*_results.json")):
         arguments = dict(
             part.split("=", 1)
             for part in json.loads(file.read_text())["config"]["model_args"].split(",")
         )
+        # lmms-eval writes below the output folder of the run, which is the first part of the path.
         run = Path(folder) / file.relative_to(folder).parts[0]
         found.setdefault(
             f"{Path(arguments['pretrained']).name}, {arguments.get('plan', 'none')}", []

@@ -1,7 +1,8 @@
-"""MSVD-QA and MSRVTT-QA as tasks of lmms-eval, from their published files.
+"""Make lmms-eval tasks of MSVD-QA and MSRVTT-QA, from their published files.
 
-Two scores, as the literature has two: exact match with the one-word answer (Xu et al., 2017), offline; and the
-judged accuracy and score of Video-ChatGPT (arXiv 2306.05424), which lmms-eval has for ActivityNet-QA, by your judge.
+Each has two tasks, because the literature has two scores: exact match with the one-word answer (Xu
+et al., 2017), and the accuracy and score of Video-ChatGPT (arXiv 2306.05424), which a language
+model judges. lmms-eval has the latter for ActivityNet-QA.
 """
 
 from __future__ import annotations
@@ -13,25 +14,37 @@ from pathlib import Path
 from llavolta.errors import DataError, UserError
 
 KINDS = (".mp4", ".avi", ".webm", ".mkv")
-CLIP_NAMES = {
-    "msvd_qa": "vid{}",
-    "msrvtt_qa": "video{}",
-}  # what the clip of a numbered video is called
+# By task: the name of a clip, without its ending, from the number of its video.
+CLIP_NAMES = {"msvd_qa": "vid{}", "msrvtt_qa": "video{}"}
 TEMPLATES = Path(__file__).parent / "tasks"
 
 
 class JudgeError(UserError, RuntimeError):
-    """A judged score without a judge."""
+    """A task needs a judge, and the environment names none."""
 
 
 def prepare(
     task: str, questions: Path, videos: Path, output: Path, answers: Path | None = None
 ) -> Path:
-    """Write ``output``: the task files of ``task`` and ``task``_judged, for ``--include_path``.
+    """Write the task files of ``task`` and ``task``_judged.
 
-    questions: a JSON list of entries with ``question`` and ``video_name`` (or ``video_id``, a number), and
-    ``question_id`` (or ``id``); ``answer`` there or in ``answers``, by ``question_id``: the layouts of the data
-    sets' own test_qa.json and of Video-ChatGPT's test_q.json and test_a.json. Raises DataError.
+    The layouts of the data sets' own test_qa.json, and of Video-ChatGPT's test_q.json and
+    test_a.json, are read.
+
+    Args:
+        task: A key of CLIP_NAMES.
+        questions: A JSON list of entries with ``question``, ``video_name`` (or ``video_id``, a
+            number), ``question_id`` (or ``id``), and ``answer`` unless ``answers`` is given.
+        videos: The folder of the clips.
+        output: The folder to write to, for lmms-eval's ``--include_path``.
+        answers: A JSON list of entries with ``question_id`` and ``answer``.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        DataError: Unknown task, a file that cannot be read, an entry without a needed key, or a
+            clip that does not exist.
     """
     if task not in CLIP_NAMES:
         raise DataError(f"unknown task {task!r}; {' or '.join(CLIP_NAMES)}")
@@ -66,9 +79,11 @@ def prepare(
             absent.append(name)
     if absent:
         raise DataError(
-            f"{videos} lacks the clips of {len(absent)} of {len(rows)} questions, such as {absent[0]!r}"
+            f"{videos} lacks the clips of {len(absent)} of {len(rows)} questions, "
+            f"such as {absent[0]!r}"
         )
     output.mkdir(parents=True, exist_ok=True)
+    # lmms-eval's judging of ActivityNet-QA reads "type", and these questions have none.
     rows = [{**row, "type": 0, "video": str(files[row["video_name"]])} for row in rows]
     (output / f"{task}.json").write_text(json.dumps(rows))
     for name, template in ((task, "video_qa.yaml"), (f"{task}_judged", "video_qa_judged.yaml")):
@@ -79,6 +94,7 @@ def prepare(
 
 
 def _read(file: Path) -> list[dict]:
+    """The entries of a JSON list."""
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -88,25 +104,40 @@ def _read(file: Path) -> list[dict]:
     return entries
 
 
-# What the task files name.
+# The task files name the functions below.
 
 
 def doc_to_visual(doc: dict) -> list[str]:
+    """Return the path of a question's clip."""
     return [doc["video"]]
 
 
 def doc_to_text(doc: dict, lmms_eval_specific_kwargs: dict) -> str:
+    """Return a question with a capital and a question mark, between the task's prompts."""
     question = doc["question"].strip().capitalize()
     question += "" if question.endswith("?") else "?"
-    return f"{lmms_eval_specific_kwargs['pre_prompt']}{question}{lmms_eval_specific_kwargs['post_prompt']}"
+    return (
+        f"{lmms_eval_specific_kwargs['pre_prompt']}{question}"
+        f"{lmms_eval_specific_kwargs['post_prompt']}"
+    )
 
 
 def score_judged(doc: dict, results: list[str]) -> dict:
-    """lmms-eval's own judging of ActivityNet-QA, on this question. Raises JudgeError without an endpoint."""
+    """Score an answer by lmms-eval's own judging of ActivityNet-QA.
+
+    Args:
+        doc: The question.
+        results: The answer, as a list of one.
+
+    Returns:
+        "gpt_eval_accuracy" in percent, and "gpt_eval_score" from 0 to 5.
+
+    Raises:
+        JudgeError: The environment names no judge.
+    """
     require_judge("this task")
-    os.environ.setdefault(
-        "HF_HOME", str(Path.home() / ".cache/huggingface")
-    )  # the module below wants it set
+    # The import below fails without this variable.
+    os.environ.setdefault("HF_HOME", str(Path.home() / ".cache/huggingface"))
     from lmms_eval.tasks.activitynetqa.utils import activitynetqa_process_results
 
     verdict = activitynetqa_process_results(doc, results)["gpt_eval_score"]
@@ -117,9 +148,17 @@ def score_judged(doc: dict, results: list[str]) -> dict:
 
 
 def require_judge(tasks: str) -> None:
-    """Raise JudgeError unless the environment names a judge."""
+    """Check that the environment names a judge.
+
+    Args:
+        tasks: Names of tasks, for the error message.
+
+    Raises:
+        JudgeError: OPENAI_API_KEY is not set.
+    """
     if not os.environ.get("OPENAI_API_KEY"):
         raise JudgeError(
-            f"{tasks}: scored by a language model as judge, and there is none; set OPENAI_API_KEY, and for an endpoint "
+            f"{tasks}: scored by a language model as judge, and there is none; "
+            "set OPENAI_API_KEY, and for an endpoint "
             "of your own OPENAI_API_URL and MODEL_VERSION (see lmms-eval), or take another task"
         )

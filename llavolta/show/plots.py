@@ -130,7 +130,7 @@ def asked(rows: Sequence[tuple]) -> Figure:
     Args:
         rows: (image, question, answer, reference answer or "") each.
     """
-    across = min(len(rows), 3)  # more would make the text below too small
+    across = min(len(rows), 3)
     down = -(-len(rows) // across)  # rounded up
     figure, axes = plt.subplots(
         down, across, figsize=(3.2 * across, 3.9 * down), squeeze=False, layout="constrained"
