@@ -187,6 +187,7 @@ class Llavolta(lmms):
     def _batches(self, requests) -> Iterator[list]:
         """Batches of consecutive requests with the same options."""
         with tqdm(total=len(requests), desc="answering", disable=self.rank != 0) as progress:
+            # Options may hold lists, so they are compared as JSON.
             for _, run in groupby(
                 requests, key=lambda request: json.dumps(request.args[1], sort_keys=True)
             ):

@@ -105,6 +105,7 @@ def run(
 def _cause(output: Path) -> str:
     """The exceptions of the tracebacks in the log."""
     lines = (output / LOG).read_text(errors="replace").splitlines()
+    # "[rank0]: " of torchrun, then an exception such as ValueError or UnsupportedModel.
     raised = [
         found[1]
         for line in lines
@@ -136,6 +137,7 @@ def check_results(output: str | Path, tasks: Sequence[str]) -> None:
                 )
             submitted = "submission" in scores and any((Path(output) / "submissions").glob("*"))
             numbers = {name: value for name, value in scores.items() if name != "submission"}
+            # A judge that failed leaves no number, or NaN.
             bad = [name for name, value in numbers.items() if not _is_score(value)]
             if bad or not (numbers or submitted):
                 raise HarnessError(f"{part}: no score {', '.join(bad)}; see {Path(output) / LOG}")
@@ -149,6 +151,7 @@ def _is_score(value) -> bool:
 def _results(output: Path) -> dict:
     """The content of the one result file in a folder."""
     files = sorted(output.glob("**/*_results.json"))
+    # Submission files may end the same way.
     files = [file for file in files if "submissions" not in file.parts]
     if len(files) != 1:
         raise HarnessError(
@@ -181,6 +184,7 @@ def read_results(output: str | Path) -> pd.DataFrame:
         HarnessError: The folder has no result file, or several.
     """
     results = _results(Path(output))
+    # The model's options as they were given to lmms-eval.
     arguments = dict(part.split("=", 1) for part in results["config"]["model_args"].split(","))
     shared = {"model": arguments["pretrained"], "plan": arguments.get("plan", "none")}
     seconds = results.get("throughput", {}).get("total_elapsed_time", math.nan)

@@ -78,6 +78,7 @@ def paper_table(
     table = pd.DataFrame.from_dict(
         rows, orient="index", columns=[*columns, AVERAGE, HOURS, RATIO], dtype=float
     )
+    # Not ``mean(axis=1)`` of all columns, which would average over other benchmarks in each row.
     common = [column for column in columns if len(table) and table[column].notna().all()]
     if common:
         table[AVERAGE] = table[common].mean(axis=1)

@@ -64,6 +64,7 @@ def prepare(
                 else CLIP_NAMES[task].format(entry["video_id"])
             )
             number = entry["question_id"] if "question_id" in entry else entry["id"]
+            # The file of answers, if there is one, comes before the file of questions.
             answer = {**entry, **told.get(number, {})}["answer"]
             rows.append(
                 {
