@@ -1,9 +1,11 @@
-"""What training other families costs, and what stages save: ``python papers/families.py`` writes papers/families.csv
-and prints it. From the published shapes alone (llavolta.cost.references), a minute or two; nothing is downloaded.
+"""Estimate what training other model families costs, and what stages save.
 
-Hours of one epoch on the 665,298 examples of LLaVA-1.5's instruction tuning, one picture of 640 x 480 pixels and 200
-text tokens each, on H100s at an assumed 40% of their peak, as each preset trains (adapters, tower); memory of a GPU
-under ZeRO-3 at the preset's batch, with checkpointing.
+``python papers/families.py`` writes papers/families.csv and prints it, in a minute or two. It needs the published
+shapes only (llavolta.cost.references); nothing is downloaded.
+
+Hours are of one epoch on the 665,298 examples of LLaVA-1.5's instruction tuning, with one image of 640 x 480 pixels and
+200 text tokens each, on H100s at an assumed 40% of their peak. What is trained (adapters, tower) is that of each
+preset. Memory is of one GPU under ZeRO-3 at the preset's batch, with gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -25,6 +27,15 @@ STAGED = "four-stage-wider"
 
 
 def row(name: str) -> dict:
+    """Estimate time and memory of one family.
+
+    Args:
+        name: A key of REFERENCES, with which the name of a preset begins.
+
+    Returns:
+        preset, visual_tokens (of the image), parameters (in billions); for 1 and 8 GPUs, hours without compression,
+        staged (hours under STAGED) and memory (GB of a GPU); and saved, the share of time that STAGED saves.
+    """
     preset = next(found for found in PRESETS if found.startswith(name) and found != f"{name}-hf")
     config = TrainConfig.from_preset(preset, output="x")
     planned = subject(name)
@@ -44,6 +55,7 @@ def row(name: str) -> dict:
 
 
 def main() -> None:
+    """Write and print the table."""
     table = pd.DataFrame([row(name) for name in tqdm(REFERENCES, desc="families")]).set_index("preset")
     write(table, PAPERS / "families.csv", float_format="%.4g", dtype="none")
     print(table.to_string(float_format="{:.3g}".format))

@@ -1,10 +1,9 @@
-"""Accuracy lost against speed-up, of all schemes that are recorded: ``python papers/frontier.py`` writes frontier.csv
-and frontier.png to papers/faster.
+"""Draw the accuracy lost against the speed-up, of all recorded schemes.
 
-The accuracies are what 04_compare_schemes recorded in papers/llavolta and papers/faster, and the verdicts of
-papers/search.py, which stand in place of the former where a scheme has both. The speed-ups are of the whole recipe,
-alignment and tuning, all measured side by side: the medians of papers/benchmarks/step-times.csv, which
-``python papers/times.py`` appends to. Trains nothing.
+``python papers/frontier.py`` writes frontier.csv and frontier.png to papers/faster. It trains nothing. The accuracies
+were recorded by notebook 04 (in papers/llavolta and papers/faster) and by papers/search.py (verdict.csv), whose figures
+come first where a scheme has both. The speed-ups are of alignment and tuning together: the medians of
+papers/benchmarks/step-times.csv, which ``python papers/times.py`` measures.
 """
 
 from __future__ import annotations
@@ -23,25 +22,30 @@ from llavolta.studies import compare, records
 from llavolta.train.schemes import BASELINE_SCHEMES, PAPER_SCHEMES, SCHEMES, Scheme
 
 FOLDER = PAPERS / "faster"
-BEYOND = FOLDER / "beyond" / "candidates.yaml"  # at 3 times and more
+BEYOND = FOLDER / "beyond" / "candidates.yaml"  # schemes that are 3 times faster and more
 COLUMNS = ["group", "speedup", "difference", "difference_low", "difference_high", "seeds"]
 
 
 def group(name: str) -> str:
-    """Whose scheme it is."""
+    """Return the group of a scheme: "control", "LLaVolta", "DualSpeed" or "ours"."""
     if name in compare.CONTROLS or name.startswith("all-tokens"):
         return "control"
     return "LLaVolta" if name in PAPER_SCHEMES else "DualSpeed" if name in BASELINE_SCHEMES else "ours"
 
 
 def schemes(num_layers: int) -> dict[str, Scheme]:
-    """All that are recorded, and those of the package, for a model of ``num_layers`` layers."""
+    """Return the recorded schemes and those of the package, for a model of ``num_layers`` layers."""
     named = compare.contestants([*SCHEMES], {}, num_layers)
     return named | search.candidates(FOLDER / "retired.yaml", num_layers) | search.candidates(BEYOND, num_layers)
 
 
 def recorded() -> pd.DataFrame:
-    """Every scheme once, by name: the stricter figure of one that has several."""
+    """Read the figures of every scheme.
+
+    Returns:
+        One row per scheme with COLUMNS. Figures of papers/search.py, whose seeds and questions are fresh, come before
+        those of notebook 04.
+    """
     parts = []
     for file in sorted(FOLDER.glob("**/verdict.csv")):
         verdict = pd.read_csv(file).query("type == 'overall'").set_index("scheme")
@@ -53,7 +57,7 @@ def recorded() -> pd.DataFrame:
         table = table.assign(seeds=runs.groupby("scheme").seed.nunique())
         parts.append(table.assign(group=[group(name) for name in table.index]))
     found = pd.concat(parts)
-    found = found[~found.index.duplicated()]
+    found = found[~found.index.duplicated()]  # the first one stays: verdicts stand before runs
     measured = 1 / times.summary("recipe", times.recorded())["median"]
     own = found.speedup if "speedup" in found else pd.Series(float("nan"), found.index)
     found["speedup"] = measured.reindex(found.index).fillna(own)  # controls of fewer steps are counted, not timed
@@ -61,6 +65,7 @@ def recorded() -> pd.DataFrame:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Write the table and the figure. Returns the exit code: 1 after an error, which is printed on stderr."""
     argparse.ArgumentParser(prog="python papers/frontier.py", description=__doc__.split("\n")[0]).parse_args(arguments)
     try:
         table = recorded()

@@ -1,8 +1,9 @@
-"""One model for many budgets: ``python papers/matryoshka.py`` writes papers/compressors/matryoshka.csv and prints it.
+"""Train one model for several budgets, and compare it with a model trained without compression.
 
-The embedded model, trained without compression and with a pooling that is drawn anew for each step
-(``0:avgpool2d:1|2|3|4``, as in Matryoshka Multimodal Models, arXiv 2405.17430, but drawn instead of summed), for as
-many steps, from one alignment; then asked under each of the four. Some five minutes on 2 cores; resumes.
+``python papers/matryoshka.py`` writes papers/compressors/matryoshka.csv and prints it, in about five minutes on 2
+cores. An interrupted run continues. One embedded model is trained without compression, the other with a pooling that is
+sampled anew for each step (``0:avgpool2d:1|2|3|4``). Matryoshka Multimodal Models (arXiv 2405.17430) sums the losses of
+all poolings instead. Both train for the same steps, from one alignment, and are asked under each pooling.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ DRAWN = f"0:avgpool2d:{'|'.join(map(str, KERNELS))}"
 
 
 def main() -> None:
+    """Train, ask, and write the table."""
     config = TrainConfig.from_preset("embedded", output=str(RUNS / "matryoshka"))
     schemes = compare.contestants([], {"drawn": [DRAWN]}, 8)
     compare.compare(schemes, compare.seed_lists(1, schemes), config, questions=QUESTIONS, workers=2)
@@ -35,7 +37,7 @@ def main() -> None:
         correct = {
             name: evaluate(*held, data, plan, QUESTIONS, progress=False).correct for name, held in models.items()
         }
-        row = dict(plan=plan, tokens=(-(-12 // k)) ** 2)
+        row = dict(plan=plan, tokens=(-(-12 // k)) ** 2)  # of 12 x 12, with a smaller last window
         for name, right in correct.items():
             low, high = interval(right)
             row |= {name: right.mean(), f"{name}_low": low, f"{name}_high": high}

@@ -1,13 +1,14 @@
-r"""nano-tuned on questions that it was not trained on: ``python papers/nano.py`` writes papers/nano/accuracy.csv and
-one-token.csv, and its page.
+r"""Measure nano-tuned on questions that it was not trained on.
 
-New scenes of the vendors that it was trained on, and of one whose drawings it never saw, each on all visual tokens and
-with one token in place of all behind layer 2; by question type, with intervals and the best constant answer. Some ten
-minutes on 2 cores. ``--curve FOLDER`` asks adapters saved along the way, FOLDER/STEP each, and writes curve.csv.
-``--ship RUN`` makes data/nano-tuned of the last checkpoint of a run: projector and adapters, in bfloat16.
+``python papers/nano.py`` writes papers/nano/accuracy.csv, one-token.csv and the page, in about ten minutes on 2 cores.
+The questions are about new scenes: with drawings of the vendors that the model was trained on, and of a vendor that it
+was not. Each is asked on all visual tokens, and with one token in place of all from layer 2 on.
 
-What is shipped was made by two runs, two hours and a quarter of 2 cores in all: the preset, shipped, and a second one
-from it on scenes in another order,
+``--curve FOLDER`` asks adapters that were saved during training, in FOLDER/STEP each, and writes curve.csv.
+``--ship RUN`` makes data/nano-tuned from the last checkpoint of a run: projector and adapters, in bfloat16.
+
+The shipped model was made by two runs, which took two hours and a quarter on 2 cores: the preset, and a second run from
+its result on scenes in another order:
 
     python -m llavolta.train nano --output RUN
     python papers/nano.py --ship RUN
@@ -42,18 +43,26 @@ FOLDER = PAPERS / "nano"
 MODEL, WORLD = "nano-tuned", "pictures"
 ONE_TOKEN = "2:avgpool:144"
 PLANS = ("none", ONE_TOKEN)
-SCENES = 8  # a training step's
+SCENES = 8  # of a training step
 DTYPE = torch.bfloat16 if has_bfloat16() else torch.float32
 VENDORS = {"seen": "heldout.json", "unseen": "unseen.json"}
 
 
 def ask(model, processor, plan: str, vendor: str, limit: int | None = None) -> pd.DataFrame:
+    """Ask the questions of one key of VENDORS under a plan; see ``evaluation.evaluate``."""
     data = LlavaData(WORLDS[WORLD].folder() / VENDORS[vendor])
     return evaluate(model, processor, data, plan, limit, batch_size=32).assign(vendor=vendor, plan=plan)
 
 
 def accuracies(limit: int | None) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """By vendor, plan and type; and, by vendor, what one token costs."""
+    """Ask all questions.
+
+    Args:
+        limit: Number of questions of each file, from the first; None: all.
+
+    Returns:
+        The accuracy by vendor, plan and question type; and by vendor, the difference between all tokens and one.
+    """
     model, processor, _ = open_model(MODEL, DTYPE)
     answers = pd.concat([ask(model, processor, plan, vendor, limit) for vendor in VENDORS for plan in PLANS])
     rows = []
@@ -64,6 +73,7 @@ def accuracies(limit: int | None) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def curve(folder: Path, limit: int) -> pd.DataFrame:
+    """Measure the accuracy by step and vendor, of adapters in subfolders named by their step."""
     rows = []
     for saved in sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name)):
         model, processor, _ = open_model(saved, DTYPE)
@@ -75,19 +85,37 @@ def curve(folder: Path, limit: int) -> pd.DataFrame:
 
 
 def ship(run: Path, folder: Path = NANO_TUNED) -> Path:
-    """``folder`` with the projector and adapters of the last checkpoint of ``run``, for the model "nano"."""
+    """Write the projector and adapters of a run's last checkpoint to ``folder``, for the model "nano".
+
+    Args:
+        run: A run folder.
+        folder: The folder to write to.
+
+    Returns:
+        ``folder``.
+    """
     last = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     weights = load_file(last / "adapter_model.safetensors")
     settings = json.loads((last / "adapter_config.json").read_text())
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: value.bfloat16() for name, value in weights.items()}, folder / "adapter_model.safetensors")
+    # A name in place of the path on the machine of the run.
     settings |= {"base_model_name_or_path": "nano", "inference_mode": True}
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1, sort_keys=True) + "\n")
     return folder
 
 
 def page(table: pd.DataFrame, cost: pd.DataFrame, course: pd.DataFrame | None = None) -> str:
-    """The page, from the figures alone; course: of ``curve``."""
+    """Render the page.
+
+    Args:
+        table: The accuracies of ``accuracies``.
+        cost: The differences of ``accuracies``.
+        course: From ``curve``.
+
+    Returns:
+        Markdown.
+    """
     wide = table.set_index(["type", "vendor", "plan"])
     lines = ["| question | constant | seen vendors | unseen vendor | seen, one token | unseen, one token |"]
     lines.append("|---|---|---|---|---|---|")
@@ -120,7 +148,7 @@ def page(table: pd.DataFrame, cost: pd.DataFrame, course: pd.DataFrame | None = 
 
 
 def committed_page(folder: Path) -> str:
-    """The page, from the CSV files in ``folder``."""
+    """Render the page from the CSV files in ``folder``."""
     return page(*(pd.read_csv(folder / name) for name in ("accuracy.csv", "one-token.csv", "curve.csv")))
 
 
@@ -138,6 +166,7 @@ def _course(course: pd.DataFrame) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns the exit code: 1 after an error, which is printed on stderr."""
     parser = argparse.ArgumentParser(prog="python papers/nano.py")
     parser.add_argument("--limit", type=int, help="the first so many questions of each file")
     parser.add_argument("--curve", type=given_path, metavar="FOLDER", help="of saved adapters; writes curve.csv alone")

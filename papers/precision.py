@@ -1,9 +1,9 @@
-"""Does the precision that a run picks cost accuracy? ``python papers/precision.py`` writes
-papers/benchmarks/precision-accuracy.csv and prints it.
+"""Compare the accuracy of tuning in float32 with that under autocast to bfloat16.
 
-The embedded model trained without compression with each of three seeds in float32 and under autocast to bfloat16, which
-``bf16: auto`` picks on CPUs with instructions for it and on GPUs; asked 1,200 held-out questions; differences paired by
-seed. Some eight minutes on 2 cores; resumes.
+``python papers/precision.py`` writes papers/benchmarks/precision-accuracy.csv and prints it, in about eight minutes on
+2 cores. An interrupted run continues. The embedded model is tuned without compression, with three seeds in each
+precision, and asked 1,200 held-out questions. Differences are paired by seed. ``bf16: auto`` picks autocast on GPUs and
+on CPUs that have instructions for it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from llavolta.train.config import TrainConfig
 from llavolta.train.schemes import Scheme
 
 SEEDS, WORKERS = [0, 1, 2], 2
-FULL, AUTOCAST = compare.BASELINE, "autocast"  # the first is what differences are to
+FULL, AUTOCAST = compare.BASELINE, "autocast"  # differences are to the first, which compare calls its baseline
 
 
 def main() -> None:
+    """Train, ask, and write the table."""
     config = TrainConfig.from_preset("embedded", output=str(RUNS / "precision"), bf16=False)
     schemes = {name: Scheme.equal(name, "none") for name in (FULL, AUTOCAST)}
     seeds = dict.fromkeys(schemes, SEEDS)

@@ -1,9 +1,10 @@
-"""Whether the numbers in the prose of README.md and papers/ stand in a CSV, and whether each CSV has its stamp.
+"""Check that the numbers in the prose of README.md and papers/ are values of a CSV, and that each CSV has its stamp.
 
-A figure is a number with a decimal point, or one of percent, points, times or hours. It has to be a value, or a hundred
-times a value, of the CSVs or generated pages that belong to its page (``SOURCES``), rounded as it is written; of step
-times also the inverse, and what is missing to one. Figures of others and what we chose stand in papers/cited.yaml, with
-the reason. Blocks of code, inline code, links and generated tables are no prose.
+A figure is a number with a decimal point, or one in percent, points, times or hours. It must be a value of the CSVs or
+generated pages that belong to its page (``SOURCES``), or a hundred times a value, rounded as it is written. Step times
+may also be given as 1 / value (a speed-up) or 1 - value (the share saved). Figures from the literature and chosen
+constants are listed in papers/cited.yaml, with the reason. Code blocks, inline code, links and generated tables are not
+checked.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import yaml
 
 from llavolta.studies.records import FIELDS, read_stamps
 
+# Ends of the paths of generated pages, whose figures need no check.
 GENERATED = ("claims.md", "scaling.md", "gpu-nvidia-h100-80gb-hbm3.md", "nano/README.md")
-PARTLY = "REPRODUCE.md"  # its figures stand in a block that papers/scaling.py writes
+PARTLY = "REPRODUCE.md"  # has a block of figures that papers/scaling.py writes
 CITED = "cited.yaml"
-SOURCES = {  # besides the CSVs and generated pages of the page's own folder
+SOURCES = {  # in addition to the CSVs and generated pages in the page's folder
     "README.md": [
         "llavolta/claims.md",
         "faster/*",
@@ -33,7 +35,7 @@ SOURCES = {  # besides the CSVs and generated pages of the page's own folder
     "papers/faster/README.md": ["faster/beyond/*", "benchmarks/step-times.csv", "REPRODUCE.md"],
     "papers/neighbours.md": ["*/published.csv"],
 }
-INVERSE = ("step-times.csv", "frontier.csv")  # whose values also are read as speed-ups, and as what is saved
+INVERSE = ("step-times.csv", "frontier.csv")  # values v are also given as 1 / v and 1 - v
 UNIT = r"%|\s*(?:percent\b|points?\b|times\b|hours?\b|h\b)"
 NUMBER = re.compile(rf"(?<![\w.])([-+]?\d[\d,]*(?:\.\d+)?)(?:(?=({UNIT}))|(?!\w))")
 NO_PROSE = re.compile(r"```.*?```|<!-- (\w+):.*?<!-- end of \1 -->|`[^`\n]*`|\]\([^)]*\)|https?://\S+", re.DOTALL)
@@ -43,7 +45,16 @@ IDENTIFIER = re.compile(
 
 
 def unstamped(papers: Path) -> list[str]:
-    """CSVs without a whole stamp, and stamps without a CSV. Published figures are cited, and have none."""
+    """Find CSV files without a complete stamp, and stamps without a CSV file.
+
+    published.csv has no stamp, because its figures are cited.
+
+    Args:
+        papers: The folder papers/.
+
+    Returns:
+        One line per fault.
+    """
     found = []
     for folder in sorted({file.parent for file in papers.rglob("*.csv")}):
         stamps, files = read_stamps(folder), {file.name for file in folder.glob("*.csv*")} - {"published.csv"}
@@ -57,7 +68,15 @@ def unstamped(papers: Path) -> list[str]:
 
 
 def unsourced(papers: Path, readme: Path) -> list[str]:
-    """Every figure in prose that stands in none of its page's sources, and every citation that nothing uses."""
+    """Find figures in prose without a source, and entries of cited.yaml that no page uses.
+
+    Args:
+        papers: The folder papers/.
+        readme: The file README.md.
+
+    Returns:
+        One line per fault.
+    """
     cited = yaml.safe_load((papers / CITED).read_text())
     pages = [readme, *sorted(page for page in papers.rglob("*.md") if not _generated(page))]
     found = []
@@ -75,7 +94,15 @@ def unsourced(papers: Path, readme: Path) -> list[str]:
 
 
 def figures(text: str) -> list[tuple[int, str, int]]:
-    """(line, figure, digits after the point) of each figure in the prose of ``text``."""
+    """Find the figures in the prose of a page.
+
+    Args:
+        text: The page, in Markdown.
+
+    Returns:
+        (line, figure, digits after the point) each.
+    """
+    # Blanks in place of what is no prose, so that line numbers stay.
     blank = lambda match: re.sub(r"[^\n]", " ", match[0])  # noqa: E731
     prose = IDENTIFIER.sub(blank, NO_PROSE.sub(blank, text))
     found = []
@@ -89,7 +116,14 @@ def figures(text: str) -> list[tuple[int, str, int]]:
 
 
 def stands(text: str, digits: int, values: np.ndarray, texts: set[str]) -> bool:
-    """Whether the figure ``text`` is one of ``texts``, or one of ``values`` rounded to as many digits."""
+    """Return whether a figure has a source.
+
+    Args:
+        text: The figure.
+        digits: Its digits after the point.
+        values: Values that it may be, rounded to these digits.
+        texts: Figures of generated pages, which it may be literally.
+    """
     plain = text.rstrip("%").replace(",", "")
     if text in texts or plain in texts:
         return True
@@ -101,6 +135,7 @@ def _generated(page: Path) -> bool:
 
 
 def _sources(papers: Path, page: Path, name: str) -> tuple[np.ndarray, set[str]]:
+    """The values and the literal figures that a page may have."""
     patterns = SOURCES.get(name, [])
     own = [] if page.parent in (papers, papers.parent) else sorted(page.parent.iterdir())
     files = [*own, *(file for pattern in patterns for file in sorted(papers.glob(pattern)))]
@@ -115,7 +150,7 @@ def _sources(papers: Path, page: Path, name: str) -> tuple[np.ndarray, set[str]]
 
 @cache
 def _forms(file: Path) -> np.ndarray:
-    """Every number of a CSV, as it is and as a percentage; of INVERSE, also what is missing to one, and its inverse."""
+    """Every number of a CSV, as it is and as a percentage; for INVERSE, 1 - value and 1 / value as well."""
     numbers = pd.to_numeric(pd.read_csv(file).to_numpy().ravel(), errors="coerce").astype(float)
     value = np.abs(numbers[np.isfinite(numbers)])
     share = value[(value <= 1) & (value > 0)] if file.name in INVERSE else np.zeros(0)

@@ -1,13 +1,14 @@
-"""A search for faster training, and what becomes of its promises: ``python papers/search.py`` writes search.csv and
-verdict.csv to papers/faster; beside each the accuracies of every seed and type (search-runs.csv, verdict-runs.csv).
+"""Search for faster training recipes, and test the winner on fresh seeds and questions.
 
-Candidates (papers/faster/candidates.yaml) are whole recipes, alignment and tuning. Those that are fast enough against
-training on all tokens, measured side by side (``--faster``), enter successive halving, by quarters: trained with
-seed 0, the best quarter also with seed 1, the best quarter of these with seed 2. Better: the accuracy lost, paired by
-seed. The winner and training on all tokens are then trained with ten seeds and asked questions that the search never
-saw; that interval is the verdict, and the search's own figures stand beside it. ``--winner`` gives a verdict on others.
+``python papers/search.py`` writes search.csv and verdict.csv to papers/faster, and beside each the accuracies of every
+seed and type (search-runs.csv, verdict-runs.csv). It takes about three hours on 2 cores; an interrupted search
+continues where it stopped.
 
-What is finished is kept: an interrupted search goes on where it stopped. Some three hours on 2 cores.
+Candidates (papers/faster/candidates.yaml) are whole recipes of alignment and tuning. Those that are ``--faster`` than
+training on all tokens, as measured, enter successive halving by quarters: all are trained with seed 0, the best quarter
+also with seed 1, the best quarter of these also with seed 2. They are ranked by the accuracy lost, paired by seed. The
+winner and training on all tokens are then trained with ten other seeds, and asked questions that the search did not
+use. That interval is the verdict. ``--winner`` skips the search and gives a verdict on named candidates.
 """
 
 from __future__ import annotations
@@ -34,20 +35,29 @@ from llavolta.train.schemes import EXTRA_SCHEMES, Scheme
 from llavolta.worlds import WORLDS
 
 FOLDER = PAPERS / "faster"
-FASTER = 2.3  # times, over the whole recipe: 2.5 is aimed at, and machines differ
-KEPT = 4  # one in so many goes on to the next seed
+FASTER = 2.3  # least speed-up of the whole recipe; the aim is 2.5, and machines differ
+KEPT = 4  # one candidate in KEPT enters the next round
 SEEDS, FRESH = (0, 1, 2), tuple(range(10, 20))
-QUESTIONS, FRESH_SCENES = 1200, 8  # scenes to train on in the world of fresh questions, which nothing trains on
+# Fresh questions come from generated data of their own, whose few training scenes are not used.
+QUESTIONS, FRESH_SCENES = 1200, 8
 
 
 def candidates(file: Path, num_layers: int) -> dict[str, Scheme]:
-    """The schemes of a YAML file, for a model of ``num_layers`` layers."""
+    """Read the schemes of a YAML file, scaled to a model of ``num_layers`` layers."""
     held = yaml.safe_load(file.read_text())
     return {name: Scheme.of(name, stages).scaled(num_layers) for name, stages in held.items()}
 
 
 def presets(schemes: Mapping[str, Scheme], num_layers: int) -> dict[str, str]:
-    """What the package calls those of ``schemes`` that it has under a name of its own."""
+    """Find the schemes that the package has under a name of its own.
+
+    Args:
+        schemes: Schemes by name.
+        num_layers: Decoder layers of the model.
+
+    Returns:
+        The package's name, by the name in ``schemes``.
+    """
     known = {preset.name: preset.scaled(num_layers) for preset in EXTRA_SCHEMES.values()}
     return {
         name: preset
@@ -66,15 +76,27 @@ def search(
     workers: int = 2,
     rounds: int = 5,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Successive halving, of KEPT: a row for each candidate and round that it was in, the winner first in the last one.
+    """Search by successive halving.
 
-    speedup: of the recipe, measured; difference: mean accuracy less that of BASELINE, over the seeds so far; kept:
-    whether it went on (in the last round: won).
+    Args:
+        schemes: The candidates.
+        config: The configuration that the runs share.
+        seeds: The seeds, one more in each round.
+        faster: Least speed-up of a candidate.
+        questions: Number of questions to ask each run.
+        workers: Runs at a time.
+        rounds: Measurements of each training step.
 
     Returns:
-        This log, and ``compare.accuracies`` of every run.
+        The log, and ``compare.accuracies`` of every run. The log has one row per candidate and round, the winner first
+        in the last round: round (0: not fast enough), scheme, speedup (of the recipe, measured), difference (of the
+        mean accuracy to that of BASELINE, over the seeds so far), and kept (whether it entered the next round, or won).
+
+    Raises:
+        UserError: No candidate is fast enough.
     """
     base, rows, finished = Scheme.equal(BASELINE, "none"), [], []
+    # Steps are timed on a trained model of the baseline.
     compare.compare({BASELINE: base}, {BASELINE: seeds[:1]}, config, None, questions, workers)
     speedup = speedups({BASELINE: base, **schemes}, config, seeds[0], rounds)
     left = [name for name in schemes if speedup[name] >= faster]
@@ -97,17 +119,18 @@ def search(
 
 
 def costs(schemes: Mapping[str, Scheme], config: TrainConfig, seed: int, rounds: int = 5) -> pd.DataFrame:
-    """``compare.costs`` of ``schemes``, measured on BASELINE's model of ``seed``, which must be trained."""
+    """Measure ``compare.costs`` on BASELINE's trained model of ``seed``, or read them if they are saved."""
     written = repr({name: scheme.written for name, scheme in schemes.items()})
     digest = hashlib.blake2b(written.encode(), digest_size=6).hexdigest()
-    file = Path(config.output) / f"costs-{digest}.csv"  # saved: a search that goes on enters the same candidates
+    # Saved, so that a continued search has the same speed-ups and thus the same candidates.
+    file = Path(config.output) / f"costs-{digest}.csv"
     if not file.exists():
         compare.costs(schemes, config, Path(config.output) / f"{seed}" / BASELINE, rounds)[0].to_csv(file)
     return pd.read_csv(file, index_col="scheme")
 
 
 def speedups(schemes: Mapping[str, Scheme], config: TrainConfig, seed: int, rounds: int = 5) -> pd.Series:
-    """How many times faster than BASELINE the recipe of each scheme is: see ``costs``."""
+    """Return how many times faster than BASELINE the recipe of each scheme is; see ``costs``."""
     cost = costs(schemes, config, seed, rounds)
     return (1 / (cost.recipe if "recipe" in cost else cost.time)).rename("speedup")
 
@@ -122,16 +145,23 @@ def verdict(
     rounds: int = 5,
     fewer: Sequence[str] = (),
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Accuracy of BASELINE and of each scheme with fresh seeds, on the questions of ``fresh``.
+    """Compare schemes with BASELINE on fresh seeds and questions.
 
     Args:
+        schemes: Schemes by name.
+        config: The configuration that the runs share.
+        fresh: LLaVA JSON with the questions.
+        seeds: The seeds.
+        questions: Number of questions to ask each run.
+        workers: Runs at a time.
+        rounds: Measurements of each training step.
         fewer: Controls that train on all tokens for fewer steps: ``"83:99"`` for 83 steps of tuning after 99 of
             alignment, ``"140"`` for 140 steps of tuning after all of alignment.
 
     Returns:
-        A row per scheme and question type: both accuracies, the paired difference with its 95% interval, and how many
-        times faster the recipe is (measured; for ``fewer``, counted in steps). And the accuracies that this is the
-        mean of: a row per scheme, seed and question type.
+        One row per scheme and question type: both accuracies, the paired difference with its 95% interval, and speedup
+        (of the recipe: measured, or for ``fewer`` from the number of steps). And the accuracies behind it: one row per
+        scheme, seed and question type.
     """
     base = Scheme.equal(BASELINE, "none")
     controls = fewer_steps(fewer)
@@ -148,7 +178,15 @@ def verdict(
 
 
 def tabulate(runs: pd.DataFrame, speedup: Mapping[str, float]) -> pd.DataFrame:
-    """The table of ``verdict``, from ``runs``, the accuracies by scheme, seed and type."""
+    """Make the table of ``verdict``.
+
+    Args:
+        runs: Accuracies by scheme, seed and question type.
+        speedup: Speed-ups by scheme.
+
+    Returns:
+        The table.
+    """
     rows, names = [], [name for name in dict.fromkeys(runs.scheme) if name != BASELINE]
     for kind, of in runs.groupby("type", sort=False):
         mean, seeds = of.groupby("scheme").accuracy.mean(), of.groupby("scheme").seed.nunique()
@@ -160,7 +198,17 @@ def tabulate(runs: pd.DataFrame, speedup: Mapping[str, float]) -> pd.DataFrame:
 
 
 def fewer_steps(fewer: Sequence[str]) -> dict[str, dict[str, int]]:
-    """``{"all-tokens-83-99": {"max_steps": 83, "align_steps": 99}}`` for ``["83:99"]``. Raises UserError."""
+    """Parse controls of fewer steps.
+
+    Args:
+        fewer: As of ``verdict``, such as ``["83:99"]``.
+
+    Returns:
+        Changes of the configuration by name, such as ``{"all-tokens-83-99": {"max_steps": 83, "align_steps": 99}}``.
+
+    Raises:
+        UserError: A text that is no number of steps.
+    """
     controls = {}
     for text in fewer:
         steps = text.split(":")
@@ -172,9 +220,15 @@ def fewer_steps(fewer: Sequence[str]) -> dict[str, dict[str, int]]:
 
 
 def fewer_speedups(controls: Mapping[str, Mapping[str, int]], config: TrainConfig, align_share: float) -> pd.Series:
-    """How many times faster than BASELINE the recipes of ``controls`` are, whose steps are as long as BASELINE's.
+    """Compute the speed-ups of controls whose steps take as long as BASELINE's.
 
-    align_share: The share of alignment in BASELINE's time, measured.
+    Args:
+        controls: From ``fewer_steps``.
+        config: The configuration that the runs share.
+        align_share: The share of alignment in BASELINE's time, measured.
+
+    Returns:
+        Speed-ups of the recipe, by control.
     """
     tuning, alignment = build.prepare(compare.neutral(config)).total_steps, config.align_steps
     share = {
@@ -186,6 +240,7 @@ def fewer_speedups(controls: Mapping[str, Mapping[str, int]], config: TrainConfi
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Search, test, and write the tables. Returns the exit code: 1 after an error, which is printed on stderr."""
     parser = argparse.ArgumentParser(prog="python papers/search.py", description=__doc__.split("\n")[0])
     parser.add_argument("--candidates", type=given_path, default=FOLDER / "candidates.yaml")
     parser.add_argument("--preset", default="embedded", help="what all runs share")

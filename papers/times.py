@@ -1,11 +1,10 @@
-"""What each scheme takes of the time of training on all tokens: ``python papers/times.py``
-measures it once and appends the measurement to papers/benchmarks/step-times.csv.
+"""Measure the training time of each scheme, relative to training on all tokens.
 
-One measurement is one process. It times a training step under every plan of every recorded scheme,
-in a new random order each round, on the same batches of the embedded model, with untrained weights.
-Pages state the median and the range over all measurements, so run it at three different times at
-least; some seven minutes on an idle core. With one thread, the default, seconds are of CPU time,
-which equal those of the clock on an idle machine.
+``python papers/times.py`` measures once and appends to papers/benchmarks/step-times.csv, in about seven minutes on an
+idle core. One measurement is one process. It times a training step under every plan of every recorded scheme, in a new
+random order each round, on the same batches of the embedded model with untrained weights. Pages state the median and
+the range of all measurements, so run it at three different times at least. With one thread, the default, seconds are of
+CPU time, which equals wall-clock time on an idle machine.
 """
 
 from __future__ import annotations
@@ -28,14 +27,23 @@ FILE = PAPERS / "benchmarks" / "step-times.csv"
 SOURCE = "papers/times.py"
 COLUMNS = ["measurement", "source", "when", "commit", "threads", "cpu", "load"]
 COLUMNS += ["scheme", "tuning", "align", "recipe", "flops"]
-BELOW, APART = 0.03, 0.05  # how far a time may undercut its FLOPs, and two measurements of one scheme may differ
+# How far a time may be below its FLOPs, and how far two measurements of one scheme may differ.
+BELOW, APART = 0.03, 0.05
 
 
 def measure(schemes: dict, config: TrainConfig, rounds: int) -> pd.DataFrame:
-    """One measurement: by scheme, the time of tuning, of alignment and of both (recipe), and the FLOPs
-    of tuning, each relative to training on all tokens.
+    """Measure once.
+
+    Args:
+        schemes: The schemes by name.
+        config: The configuration of the runs.
+        rounds: Times that each step is measured.
+
+    Returns:
+        One row per scheme: the time of tuning, of align and of both (recipe), and the flops of tuning, each relative to
+        training on all tokens; and where and when this was measured.
     """
-    load = os.getloadavg()[0]
+    load = os.getloadavg()[0]  # before the measurement itself adds to it
     cost, _ = compare.costs(schemes, config, TINY_LLAVA, rounds)
     table = cost.rename(columns={"time": "tuning"}).reset_index()
     here = records.machine()
@@ -45,7 +53,15 @@ def measure(schemes: dict, config: TrainConfig, rounds: int) -> pd.DataFrame:
 
 
 def append(table: pd.DataFrame, file: Path = FILE) -> pd.DataFrame:
-    """All measurements of ``file`` with ``table`` as the next one, which is written, too."""
+    """Append a measurement to a file.
+
+    Args:
+        table: From ``measure``.
+        file: The CSV file, which is made if it does not exist.
+
+    Returns:
+        All measurements of the file, the new one last.
+    """
     before = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=COLUMNS)
     number = 1 if before.empty else int(before.measurement.max()) + 1
     new = table.assign(measurement=number)[COLUMNS]
@@ -55,20 +71,32 @@ def append(table: pd.DataFrame, file: Path = FILE) -> pd.DataFrame:
 
 
 def recorded(file: Path = FILE) -> pd.DataFrame:
-    """The measurements that pages state: those of this command, or, before there are any, what was recorded before."""
+    """Read the measurements that pages state: those of this command, or all of the file if it has none."""
     table = pd.read_csv(file)
     ours = table[table.source == SOURCE]
     return table if ours.empty else ours
 
 
 def summary(column: str, table: pd.DataFrame) -> pd.DataFrame:
-    """By scheme, of ``column`` ("tuning", "align" or "recipe"): median, least, most and number of measurements."""
+    """Summarise measurements.
+
+    Args:
+        column: "tuning", "align" or "recipe".
+        table: From ``recorded``.
+
+    Returns:
+        One row per scheme: median, least, most, and count (of measurements).
+    """
     of = table.dropna(subset=column).groupby("scheme", sort=False)[column]
     return of.agg(median="median", least="min", most="max", count="count")
 
 
 def faults(table: pd.DataFrame) -> list[str]:
-    """What is wrong with measurements of this command: times below their FLOPs, and measurements that disagree."""
+    """Find times that are below their FLOPs, and measurements that disagree, among those of this command.
+
+    Returns:
+        One line per fault.
+    """
     found, ours = [], table[table.source == SOURCE]
     for scheme, of in ours.groupby("scheme", sort=False):
         for row in of[of.tuning < of.flops - BELOW].itertuples():
@@ -80,7 +108,8 @@ def faults(table: pd.DataFrame) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    import frontier  # which reads what this writes
+    """Measure and append. Returns the exit code: 1 after an error, which is printed on stderr."""
+    import frontier  # imports this module
 
     parser = argparse.ArgumentParser(prog="python papers/times.py", description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,4 +1,4 @@
-"""The one rule by which pages of claims give verdicts; ``RULE`` is its text, printed on every page."""
+"""Give verdicts on claims by one rule. ``RULE`` is its text, which is printed on every page of claims."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from scipy import stats
 SUPPORTED, CONTRADICTED, OPEN = "supported", "contradicted", "not settled"
 OTHER_SIZE = "same direction, other size"
 NOT_TESTED, ARITHMETIC, TOO_SHORT = "not tested", "arithmetic", "too short to judge"
-MARGIN = 0.01  # a loss below one point counts as none
-LEVEL = 0.05
-MEASUREMENTS = 3  # of a time, at least
+MARGIN = 0.01  # a loss below one percentage point counts as none
+LEVEL = 0.05  # of significance
+MEASUREMENTS = 3  # fewest measurements of a time
 
 RULE = """## How verdicts are given
 
@@ -42,7 +42,11 @@ The same rule holds for the papers' claims and for our own. It goes by the 95% i
 class Estimate:
     """A mean and its 95% interval.
 
-    df: degrees of freedom of Student's t; infinite for intervals over questions.
+    Attributes:
+        mean: The mean.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        df: Degrees of freedom of Student's t: 0 for a single run, infinite for intervals over questions.
     """
 
     mean: float
@@ -52,7 +56,7 @@ class Estimate:
 
     @classmethod
     def of_runs(cls, values: Sequence[float]) -> Estimate:
-        """Of one value a seed, by Student's t; of a single one the interval is everything."""
+        """Estimate the mean of one value per seed, by Student's t; the interval of a single value is infinite."""
         values = np.asarray(values, dtype=float)
         if len(values) < 2:
             return cls(float(values.mean()), -math.inf, math.inf, 0)
@@ -61,26 +65,36 @@ class Estimate:
 
     @property
     def one_run(self) -> bool:
+        """Whether this is of a single run, which has no interval."""
         return self.df == 0
 
     def p_above(self, bound: float = 0.0) -> float:
-        """One-sided p-value against a true mean of at most ``bound``."""
+        """Return the one-sided p-value of the hypothesis that the true mean is at most ``bound``."""
         return self._p(self.mean - bound, self.mean - self.low)
 
     def p_below(self, bound: float = 0.0) -> float:
-        """One-sided p-value against a true mean of at least ``bound``."""
+        """Return the one-sided p-value of the hypothesis that the true mean is at least ``bound``."""
         return self._p(bound - self.mean, self.high - self.mean)
 
     def _p(self, distance: float, half: float) -> float:
+        """The p-value of a mean ``distance`` above the bound, from the half width of the 95% interval."""
         if self.one_run:
             return 1.0
         if half <= 0:
             return 0.0 if distance > 0 else 1.0
+        # half is the standard error times t.ppf, so that this is the t statistic.
         return float(stats.t.sf(distance / half * stats.t.ppf(1 - LEVEL / 2, self.df), self.df))
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
-    """``p_values`` corrected by Holm's method, in their order."""
+    """Correct p-values by Holm's method.
+
+    Args:
+        p_values: (n,) p-values.
+
+    Returns:
+        (n,) corrected p-values, in the same order.
+    """
     p_values = np.asarray(p_values, dtype=float)
     order = p_values.argsort()
     corrected = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1)).clip(max=1)
@@ -88,7 +102,8 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 
 def signs(estimates: Sequence[Estimate]) -> list[str]:
-    """Of each of several claims that a mean is above 0, its verdict, corrected for their number."""
+    """Give the verdict on each of several claims that a mean is above 0, corrected for their number."""
+    # Two-sided, because a claim may be supported or contradicted.
     p_values = holm([2 * min(one.p_above(), one.p_below()) for one in estimates])
     return [
         OPEN if p >= LEVEL else SUPPORTED if one.mean > 0 else CONTRADICTED
@@ -97,22 +112,37 @@ def signs(estimates: Sequence[Estimate]) -> list[str]:
 
 
 def better(*estimates: Estimate) -> str:
-    """The verdict on a claim that every mean is above 0."""
+    """Give the verdict on a claim that every mean is above 0."""
     return _one_seed(estimates) or together(signs(estimates))
 
 
 def no_loss(overall: Sequence[Estimate], types: Sequence[Estimate] = (), margin: float = MARGIN) -> str:
-    """The verdict on a claim that no mean is below ``-margin``, overall and by type of question."""
+    """Give the verdict on a claim that nothing is lost.
+
+    Args:
+        overall: Differences over all questions.
+        types: Differences by question type.
+        margin: A loss below it counts as none.
+
+    Returns:
+        Supported if every interval lies above ``-margin``, contradicted if a difference is significantly below it.
+    """
     if seed := _one_seed([*overall, *types]):
         return seed
     if all(one.low > -margin for one in (*overall, *types)):
         return SUPPORTED
+    # Overall figures and question types are corrected apart.
     lost = [*holm([2 * one.p_below(-margin) for one in overall]), *holm([2 * one.p_below(-margin) for one in types])]
     return CONTRADICTED if min(lost) < LEVEL else OPEN
 
 
 def trend(places: Sequence[float], values: Sequence[float]) -> tuple[Estimate, float]:
-    """The rank correlation of ``values`` with ``places``, its interval, and its p-value."""
+    """Compute Spearman's rank correlation of ``values`` with ``places``.
+
+    Returns:
+        The correlation with its interval, and its p-value.
+    """
+    # Fisher's transformation, with the standard error of Bonett and Wright (2000) for Spearman's correlation.
     found = stats.spearmanr(places, values)
     z, half = np.arctanh(np.clip(found.statistic, -1 + 1e-12, 1 - 1e-12)), stats.norm.ppf(1 - LEVEL / 2)
     half *= math.sqrt((1 + found.statistic**2 / 2) / (len(places) - 3))
@@ -121,13 +151,18 @@ def trend(places: Sequence[float], values: Sequence[float]) -> tuple[Estimate, f
 
 
 def falls(places: Sequence[float], values: Sequence[float]) -> str:
-    """The verdict on a claim that ``values`` fall with ``places``."""
+    """Give the verdict on a claim that ``values`` fall with ``places``."""
     correlation, p = trend(places, values)
     return OPEN if p >= LEVEL else SUPPORTED if correlation.mean < 0 else CONTRADICTED
 
 
 def time(measured: Sequence[float], published: float) -> str:
-    """The verdict on a claim that a time is ``published`` of the baseline's, below 1."""
+    """Give the verdict on a claim about a time.
+
+    Args:
+        measured: Measurements, relative to the baseline's time.
+        published: The published time relative to the baseline's, below 1.
+    """
     least, most = min(measured), max(measured)
     if len(measured) < MEASUREMENTS:
         return f"{OPEN}: {'one measurement' if len(measured) == 1 else 'two measurements'}"
@@ -137,7 +172,7 @@ def time(measured: Sequence[float], published: float) -> str:
 
 
 def together(verdicts: Sequence[str]) -> str:
-    """The verdict on a claim that needs all of ``verdicts``."""
+    """Give the verdict on a claim that needs all of ``verdicts``."""
     if all(verdict == SUPPORTED for verdict in verdicts):
         return SUPPORTED
     return CONTRADICTED if CONTRADICTED in verdicts else OPEN
