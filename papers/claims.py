@@ -1,9 +1,8 @@
-"""Claims of the papers beside our figures: ``python papers/claims.py`` writes papers/*/claims.md from the CSV there,
-and the README's table of results.
+"""Write the papers' claims beside our figures, to papers/*/claims.md, and the README's table of results.
 
-Every figure is computed from those files, which the notebooks write (``-p record ../papers/llavolta``), and every
-verdict by the one rule in papers/verdicts.py. ``--check`` writes nothing; it fails where a page is out of date, a
-recorded time cannot be, a CSV has no stamp, or a number in the prose stands in no CSV.
+Every figure is computed from the CSV files there, which the notebooks write (``-p record ../papers/llavolta``), and
+every verdict by the rule in papers/verdicts.py. ``--check`` writes nothing. It fails if a page is out of date, a
+recorded time is impossible, a CSV has no stamp, or a number in the prose has no source.
 """
 
 from __future__ import annotations
@@ -52,20 +51,29 @@ OTHER_WORLD = (
     " --output data/runs/search-nano --record papers/nano"
 )
 TIMES = "python papers/times.py, at the top of the repository"
-FASTEST = 2.5  # times faster: the bar that our own fastest scheme is held to
+FASTEST = 2.5  # the speed-up that our own fastest scheme aims at
 STAGED = ("three-stage", "four-stage-wider", "four-stage-deeper")
 CONTROL = "our control"
-LEARNT = 0.5  # of the accuracy that longer training reaches: below, a run is too short to judge
-BUDGET = 0.03  # how far the share of tokens left may be from the budget before the page says so
+LEARNT = 0.5  # least share of the accuracy of longer training; a run below it is too short to judge
+BUDGET = 0.03  # distance of the share of tokens left from the budget, above which the page names it
 
 
 class ClaimsError(UserError, ValueError):
-    """A page of claims that cannot be made or is out of date."""
+    """A page of claims that cannot be made, or is out of date."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim: what it says, its published figure, ours with interval, the verdict, and where ours comes from."""
+    """One claim of a paper, and what we find.
+
+    Attributes:
+        text: The claim.
+        published: Its published figure.
+        ours: Our figures with their intervals.
+        verdict: The verdict of papers/verdicts.py.
+        seeds: Seeds of our trainings; None if nothing was trained.
+        command: The command that writes our figures.
+    """
 
     text: str
     published: str
@@ -76,17 +84,22 @@ class Claim:
 
 
 class Runs:
-    """Accuracies of schemes, paired: over seeds where there are several, over questions where there is one."""
+    """Accuracies of schemes, paired over seeds, or over questions if there is one seed.
+
+    Args:
+        runs: One row per scheme, seed and question type with ``accuracy``; or of one seed, one row per scheme and
+            question with ``correct``.
+    """
 
     def __init__(self, runs: pd.DataFrame):
-        """runs: a row per scheme, seed and type with ``accuracy``; or per scheme and question with ``correct``."""
         self.one_seed = "correct" in runs
         self.value, self.index = ("correct", "question") if self.one_seed else ("accuracy", "seed")
         self.runs = runs
         self.types = [kind for kind in dict.fromkeys(runs.type) if kind != OVERALL]
 
     def difference(self, first: str, second: str, kind: str = OVERALL) -> Estimate:
-        """Of ``first`` less ``second``; of one seed, over questions."""
+        """Estimate the accuracy of ``first`` less that of ``second``, for one question type."""
+        # Questions have no type "overall": all of them count.
         of = self.runs if self.one_seed and kind == OVERALL else self.runs[self.runs.type == kind]
         wide = of.pivot(index=self.index, columns="scheme", values=self.value)
         change = (wide[first] - wide[second]).dropna()
@@ -95,15 +108,17 @@ class Runs:
         return Estimate(float(change.mean()), *interval(change))
 
     def by_type(self, first: str, second: str) -> dict[str, Estimate]:
+        """Estimate the difference overall and for each question type."""
         return {kind: self.difference(first, second, kind) for kind in (OVERALL, *self.types)}
 
     def seeds(self, *names: str) -> int:
+        """Return the smallest number of seeds among the named schemes."""
         of = self.runs[self.runs.scheme.isin(names)]
         return 1 if self.one_seed else int(of.groupby("scheme").seed.nunique().min())
 
 
 def llavolta(folder: Path) -> list[Claim]:
-    """The claims of LLaVolta (arXiv 2406.20092), from the figures in ``folder``."""
+    """Judge the claims of LLaVolta (arXiv 2406.20092), from the figures in ``folder``."""
     published = _published(folder)
     accuracies = pd.read_csv(folder / "compare-runs.csv")
     curves = pd.read_csv(folder / "compare-curves.csv")
@@ -140,8 +155,10 @@ def llavolta(folder: Path) -> list[Claim]:
 
 
 def nano(folder: Path) -> list[Claim]:
-    """LLaVolta's claims in both worlds: digits on the embedded model, and pictures on nano, from the figures in
-    ``folder``: a single seed, so that nano's intervals are over questions."""
+    """Judge LLaVolta's claims on two models and data sets: digits on the embedded model, and pictures on nano.
+
+    The figures of nano are in ``folder``. They are of one seed, so that their intervals are over questions.
+    """
     published = _published(folder.parent / "llavolta")
     right = pd.read_csv(folder / "compare-correct.csv")
     answers = right.melt(["question", "type"], var_name="scheme", value_name="correct")
@@ -207,7 +224,7 @@ def _attention(attention: pd.DataFrame, command: str) -> Claim:
 
 
 def _time(published: pd.Series, measured: pd.DataFrame, flops: pd.Series, command: str = TIMES) -> Claim:
-    """The published time is of four stages; three stand beside them."""
+    """The published time is of four stages. Three stages are shown beside them."""
     saved = float(published["training time", "less training time"]) / 100
     known = [name for name in STAGED if name in set(measured.scheme)]
     judged = [name for name in known if name != "three-stage"] or known
@@ -247,7 +264,7 @@ def _nothing_lost(runs: Runs, result: pd.DataFrame, command: str, names=STAGED) 
 
 
 def _loss(changes: dict[str, Estimate], tested: bool) -> str:
-    """A difference overall, with its p-value against a loss of the margin, and the types that may lose more."""
+    """A difference overall, its p-value against a loss of the margin, and the types that may lose more."""
     overall = changes[OVERALL]
     text = _points(overall)
     if tested:
@@ -270,7 +287,7 @@ def _better(runs: Runs, names, command: str) -> Claim:
 
 
 def _best(runs: Runs, result: pd.DataFrame, command: str) -> Claim:
-    """Supported where one scheme of four stages beats every other, contradicted where every one is beaten."""
+    """Supported if a scheme of four stages beats every other, contradicted if each of them is beaten."""
     four = [name for name in STAGED if name != "three-stage"]
     others = [name for name in PAPER_SCHEMES if name not in four]
     pairs = [(first, second) for first in four for second in others]
@@ -296,7 +313,7 @@ def _best(runs: Runs, result: pd.DataFrame, command: str) -> Claim:
 
 
 def _order(runs: Runs, command: str) -> list[Claim]:
-    """Heavy first, light later against three controls; corrected for their number."""
+    """Heavy first and light later against three controls, corrected for their number."""
     controls = {
         "three-stage-reversed": "the same stages in reverse order (same cost)",
         "three-stage-shuffled": "the same stages in random order (same cost)",
@@ -361,7 +378,7 @@ def _video(folder: Path, published: pd.Series) -> list[Claim]:
 
 
 def prumerge(folder: Path) -> list[Claim]:
-    """The claims of PruMerge (arXiv 2403.15388) and of two studies that doubt such methods."""
+    """Judge the claims of PruMerge (arXiv 2403.15388), and of two studies that doubt such methods."""
     compressors = folder.parent / "compressors"
     trained = pd.read_csv(compressors / "trained.csv").set_index("scheme")
     file = compressors / "training-free-answers.csv.gz"
@@ -394,8 +411,8 @@ def _baseline_is_strong(
 ) -> Claim:
     """How many methods a simple baseline beats, and how many beat it, without training; corrected for their number.
 
-    answers: Of every question, where they are recorded; from the intervals alone differences are not paired, which
-    makes the comparison stricter than it need be.
+    ``answers`` has the result of every question, if they are recorded. Without it, differences are computed from the
+    intervals and not paired, which makes the comparison stricter.
     """
     measured = left.set_index(["budget", "method"]).measured
     changes = {}
@@ -428,7 +445,7 @@ def _baseline_is_strong(
 
 
 def llava_stf(folder: Path) -> list[Claim]:
-    """The claims of LLaVA-STF (arXiv 2506.07138)."""
+    """Judge the claims of LLaVA-STF (arXiv 2506.07138)."""
     trained = pd.read_csv(folder.parent / "compressors" / "trained.csv").set_index("scheme")
     stf, both, pooled = (trained.loc[name] for name in ("STF", "MBTF + STF", "average pooling"))
     one_seed = f"{verdicts.OPEN}: one seed"
@@ -459,9 +476,10 @@ def llava_stf(folder: Path) -> list[Claim]:
 
 
 def faster(folder: Path) -> list[Claim]:
-    """DualSpeed (arXiv 2602.03815) and the winner of our search, with seeds and questions that the search did not see.
+    """Judge DualSpeed (arXiv 2602.03815) and the winner of our search.
 
-    Speed is that of the whole recipe.
+    Seeds and questions are those of papers/search.py's verdict, which the search did not use. Speed is that of
+    alignment and tuning together.
     """
     published = pd.read_csv(folder / "published.csv").set_index("quantity").value
     speed, kept = published["training of LLaVA-1.5 faster by"], published["performance kept above"] / 100
@@ -520,7 +538,7 @@ def faster(folder: Path) -> list[Claim]:
 
 
 def _equal_time(folder: Path) -> list[Claim]:
-    """Schemes against all tokens for fewer steps, where such controls are recorded (``search.py --fewer``)."""
+    """Schemes against training on all tokens for fewer steps, if recorded (``search.py --fewer``)."""
     claims = []
     for file in sorted(folder.glob("**/verdict-runs.csv")):
         runs = Runs(pd.read_csv(file))
@@ -545,7 +563,7 @@ def _equal_time(folder: Path) -> list[Claim]:
 
 
 def _speed(taken: pd.Series) -> str:
-    """How many times faster, from times relative to the baseline's."""
+    """The speed-up, from times relative to the baseline's."""
     text = f"{1 / taken.median():.2f} times faster"
     span = f" ({1 / taken.max():.2f} to {1 / taken.min():.2f} in {len(taken)} measurements)"
     return text if len(taken) == 1 else text + span
@@ -560,7 +578,7 @@ def _step_times(folder: Path) -> Path:
 
 
 def _trained(row: pd.Series) -> tuple[int, str]:
-    """Seeds and command of a method that 05 trained."""
+    """Seeds and command of a method that notebook 05 trained."""
     return int(row.seeds), COMPRESSORS.format(steps=int(row.steps), seeds=int(row.seeds))
 
 
@@ -579,7 +597,7 @@ def _change(row: pd.Series) -> Estimate:
 
 
 def _apart(first: pd.Series, second: pd.Series) -> Estimate:
-    """``first`` less ``second`` of two accuracies whose pairs are not recorded, as if they were independent."""
+    """The difference of two accuracies whose pairs are not recorded, as if they were independent."""
     mean = first.accuracy - second.accuracy
     low = ((first.accuracy - first.low) ** 2 + (second.high - second.accuracy) ** 2) ** 0.5
     high = ((first.high - first.accuracy) ** 2 + (second.accuracy - second.low) ** 2) ** 0.5
@@ -601,9 +619,9 @@ def _p(value: float) -> str:
 
 
 def results(folder: Path) -> str:
-    """The table of schemes in the README: accuracy, its difference to the baseline's, and cost, from ``folder``.
+    """Render the README's table of schemes, from the figures in ``folder``.
 
-    Schemes with fewer than three seeds are left out: their intervals say nothing.
+    Schemes with fewer than three seeds are left out, because their intervals are too wide to say anything.
     """
     accuracies = pd.read_csv(folder / "compare-runs.csv")
     flops = pd.read_csv(folder / "compare-costs.csv").set_index("scheme").flops
@@ -629,7 +647,11 @@ def _range(row: pd.Series) -> str:
 
 
 def readme(text: str) -> str:
-    """README's ``text`` with its table of results brought up to date."""
+    """Return README's ``text`` with its table of results brought up to date.
+
+    Raises:
+        ClaimsError: The marks around the table are missing.
+    """
     start, end = "<!-- results: python papers/claims.py -->\n", "\n<!-- end of results -->"
     if text.count(start) != 1 or text.count(end) != 1:
         raise ClaimsError("README.md has lost the marks around its table of results")
@@ -652,7 +674,17 @@ PAGES: dict[str, tuple[str, Callable[[Path], list[Claim]]]] = {
 
 
 def render(paper: str) -> str:
-    """The page of ``paper`` as Markdown."""
+    """Render a page of claims.
+
+    Args:
+        paper: A key of PAGES.
+
+    Returns:
+        Markdown.
+
+    Raises:
+        ClaimsError: Figures are missing.
+    """
     title, claims = PAGES[paper]
     lines = [
         f"# {title}: claims and what we find",
@@ -677,7 +709,14 @@ def render(paper: str) -> str:
 
 
 def check(pages: dict[Path, str]) -> list[str]:
-    """Everything that is wrong with what is committed."""
+    """Find everything that is wrong with the committed pages and figures.
+
+    Args:
+        pages: The text of each page as it should be.
+
+    Returns:
+        One line per fault.
+    """
     found = [
         f"{page.relative_to(README.parent)} is out of date; run python papers/claims.py"
         for page, text in pages.items()
@@ -688,6 +727,7 @@ def check(pages: dict[Path, str]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Write or check the pages. Returns the exit code: 1 after an error, which is printed on stderr."""
     parser = argparse.ArgumentParser(prog="python papers/claims.py", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is out of date")
     options = parser.parse_args(arguments)

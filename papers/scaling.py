@@ -1,9 +1,9 @@
-"""Staged compression on 8 to 512 GPUs, on paper: ``python papers/scaling.py`` writes papers/scaling.md, and the hours
-in papers/REPRODUCE.md.
+"""Estimate staged compression on 8 to 512 GPUs, without running it.
 
-Operations come from the cost model, the speed of a GPU from the paper's own hours, the batches from the sampler that
-training uses. How long the texts are (``throughput.MIX``), the bandwidths and the speed of loading (``Cluster``), and
-that the hours are of 8 A100-80GB, are assumptions.
+``python papers/scaling.py`` writes papers/scaling.md, and the hours in papers/REPRODUCE.md. Operations come from the
+cost model, the speed of a GPU from the paper's own hours, and the batches from the sampler that training uses. The
+lengths of the texts (``training.MIX``), the bandwidths and the speed of loading (``Cluster``) are assumptions, and so
+is that the paper's hours are of 8 A100-80GB.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from llavolta.train.schemes import EXTRA_SCHEMES, PAPER_SCHEMES, SCHEMES, Scheme
 
 GPU_PAGE = PAPERS / "benchmarks" / "gpu-nvidia-h100-80gb-hbm3.csv"
 PAGE, RECIPE = PAPERS / "scaling.md", PAPERS / "REPRODUCE.md"
-TRAINED_ON = 8  # GPUs, of the run whose hours the paper reports
+TRAINED_ON = 8  # GPUs of the run whose hours the paper reports (assumed)
 PLANS = [stage.plan for stage in SCHEMES["three-stage"].stages]
 GPUS = (8, 32, 128, 512)
 TOKENS_A_WORD = 1.3
@@ -36,10 +36,14 @@ TOKENS_A_WORD = 1.3
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is assumed of the machines.
+    """Assumptions about the machines.
 
-    inside, across: bytes a second that a GPU moves to the GPUs of its node, to other nodes. overlap: the share of
-    communication that can hide behind computation. pictures: that a CPU core decodes and prepares in a second.
+    Attributes:
+        node: GPUs of a node.
+        inside: Bytes per second that a GPU moves to the GPUs of its node.
+        across: Bytes per second that a GPU moves to other nodes.
+        overlap: The share of communication that can overlap with computation.
+        pictures: Images per second that a CPU core decodes and prepares.
     """
 
     node: int = 8
@@ -50,7 +54,15 @@ class Cluster:
 
 
 def text_tokens(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, has_image) of ``count`` random examples: turns and words as in ``bench.MIX``."""
+    """Draw random examples with turns and words as in ``training.MIX``.
+
+    Args:
+        count: Number of examples.
+        seed: Seed of the generator.
+
+    Returns:
+        (count,) text tokens of each example, and (count,) whether it has an image.
+    """
     rng = np.random.default_rng(seed)
     folders = list(MIX)
     share = np.array([MIX[name][0] for name in folders], float)
@@ -64,37 +76,57 @@ def text_tokens(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def _quadratic(plan: str, images: int) -> np.ndarray:
-    """FLOPs of an example's step as a quadratic in its text tokens, which they are."""
+    """(3,) coefficients of an example's FLOPs, which are a quadratic in its text tokens."""
     model, at = cost_model(reference_config()), np.array([64.0, 512.0, 2048.0])
     return np.polyfit(at, [model.step(plan, t, images, checkpointing=True).total for t in at], 2)
 
 
 def flops(plan: str, tokens: np.ndarray, has_image: np.ndarray) -> np.ndarray:
-    """FLOPs of a training step of LLaVA-1.5-7B per example, with gradient checkpointing."""
+    """Compute the FLOPs of a training step of LLaVA-1.5-7B per example, with gradient checkpointing.
+
+    Args:
+        plan: The plan in force.
+        tokens: Text tokens of each example.
+        has_image: Whether each example has an image; of the same shape.
+
+    Returns:
+        FLOPs of each example, of the same shape.
+    """
     return np.where(has_image, np.polyval(_quadratic(plan, 1), tokens), np.polyval(_quadratic(plan, 0), tokens))
 
 
 def gpu_speed() -> float:
-    """FLOP/s of a GPU in the run of 15.3 hours that the paper reports, if its texts are like ours."""
+    """Compute the FLOP/s of a GPU in the run of 15.3 hours that the paper reports, if its texts are like MIX."""
     tokens, has_image = text_tokens(20_000)
     seconds = TRAINED_ON * published_hours()["single-stage"] * 3600
     return flops("none", tokens, has_image).mean() * INSTRUCTIONS / seconds
 
 
 def simulate(plan: str, gpus: int, batch: int, engine: str, cluster: Cluster, grouped: bool = True) -> dict:
-    """One stage on ``gpus`` GPUs with ``batch`` examples each: means over the steps of one pass over 40 batches.
+    """Simulate one stage of training.
 
-    Seconds of a step: ideal (all GPUs busy with tokens that are not padding), padding, waiting (for the GPU with the
-    longest rows), communication (what does not hide behind computation), and their sum, seconds. efficiency:
-    ideal / seconds. cores: CPU cores a GPU needs for its pictures.
+    Args:
+        plan: The plan in force.
+        gpus: Number of GPUs.
+        batch: Examples of each GPU in a step.
+        engine: "zero2" or "zero3".
+        cluster: Assumptions about the machines.
+        grouped: Group examples by length and modality, as training does; False: in random order.
+
+    Returns:
+        Means over 40 steps. Seconds of a step: ideal (computing tokens that are not padding), padding, waiting (for
+        the GPU with the longest rows), communication (that does not overlap), and seconds, their sum. efficiency: ideal
+        / seconds. cores: CPU cores that a GPU needs for its images.
     """
     tokens, has_image = text_tokens(40 * gpus * batch, seed=1)
     if grouped:
         order = np.array(list(GroupedSampler(tokens + 576 * has_image, has_image, gpus * batch, 0)))
     else:
         order = np.random.default_rng(0).permutation(len(tokens))
+    # (steps, gpus, batch) text tokens and whether there is an image
     rows, pictures = (values[order].reshape(-1, gpus, batch) for values in (tokens, has_image))
     speed = gpu_speed()
+    # Each GPU pads its own rows to its longest one, and a step ends with the slowest GPU.
     padded = np.broadcast_to(rows.max(2, keepdims=True), rows.shape)
     own, computed = (flops(plan, length, pictures).sum(2) / speed for length in (rows, padded))
     slowest = computed.max(1)
@@ -112,14 +144,25 @@ def simulate(plan: str, gpus: int, batch: int, engine: str, cluster: Cluster, gr
 
 
 def _traffic(engine: str, gpus: int) -> float:
-    """Bytes that a GPU sends in a step of bfloat16: ZeRO-3 gathers the weights twice and scatters gradients; ZeRO-2
-    scatters gradients and gathers the new weights."""
+    """Bytes that a GPU sends in a step in bfloat16.
+
+    ZeRO-3 gathers the weights twice and scatters gradients. ZeRO-2 scatters gradients and gathers the new weights.
+    """
     rounds = {"zero2": 2, "zero3": 3}[engine]
     return rounds * 2 * sum(cost_model(reference_config()).parameters.values()) * (gpus - 1) / gpus
 
 
 def weak(cluster: Cluster, batch: int = 16, grouped: bool = True) -> pd.DataFrame:
-    """``batch`` examples a GPU, on more and more GPUs, ZeRO-3: a row for each number of GPUs and stage."""
+    """Simulate a fixed number of examples per GPU on growing numbers of GPUs, under ZeRO-3.
+
+    Args:
+        cluster: Assumptions about the machines.
+        batch: Examples of each GPU in a step.
+        grouped: As of ``simulate``.
+
+    Returns:
+        One row per number of GPUs and stage, with the columns of ``simulate``.
+    """
     rows = [
         dict(GPUs=gpus, plan=plan) | simulate(plan, gpus, batch, "zero3", cluster, grouped)
         for gpus in GPUS
@@ -129,8 +172,16 @@ def weak(cluster: Cluster, batch: int = 16, grouped: bool = True) -> pd.DataFram
 
 
 def strong(cluster: Cluster, whole: int = 128) -> pd.DataFrame:
-    """The published batch of ``whole`` examples, split over more and more GPUs: seconds of the three-stage scheme's
-    mean step over those without compression, by engine, and examples a GPU."""
+    """Simulate a fixed batch that is split over growing numbers of GPUs.
+
+    Args:
+        cluster: Assumptions about the machines.
+        whole: Examples of a step over all GPUs; by default the published batch.
+
+    Returns:
+        One row per number of GPUs: examples of each GPU, and per engine the seconds of the three-stage scheme's mean
+        step, also relative to no compression.
+    """
     rows = []
     for gpus in (8, 32, 128):
         row = dict(GPUs=gpus, examples=whole // gpus)
@@ -180,7 +231,15 @@ waiting: for the GPU with the longest rows. cores: CPU cores that a GPU needs fo
 
 
 def render(cluster: Cluster, batch: int = 16) -> str:
-    """The page, in Markdown."""
+    """Render papers/scaling.md.
+
+    Args:
+        cluster: Assumptions about the machines.
+        batch: Examples of each GPU in a step.
+
+    Returns:
+        Markdown.
+    """
     table, loose, split = weak(cluster, batch), weak(cluster, batch, grouped=False), strong(cluster)
     plain = table.seconds.xs("none", level="plan")
     of_plain = table.seconds.div(plain, level="GPUs")
@@ -220,7 +279,7 @@ def render(cluster: Cluster, batch: int = 16) -> str:
 
 
 def work(scheme: Scheme) -> tuple[float, float]:
-    """FLOPs of LLaVA-1.5-7B's alignment and tuning under ``scheme``."""
+    """Compute the FLOPs of LLaVA-1.5-7B's alignment and tuning under ``scheme``."""
     tokens, has_image = text_tokens(20_000)
     model, mean, align = cost_model(reference_config()), tokens.mean(), scheme.align or Stage("none", 1)
 
@@ -237,15 +296,26 @@ def work(scheme: Scheme) -> tuple[float, float]:
 
 
 def speedup(scheme: Scheme, own: tuple[float, float] | None = None) -> float:
-    """How many times faster the recipe of ``scheme`` is by its FLOPs; own: hours of alignment and tuning without
-    compression, where they are not to be the model's."""
+    """Compute how many times faster the recipe of a scheme is, by its FLOPs.
+
+    Args:
+        scheme: The scheme.
+        own: Hours of alignment and tuning without compression, which weight the two phases; None: by their FLOPs.
+
+    Returns:
+        The speed-up.
+    """
     (align, tuning), (first, second) = work(scheme), work(SCHEMES["single-stage"])
     left, right = own or (first, second)
     return (left + right) / (left * align / first + right * tuning / second)
 
 
 def discounts() -> pd.DataFrame:
-    """What the model promises of known trainings, what was measured, and the share of the promise that was kept."""
+    """Compare the speed-ups that FLOPs predict with measured ones, of known trainings.
+
+    Returns:
+        One row per training: the predicted and the measured speed-up, and kept, the second over the first.
+    """
     told = published_hours()
     dualspeed = pd.read_csv(PAPERS / "faster" / "published.csv").set_index("quantity").value
     faster = dualspeed["training of LLaVA-1.5 faster by"]
@@ -263,7 +333,11 @@ def discounts() -> pd.DataFrame:
 
 
 def gap() -> pd.DataFrame:
-    """What of the model could explain LLaVolta's own saving: the time of four stages over that without compression."""
+    """Look for an explanation of LLaVolta's own saving.
+
+    Returns:
+        The time of four stages relative to no compression, by what is counted.
+    """
     scheme, told = SCHEMES["four-stage-wider"], published_hours()
     tokens, has_image = text_tokens(20_000)
     gpu = pd.read_csv(GPU_PAGE).query("part == 'training' and logits == 'labelled rows'").set_index("plan").seconds
@@ -285,9 +359,16 @@ def gap() -> pd.DataFrame:
 
 
 def hours(gpus: int = 8) -> pd.DataFrame:
-    """Hours of LLaVA-1.5-7B by scheme on ``gpus`` GPUs: A100 at the paper's speed, the same with the discount of
-    ``discounts`` for tuning, H100 at that share of its peak; of single-stage, tuning alone, and with alignment; GB of
-    a GPU in the stage that needs most."""
+    """Estimate the hours of LLaVA-1.5-7B by scheme.
+
+    Args:
+        gpus: Number of GPUs.
+
+    Returns:
+        One row per phase or scheme: hours on A100 at the paper's speed, the same with the discount of ``discounts`` for
+        tuning, hours on H100 at the same share of its peak, the time relative to single-stage (tuning alone, and with
+        alignment), and GB of a GPU in the stage that needs most.
+    """
     a100 = gpu_speed()
     h100 = a100 * GPU_DATA["H100-SXM"].peak / GPU_DATA["A100-80GB"].peak
     known, model = discounts().kept, cost_model(reference_config())
@@ -342,7 +423,7 @@ nearer to LLaVA's {alignment:g}. Both errors point to such a time. It is not mea
 
 
 def recipe_block() -> str:
-    """What stands between the marks in REPRODUCE.md."""
+    """Render the block between the marks in REPRODUCE.md."""
     known, told, fast = discounts(), published_hours(), SCHEMES["fast"]
     kept, taken = known.kept, gap()["of single-stage"]
     own = pd.read_csv(PUBLISHED).query("claim == 'LLaVA-1.5'").set_index("quantity").value.astype(float)
@@ -374,7 +455,7 @@ def recipe_block() -> str:
 
 
 def recipe(text: str) -> str:
-    """REPRODUCE.md's ``text`` with its table of hours, and what they are worth, brought up to date."""
+    """Return the text of REPRODUCE.md with its block of hours brought up to date."""
     start, end = "<!-- hours: python papers/scaling.py -->\n", "\n<!-- end of hours -->"
     before, rest = text.split(start)
     return before + start + recipe_block() + end + rest.split(end)[1]
@@ -393,6 +474,7 @@ def _cell(value: object) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Write or check the pages. Returns the exit code: 1 if a page is out of date."""
     parser = argparse.ArgumentParser(prog="python papers/scaling.py", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is out of date")
     options = parser.parse_args(arguments)
