@@ -1,8 +1,10 @@
-"""One GPU, measured at the shapes of LLaVA-1.5-7B in minutes: ``python papers/benchmarks/gpu.py`` (``make gpu``).
+"""Measure compression on one GPU at the shapes of LLaVA-1.5-7B: ``python papers/benchmarks/gpu.py`` (``make gpu``).
 
-Random weights, nothing to download. Each part is saved as soon as it is done, in order of worth, so that a run that is
-cut off still counts. Ratios are of medians of rounds in which all variants ran in turn. ``--tiny`` runs the same on
-small shapes, also on a CPU.
+It takes minutes and downloads nothing: weights are random. The most important parts come first, and each is saved when
+it is done, so that an interrupted run counts. Ratios are medians over rounds in which all variants ran in turn.
+``--tiny`` runs the same on small shapes, also on a CPU.
+
+The docstrings of the parts (``PARTS``) are printed on the page, so they are prose without sections.
 """
 
 from __future__ import annotations
@@ -49,20 +51,32 @@ from llavolta.train.models import set_trainable, spare_frozen_towers
 from llavolta.train.run import train
 from llavolta.train.trainer import read_metrics
 
-STAGES = ("none", "2:avgpool:8", "16:avgpool:8", "2:avgpool:2", "16:avgpool:2")  # those of the published schemes
+STAGES = ("none", "2:avgpool:8", "16:avgpool:8", "2:avgpool:2", "16:avgpool:2")  # of the published schemes
 METHODS = ("2:fastv:0.5", "8:pyramiddrop:0.5;16:pyramiddrop:0.5", "vision:avgpool2d:2", "vision:prumerge+")
-BY_PLACE = ("2:avgpool:4", "0:avgpool2d:2", "vision:avgpool2d:2", "1:avgpool:2;4:avgpool:2")  # whatever the numbers are
+# Plans whose choice of tokens depends on positions only, and plans that rank tokens by numbers.
+BY_PLACE = ("2:avgpool:4", "0:avgpool2d:2", "vision:avgpool2d:2", "1:avgpool:2;4:avgpool:2")
 BY_RANK = ("2:fastv:0.5", "2:pyramiddrop:0.5", "vision:prumerge+")
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is measured.
+    """The model and shapes that are measured.
 
-    config: of the model. text: text tokens an example, a third of them labelled. batch: examples of a training step;
-    prefill: of a prompt. long: pictures of an example with many, of ``long_batch`` a step. side: of the matrices whose
-    product is the card's peak. accumulated: batches of an optimizer step (8 of 16: the published batch of 128). steps:
-    of a real training run.
+    Attributes:
+        config: The model's configuration.
+        text: Text tokens of an example, a third of them labelled.
+        batch: Examples of a training batch.
+        prefill: Batch sizes of inference.
+        long: Images of an example in the part ``long``.
+        long_batch: Examples of a batch in the part ``long``.
+        accumulated: Batches of an optimizer step (8 of 16 examples: the published batch of 128).
+        new_tokens: Tokens to decode and time.
+        rounds: Measurements of each variant.
+        side: Rows and columns of the matrices whose product gives the card's peak.
+        steps: Steps of a real training run.
+        runs: Presets of the real training runs.
+        device: The device.
+        dtype: Precision of the weights.
     """
 
     config: object
@@ -82,7 +96,7 @@ class Load:
 
     @cached_property
     def model(self):
-        """The model, random weights in ``dtype`` on ``device``; the vision tower frozen."""
+        """The model, with random weights in ``dtype`` on ``device`` and a frozen vision tower."""
         torch.manual_seed(0)
         with torch.device(self.device):
             model = AutoModelForImageTextToText.from_config(self.config, dtype=getattr(torch, self.dtype))
@@ -90,7 +104,15 @@ class Load:
         return model
 
     def inputs(self, batch: int, images: int = 1) -> dict:
-        """A batch of ``images`` pictures an example and then text, whose last third is labelled."""
+        """Make a batch of examples with images and then text, whose last third is labelled.
+
+        Args:
+            batch: Number of examples B.
+            images: Images of an example.
+
+        Returns:
+            input_ids, attention_mask and labels (B, T), and pixel_values (B * images, 3, H, W).
+        """
         vision, generator = self.config.vision_config, torch.Generator().manual_seed(0)
         visual = images * self.config.image_seq_length
         some = torch.randint(10, self.config.text_config.vocab_size - 100, (batch, self.text), generator=generator)
@@ -104,30 +126,38 @@ class Load:
         return {name: value.to(self.device) for name, value in made.items()}
 
     def flops(self, plan: str, batch: int, images: int = 1, **options) -> float:
-        """Of a step on ``inputs``; options: of CostModel.step."""
+        """Compute the FLOPs of a step on ``inputs``.
+
+        Args:
+            plan: The plan in force.
+            batch: Number of examples.
+            images: Images of an example.
+            options: Options of ``CostModel.step``.
+        """
         labelled = options.pop("labelled", -(-self.text // 3))
         return batch * cost_model(self.config).step(plan, self.text, images, labelled, **options).total
 
 
 def full_load() -> Load:
-    """LLaVA-1.5-7B, 16 examples of a picture (576 tokens) and 180 text tokens a step."""
+    """Return the shapes of LLaVA-1.5-7B: 16 examples of one image (576 tokens) and 180 text tokens in a batch."""
     return Load(reference_config("llava-1.5-7b"))
 
 
 def tiny_load(device: str = "cpu") -> Load:
-    """The same at sizes that a CPU does in a minute."""
+    """Return shapes that a CPU computes in a minute."""
     config = Sizes(width=64, layers=20, visual=16, vocabulary=200).model().config
     small = dict(batch=2, prefill=(1, 2), long=2, long_batch=2, new_tokens=2, rounds=1, side=64, steps=4)
     return Load(config, text=12, **small, runs=("embedded",), device=device)
 
 
 def card_name(device: str) -> str:
+    """Return the name of the GPU, or of the CPU's architecture, as part of a file name."""
     name = torch.cuda.get_device_name(device) if device != "cpu" else platform.machine()
     return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 def peaks(load: Load) -> pd.DataFrame:
-    """The card's measured ceilings: bfloat16 matrix product of random ``side`` x ``side``, copy of memory."""
+    """The card's measured limits: bfloat16 products of random ``side`` x ``side`` matrices, and copies of memory."""
     device, side = torch.device(load.device), load.side
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     product = interleaved({"matmul": lambda: [a @ b for _ in range(10)]}, 10, device, False) / 10
@@ -142,15 +172,15 @@ def peaks(load: Load) -> pd.DataFrame:
 
 @torch.no_grad()
 def core(load: Load) -> pd.DataFrame:
-    """Compression on the device against the same in float32 on the CPU: relative error of the logits, and generation.
+    """Compression on the device, compared with float32 on the CPU: the relative error of the logits, and generation.
 
-    ``stock_error``: of the same model uncompressed. ok: the error is at most three times that, and with a cache
-    ``generate`` gives the answers that it gives without. In bfloat16 only plans whose choice of tokens does not depend
-    on numbers are compared, as near ties fall differently.
+    stock_error: the error without compression. ok: the error is at most three times that, and ``generate`` gives the
+    same answers with and without a cache. In bfloat16, only plans whose choice of tokens depends on positions are
+    compared, because rounding decides near ties.
     """
     sizes = Sizes(width=256, layers=6, visual=64, text=24, batch=3, vocabulary=500)
     reference, batch = sizes.model().eval(), sizes.inputs()
-    batch["attention_mask"][0, -9:] = batch["attention_mask"][2, -4:] = 0  # rows of unequal length
+    batch["attention_mask"][0, -9:] = batch["attention_mask"][2, -4:] = 0  # rows of different lengths
     attentions = ["sdpa", "eager", *(["flash_attention_2"] if is_flash_attn_2_available() else [])]
     rows = []
     for dtype, attention in [("float32", a) for a in attentions[:2]] + [("bfloat16", a) for a in attentions]:
@@ -168,23 +198,27 @@ def core(load: Load) -> pd.DataFrame:
             with compress(model, plan):
                 found = model(**there).logits[there["attention_mask"].bool()].float().cpu()
                 error = ((found - right).norm() / right.norm()).item()
-                cut = slice(sizes.visual + 10)  # no padding before it
+                cut = slice(sizes.visual + 10)  # up to here no row has padding
                 prompt = {name: value[2:] for name, value in there.items() if name != "labels"}
                 prompt |= {name: prompt[name][:, cut] for name in ("input_ids", "attention_mask")}
                 asked = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
                 cached = model.generate(**prompt, **asked)
                 whole = model.generate(**prompt, **asked, use_cache=False)
             stock = error if plan == "none" else stock
-            same = bool((cached == whole).all()) or dtype != "float32" or plan in BY_RANK[:2]  # those choose anew
+            # Without a cache, plans that rank by attention choose again at each token.
+            same = bool((cached == whole).all()) or dtype != "float32" or plan in BY_RANK[:2]
             ok = error <= max(3 * stock, 1e-5) and same
             rows.append(dict(dtype=dtype, attention=attention, plan=plan, error=error, stock_error=stock, ok=ok))
     return pd.DataFrame(rows)
 
 
 class HostReads(TorchDispatchMode):
-    """Counts where the host waits for a number of the device: ``places``, by line of the source; ``count``, of all.
+    """A mode that counts where the host waits for a value of the device.
 
-    On a CPU, whatever would be waited for on another device.
+    On a CPU it counts the operations for which the host would wait on another device.
+
+    Attributes:
+        places: Counts by line of the source.
     """
 
     _ALWAYS = frozenset(
@@ -200,9 +234,11 @@ class HostReads(TorchDispatchMode):
 
     @property
     def count(self) -> int:
+        """The count of all places."""
         return sum(self.places.values())
 
     def _waits(self, op, args: tuple, kwargs: dict) -> bool:
+        """Whether the host waits for this operation."""
         if self._cuda and not any(isinstance(x, torch.Tensor) and x.is_cuda for x in args):
             return False
         if op is torch.ops.aten._to_copy:
@@ -214,7 +250,7 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if self._waits(func._overloadpacket, args, kwargs or {}):
             frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename][:-1]
-            place = "backward pass"  # which CUDA does in a thread of its own
+            place = "backward pass"  # which runs in a thread of its own on CUDA
             if frames:
                 file = re.sub(r".*(site-packages/|(?=llavolta/[\w/]+\.py$))", "", frames[-1].filename)
                 place = f"{file}:{frames[-1].lineno} {frames[-1].line}"
@@ -223,9 +259,9 @@ class HostReads(TorchDispatchMode):
 
 
 def host_reads(load: Load) -> pd.DataFrame:
-    """How often the host waits for the device in a training step and in one decoding step, by plan.
+    """How often the host waits for the device in a training step and in a decoding step, by plan.
 
-    in_llavolta: of those in the training step, the ones that compression adds.
+    in_llavolta: the waits of the training step that compression adds.
     """
     small = replace(load, config=tiny_load().config, batch=2, dtype="float32")
     model, batch, rows = small.model, small.inputs(2), []
@@ -248,11 +284,12 @@ def host_reads(load: Load) -> pd.DataFrame:
 def training(load: Load, images: int = 1, batch: int | None = None, plans: Sequence[str] = STAGES) -> pd.DataFrame:
     """A training step with gradient checkpointing and a frozen tower: forward, backward, and its share of AdamW.
 
-    All of the decoder is tuned where weights, gradients and AdamW's moments fit with the activations, all of ``dtype``;
-    else its first half is frozen (column ``tuned``). seconds: of forward and backward of one batch; optimizer: of a
-    step of AdamW, which follows ``accumulated`` batches. tokens_per_s, TFLOP_s, speedup and kept are with that share of
-    it. speedup: over "none" of the same rounds; implied: what the FLOPs promise; kept: the one over the other;
-    kept_alone: were AdamW to follow each batch. ``labelled rows``: logits at labelled rows alone, as in training.
+    The whole decoder is tuned if weights, gradients, AdamW's moments (all in ``dtype``) and activations fit into
+    memory. Otherwise its first half is frozen (column ``tuned``). seconds: forward and backward of one batch.
+    optimizer: one step of AdamW, which follows ``accumulated`` batches. tokens_per_s, TFLOP_s, speedup and kept include
+    a batch's share of it. speedup: relative to "none" in the same rounds. implied: the speed-up by FLOPs. kept: speedup
+    over implied. kept_alone: the same if AdamW followed each batch. labelled rows: logits at labelled rows only, as in
+    training.
     """
     batch = batch or load.batch
     model, device = load.model.train(), torch.device(load.device)
@@ -285,7 +322,7 @@ def training(load: Load, images: int = 1, batch: int | None = None, plans: Seque
         peak[plan, labelled] = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else np.nan
 
     try:
-        step(*variants[0])  # AdamW needs gradients
+        step(*variants[0])  # so that AdamW has gradients
         tasks = {variant: partial(step, *variant) for variant in variants} | {("AdamW", True): optimizer.step}
         taken = pd.DataFrame(interleaved(tasks, load.rounds, device), columns=pd.MultiIndex.from_tuples(tasks))
     finally:
@@ -314,7 +351,7 @@ def training(load: Load, images: int = 1, batch: int | None = None, plans: Seque
     return pd.DataFrame(rows)
 
 
-_KERNELS = {  # of the profile, by what their names hold; the first that fits
+_KERNELS = {  # kinds of kernels in the profile, by a pattern of their names; the first match counts
     "matrix products": "gemm|nvjet|cutlass|aten::(add|b)?mm|conv",
     "attention": "flash|fmha|sdp",
     "to the host": "Memcpy DtoH",
@@ -322,10 +359,10 @@ _KERNELS = {  # of the profile, by what their names hold; the first that fits
 
 
 def profile(load: Load) -> pd.DataFrame:
-    """Where the time of a forward and backward pass goes, in seconds of the device, by torch.profiler.
+    """The time of a forward and backward pass by kind of kernel, in seconds of the device, by torch.profiler.
 
-    others: norms, activations, rotations, sums of gradients, the compressor. idle: the device had nothing to do.
-    host_reads: copies from the device to the host.
+    others: norms, activations, rotary embeddings, sums of gradients, the compressor. idle: no kernel ran. host_reads:
+    copies from the device to the host.
     """
     from torch.profiler import ProfilerActivity
 
@@ -364,7 +401,7 @@ def profile(load: Load) -> pd.DataFrame:
 
 @contextmanager
 def _layers(decoder: nn.Module, first: int, end: int) -> Iterator[None]:
-    """``decoder`` with its layers from ``first`` to before ``end`` alone."""
+    """Leave ``decoder`` only its layers from ``first`` to before ``end``, within the block."""
     whole, decoder.layers = decoder.layers, nn.ModuleList(decoder.layers[first:end])
     try:
         yield
@@ -374,11 +411,11 @@ def _layers(decoder: nn.Module, first: int, end: int) -> Iterator[None]:
 
 @torch.no_grad()
 def inference(load: Load, batches: Sequence[int] | None = None, images: int = 1) -> pd.DataFrame:
-    """Reading the prompt, and one more token, by plan and batch size.
+    """Prefill and decoding, by plan and batch size.
 
-    own: what the method costs beside its layers, as a share of an uncompressed prefill: its time less that of stock
-    layers fed with sequences of the same lengths (one stock pass for each length); for plans whose number of tokens is
-    fixed. decode_ms: one token from the cache, the median.
+    own: the time of the method itself, as a share of an uncompressed prefill. It is the prefill's time less that of
+    stock layers on sequences of the same lengths (one stock pass for each length), and is known for plans with a fixed
+    number of tokens. decode_ms: one token from the cache, the median.
     """
     model, device = load.model.eval(), torch.device(load.device)
     decoder = find_parts(model).decoder
@@ -387,7 +424,7 @@ def inference(load: Load, batches: Sequence[int] | None = None, images: int = 1)
         inputs = {name: value for name, value in load.inputs(batch, images).items() if name != "labels"}
         plans = ["none", *STAGES[1:], *(METHODS if images == 1 else ())]
         held: dict[str, DynamicCache] = {}
-        # Random: products of zeros are faster.
+        # Random values, because a GPU multiplies zeros faster.
         some = torch.randn(inputs["input_ids"].shape + (decoder.config.hidden_size,), device=device, dtype=model.dtype)
 
         def new_cache() -> DynamicCache:
@@ -412,7 +449,7 @@ def inference(load: Load, batches: Sequence[int] | None = None, images: int = 1)
         for plan in plans[1:]:
             lengths = cost_model(load.config).lengths(plan, load.text, images)
             if min(parse_plan(plan), key=str) == "vision" or any(x != int(x) for x in lengths):
-                continue  # the layers before it are not those of a stock pass
+                continue  # no stock pass is the same: shortened before the decoder, or by a mean number of tokens
             groups = [(len(list(same)), int(length)) for length, same in groupby(lengths)]
             tasks[f"stock layers of {plan}"] = partial(direct, groups)
         taken = pd.DataFrame(interleaved(tasks, load.rounds, device), columns=list(tasks))
@@ -436,7 +473,7 @@ def inference(load: Load, batches: Sequence[int] | None = None, images: int = 1)
 
 @torch.no_grad()
 def _decode(load: Load, plan: str, inputs: dict, seconds: list[float]) -> None:
-    """Answers greedily from a cache; adds the seconds of each token to ``seconds``."""
+    """Decode greedily from a cache, and append the seconds of each token to ``seconds``."""
     model, device, taken = load.model, torch.device(load.device), []
     cache = DynamicCache(config=model.config.get_text_config())
     mask, given = inputs["attention_mask"], inputs
@@ -447,11 +484,11 @@ def _decode(load: Load, plan: str, inputs: dict, seconds: list[float]) -> None:
             taken.append(now(device) - start)
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             given = dict(input_ids=out.logits.argmax(-1), attention_mask=mask)
-    seconds += taken[2:]  # without the prompt and the first token, which warms up
+    seconds += taken[2:]  # without the prefill and the first token, a warm-up
 
 
 def long(load: Load) -> pd.DataFrame:
-    """Training and prefill with many visual tokens an example (five pictures: 2,880)."""
+    """Training and prefill with many visual tokens in an example (five images: 2,880)."""
     steps = training(load, load.long, load.long_batch, STAGES[:4])
     prompts = inference(load, (load.long_batch,), load.long)
     return pd.concat([steps.assign(work="training step"), prompts.assign(work="prefill")], ignore_index=True)
@@ -460,8 +497,7 @@ def long(load: Load) -> pd.DataFrame:
 def runs(load: Load) -> pd.DataFrame:
     """Real training, as ``python -m llavolta.train`` does it: stage 1 under bfloat16, and a few steps under ZeRO-2.
 
-    seconds: of the whole command's work, with alignment, loading and saving; steps_per_s: of the stage, without the
-    first ten.
+    seconds: the whole run with alignment, loading and saving. steps_per_s: of the stage, without its first ten steps.
     """
     rows = []
     for preset, engine in [*((name, None) for name in load.runs), ("embedded", "zero2")]:
@@ -473,7 +509,7 @@ def runs(load: Load) -> pd.DataFrame:
             start = time.perf_counter()
             if engine is None:
                 train(config, progress=False)
-            else:  # an engine takes the whole process
+            else:  # DeepSpeed changes the whole process, so it gets one of its own
                 file = Path(folder, "config.yaml")
                 file.write_text(yaml.safe_dump(config.model_dump()))
                 command = [sys.executable, "-m", "llavolta.train", str(file), "--num-processes", "1"]
@@ -502,10 +538,21 @@ PARTS: dict[str, Callable[[Load], pd.DataFrame]] = {
 
 
 def gpu_report(folder: Path, tiny: bool = False, parts: Sequence[str] = (), minutes: float = 8) -> int:
-    """Measure ``parts`` (default: all) one after the other; write gpu-<card>.md and .csv to ``folder`` after each.
+    """Measure the parts one after the other, and write gpu-<card>.md and .csv after each.
 
-    tiny: small shapes, on the CPU where there is no GPU. A part that fails is reported and the next one begins; none
-    begins after ``minutes``. Returns the number of parts that failed, that found something wrong, or were left out.
+    A part that fails is reported, and the next one begins.
+
+    Args:
+        folder: The folder of the two files.
+        tiny: Use small shapes, on the CPU if there is no GPU.
+        parts: Keys of PARTS; empty: all.
+        minutes: No part begins later than this.
+
+    Returns:
+        The number of parts that failed, found something wrong, or were left out.
+
+    Raises:
+        UserError: There is no GPU and ``tiny`` is False, or a part does not exist.
     """
     if not tiny and not torch.cuda.is_available():  # before anything is written
         raise UserError("there is no CUDA device to measure on; --tiny runs the same on small shapes on the CPU")
@@ -584,6 +631,7 @@ def _markdown(table: pd.DataFrame) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the report. Returns the exit code: 1 if a part failed, found something wrong or was left out."""
     parser = argparse.ArgumentParser(prog="python papers/benchmarks/gpu.py", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=given_path, default=PAPERS / "benchmarks", help="of gpu-<card>.md and .csv")
     parser.add_argument("--parts", nargs="+", default=[], help="some of them (default: all)")

@@ -1,5 +1,7 @@
-"""What compressors take by themselves: ``python papers/benchmarks/methods.py compressors`` sets those before the
-projector against the vision tower, ``methods.py zoo`` every method against a prefill and a training step.
+"""Measure the time of compressors themselves.
+
+``python papers/benchmarks/methods.py compressors`` compares those before the projector with the vision tower.
+``methods.py zoo`` compares every method with a prefill and a training step.
 """
 
 from __future__ import annotations
@@ -40,20 +42,27 @@ ZOO = (
     "3:sparsevlm:0.25",
     "4:pact:0.55",
 )
-
-
 """Every method at about a quarter of the tokens."""
 
 
 def zoo_times(
     width: int = 1024, layers: int = 24, grid: int = 24, batch: int = 1, rounds: int = 3, progress: bool = True
 ) -> pd.DataFrame:
-    """The own time of each method of ZOO in a random LLaVA whose tower and decoder have ``layers`` of ``width``, with
-    grid x grid visual tokens and 60 of text, as a share of a prefill and of a training step (tower frozen) without it.
+    """Measure the time of each method of ZOO in a random LLaVA, with 60 text tokens.
 
-    One row per plan: own (seconds of the compressor alone, median), prefill and step (its share of theirs), tokens
-    (left, mean over layers), saved (what the plan saves of a prefill's time, its own time counted in: below 0 where a
-    method costs more than it saves).
+    Args:
+        width: Width of tower and decoder.
+        layers: Layers of tower and decoder.
+        grid: The image has grid x grid visual tokens.
+        batch: Examples in the batch.
+        rounds: Measurements of each task.
+        progress: Show progress bars.
+
+    Returns:
+        One row per plan. tokens: left, the mean over layers. own: seconds of the compressors alone, the least of the
+        rounds. prefill, step: own as a share of a prefill and of a training step (tower frozen) without compression.
+        saved: the share of a prefill's time that the plan saves, with its own time counted; below 0 if a method costs
+        more than it saves.
     """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -72,7 +81,7 @@ def zoo_times(
     own: dict[str, float] = {}
 
     def timed(plan: str) -> float:
-        """Seconds of the plan's compressors, called again with what they were given, while their layers are there."""
+        """Seconds of the plan's compressors, called again with the tokens that they got in a forward pass."""
         taken = []
 
         def again(layer, tokens, out) -> None:
@@ -119,7 +128,16 @@ BEFORE_PROJECTOR = (
 
 
 def tower_tokens(images: int, grid: int = 24, width: int = 1024) -> VisualTokens:
-    """Random features (images, grid^2, width), queries and keys, as a compressor at "vision" gets them."""
+    """Make random visual tokens with queries and keys of the tower, as a compressor at "vision" gets them.
+
+    Args:
+        images: Number of images I.
+        grid: The images have grid x grid tokens.
+        width: Width of the tower C.
+
+    Returns:
+        Visual tokens with hidden (I, grid^2, C), and a probe of a tower with class tokens.
+    """
     length, generator = grid * grid, torch.Generator().manual_seed(0)
     hidden, query, key = (
         torch.randn(*shape, width, generator=generator) for shape in ((images, length), (images,), (images, length + 1))
@@ -134,7 +152,16 @@ def tower_tokens(images: int, grid: int = 24, width: int = 1024) -> VisualTokens
 
 
 def prumerge_loop(tokens: VisualTokens, plus: bool = False, neighbours: int = 32) -> list[Tensor]:
-    """PruMerge (``plus``: PruMerge+) word for word, image by image and token by token: (M, C) of each image. Slow."""
+    """Compute PruMerge as published, image by image and token by token. This is slow.
+
+    Args:
+        tokens: Tokens of ``tower_tokens``.
+        plus: PruMerge+ instead, which adds evenly spaced tokens.
+        neighbours: Tokens that are merged into each selected one.
+
+    Returns:
+        (M, C) per image, with a number of tokens M of its own.
+    """
     results = []
     last = tokens.probe.layers["last"]
     for x, query, keys in zip(tokens.hidden, last.query[:, 0], last.key, strict=True):
@@ -167,11 +194,21 @@ def compressor_times(
     rounds: int = 5,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Seconds of each compressor on a vision tower's output of ``images`` x ``grid``^2 tokens.
+    """Measure the time of each compressor before the projector, on random tokens.
 
-    loop: how many times longer ``prumerge_loop`` takes on the same tokens (one round of it). tower: the compressor's
-    time over that of the forward pass of a CLIP ViT of this width and depth, both on ``tower_images`` images, the
-    median over rounds in which they ran in turn.
+    Args:
+        images: Images of the batch.
+        tower_images: Images of the batch for the comparison with the tower.
+        grid: The images have grid x grid tokens.
+        width: Width of the tower.
+        layers: Layers of the tower.
+        rounds: Measurements of each task.
+        progress: Show progress bars.
+
+    Returns:
+        One row per compressor: compressor, seconds (median), tokens_left (mean over images). tower: its time over that
+        of a forward pass of a CLIP ViT, the median over rounds in which they ran in turn. loop: the time of
+        ``prumerge_loop``, measured once, over its time.
     """
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -202,6 +239,7 @@ def compressor_times(
 
 
 def main() -> None:
+    """Measure and print one of the tables."""
     parser = argparse.ArgumentParser(prog="python papers/benchmarks/methods.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     tables = {"compressors": compressor_times, "zoo": zoo_times}

@@ -1,11 +1,11 @@
-"""Where the time and memory of training go: ``python papers/benchmarks/training.py COMMAND``.
+"""Measure time and memory of training: ``python papers/benchmarks/training.py COMMAND``.
 
-- ``overhead``: forward, backward and peak memory without compression, against the stock model.
-- ``schemes``: time of four schemes, measured and predicted; fails above 10%.
+- ``overhead``: forward, backward and peak memory without compression, relative to the stock model.
+- ``schemes``: time of four schemes, measured and predicted; fails if they differ by more than 10%.
 - ``recipes``: alignment and tuning under schemes.
 - ``precision``: a step in float32, under autocast to bfloat16, and on bfloat16 weights with a float32 master copy.
-- ``train``: parts of a step, loading of data against its consumption, memory by batch; fails if loading is below twice
-  the consumption.
+- ``train``: parts of a step, loading and consumption of data, memory by batch; fails if loading is less than twice as
+  fast as consumption.
 - ``data``: opening a data set of mix665k's size; fails above 20 s or 1 GB.
 """
 
@@ -47,6 +47,7 @@ from llavolta.worlds import WORLDS
 
 
 def _backward(model, batch: dict, plan: str | None, labelled_only: bool | None) -> None:
+    """One forward and backward pass; plan None: of the stock model, without ``compress``."""
     with compress(model, plan, labelled_only=labelled_only) if plan else nullcontext():
         model(**batch).loss.backward()
     model.zero_grad()
@@ -56,7 +57,16 @@ _VARIANTS = {"stock": (None, None), "stride 1": ("2:avgpool:1", None), "labelled
 
 
 def overhead_times(sizes: Sizes, rounds: int = 5, progress: bool = True) -> pd.DataFrame:
-    """Forward and backward without compression, relative to the stock model, at the vocabulary of Vicuna."""
+    """Measure forward and backward passes that compress nothing, relative to the stock model.
+
+    Args:
+        sizes: The model and batch. The vocabulary is that of Vicuna.
+        rounds: Measurements of each variant.
+        progress: Show a progress bar.
+
+    Returns:
+        One row per variant: variant, seconds (median), ratio (to the stock model, the median over rounds).
+    """
     sizes = replace(sizes, vocabulary=32000)
     model, batch = sizes.model().train(), sizes.inputs()
     tasks = {name: partial(_backward, model, batch, *how) for name, how in _VARIANTS.items()}
@@ -71,7 +81,14 @@ def overhead_times(sizes: Sizes, rounds: int = 5, progress: bool = True) -> pd.D
 
 
 def peak_memory(sizes: Sizes) -> pd.DataFrame:
-    """Peak memory of a step above the model's own, each variant in a fresh process on the CPU."""
+    """Measure the peak memory of a step above the model's own, each variant in a new process.
+
+    Args:
+        sizes: The model and batch. The vocabulary is that of Vicuna.
+
+    Returns:
+        One row per variant: variant, peak_MB, ratio (to the stock model).
+    """
     sizes = replace(sizes, vocabulary=32000)
     plans = {**_VARIANTS, "2:avgpool:8": ("2:avgpool:8", None)}
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
@@ -87,20 +104,25 @@ def _peak(sizes: Sizes, plan: str | None, labelled_only: bool | None) -> int:
         torch.cuda.reset_peak_memory_stats()
         _backward(model, batch, plan, labelled_only)
         return torch.cuda.max_memory_allocated() - before
-    forget_peak()  # importing and building may have taken more than the step does
+    forget_peak()  # imports and building the model may have had a higher peak than the step
     before = peak_resident()
     _backward(model, batch, plan, labelled_only)
     return peak_resident() - before
 
 
 def forget_peak() -> None:
-    """Let ``peak_resident`` count from what this process holds now, where Linux allows it."""
+    """Reset the peak that ``peak_resident`` returns to the current memory, if Linux allows it."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_resident() -> int:
-    """The most bytes that this process ever held (Linux; getrusage would count the parent process, too)."""
+    """Return the peak resident memory of this process in bytes.
+
+    Raises:
+        OSError: This is not Linux.
+    """
+    # Not getrusage, whose peak includes that of the parent process before the fork.
     status = Path("/proc/self/status")
     if not status.exists():
         raise OSError(f"no {status}: peak memory on the CPU is measured on Linux only")
@@ -111,10 +133,18 @@ PREDICTED = ("single-stage", "three-stage", "four-stage-wider", "four-stage-deep
 
 
 def scheme_times(model, batches: Sequence[dict], rounds: int = 5, progress: bool = True) -> pd.DataFrame:
-    """Measured against predicted time of four schemes relative to no compression.
+    """Compare measured and predicted times of four schemes, relative to no compression.
 
-    The speed is fitted to two of the measured steps, without compression and under the heaviest plan. Columns:
-    measured, predicted, error (of the prediction, as a share).
+    The speed is fitted to two of the measured steps: without compression, and under the heaviest plan.
+
+    Args:
+        model: The model.
+        batches: Batches of training.
+        rounds: Measurements of each step.
+        progress: Show a progress bar.
+
+    Returns:
+        One row per scheme: measured, predicted, error (of the prediction, as a share).
     """
     depth = len(find_parts(model).layers)
     schemes = {name: SCHEMES[name].scaled(depth) for name in PREDICTED}
@@ -135,10 +165,17 @@ def scheme_times(model, batches: Sequence[dict], rounds: int = 5, progress: bool
 
 
 def recipe_times(sizes: Sizes, schemes: Mapping[str, Scheme], rounds: int = 5, progress: bool = True) -> pd.DataFrame:
-    """How many times faster each scheme is than no compression: tuning, align (projector alignment), and recipe, both
-    as often as LLaVA-1.5 does them; measured, and beside each what its FLOPs promise (``_promised``).
+    """Measure how many times faster each scheme is than no compression.
 
-    schemes: for ``sizes.layers`` layers. Alignment is on captions of CAPTION_TOKENS.
+    Args:
+        sizes: The model and batch. Alignment is on captions of CAPTION_TOKENS.
+        schemes: Schemes by name, for ``sizes.layers`` layers.
+        rounds: Measurements of each step.
+        progress: Show a progress bar.
+
+    Returns:
+        One row per scheme: scheme, and the speed-ups of tuning, of align (projector alignment) and of recipe (both, for
+        the numbers of examples of LLaVA-1.5). Columns that end in _promised are the speed-ups by FLOPs.
     """
     model, captions = sizes.model(), replace(sizes, text=CAPTION_TOKENS).inputs()
     aligned = {name: scheme.align or Stage("none", 1) for name, scheme in schemes.items()}
@@ -161,6 +198,7 @@ FULL, AUTOCAST, MASTER = "float32", "autocast", "bfloat16 weights, float32 maste
 
 
 def _step(model, batch: dict, autocast: bool) -> torch.Tensor:
+    """The loss, after a backward pass."""
     with (
         torch.autocast(model.device.type, torch.bfloat16, enabled=autocast),
         compress(model, "none", labelled_only=True),
@@ -171,6 +209,7 @@ def _step(model, batch: dict, autocast: bool) -> torch.Tensor:
 
 
 def _whole_step(model, batch: dict, autocast: bool) -> Callable[[], float]:
+    """A function that trains one step and returns the loss."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
 
     def step() -> float:
@@ -183,7 +222,7 @@ def _whole_step(model, batch: dict, autocast: bool) -> Callable[[], float]:
 
 
 def _master_step(model, batch: dict) -> Callable[[], float]:
-    """The optimizer works on a float32 copy, which the weights are rounded from after every step."""
+    """A function that trains one step of a float32 copy, from which the weights are rounded afterwards."""
     held = [p for p in model.parameters() if p.requires_grad]
     masters = [torch.nn.Parameter(p.detach().float()) for p in held]
     model.to(torch.bfloat16)
@@ -205,10 +244,18 @@ def _master_step(model, batch: dict) -> Callable[[], float]:
 
 
 def precision_times(model, batch: dict, rounds: int = 3, progress: bool = True) -> pd.DataFrame:
-    """Seconds of a training step (forward, backward, AdamW; all but the tower trains) of each kind, interleaved.
+    """Measure a training step (forward, backward, AdamW) in each precision. All but the tower is trained.
 
-    Returns a row per kind: seconds (median), ratio (median over rounds of its time over that of float32 in the same
-    round), loss. The learning rate is 0, so that all kinds compute the same.
+    The learning rate is 0, so that every step is on the same weights.
+
+    Args:
+        model: The model, in float32.
+        batch: A batch of training.
+        rounds: Measurements of each precision.
+        progress: Show a progress bar.
+
+    Returns:
+        One row per precision: kind, seconds (median), ratio (to float32, the median over rounds), loss.
     """
     set_trainable(model.train(), "instruct")
     steps = {
@@ -230,20 +277,28 @@ PARTS = ["tower", "projector", "decoder", "head and loss", "optimizer"]
 
 
 class Clock:
-    """Adds up the seconds between marks, each under the name of the part that the mark ends."""
+    """A clock that adds up the seconds of each part of a training step.
+
+    Args:
+        device: The device that computes.
+
+    Attributes:
+        seconds: Seconds by part.
+    """
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, dict.fromkeys(PARTS, 0.0)
         self.last = now(device)
 
     def mark(self, part: str) -> None:
+        """Add the time since the last mark to ``part``."""
         reached = now(self.device)
         self.seconds[part] += reached - self.last
         self.last = reached
 
     @contextmanager
     def on(self, model) -> Iterator[None]:
-        """Marks at the ends of tower, projector, decoder and head, in the forward and in the backward pass."""
+        """Mark the ends of tower, projector, decoder and head within the block, in forward and backward passes."""
         parts = find_parts(model)
 
         def backward(tensor: torch.Tensor, part: str) -> None:
@@ -252,7 +307,7 @@ class Clock:
 
         def before_decoder(module, args, kwargs):
             self.mark("projector")
-            backward(kwargs["inputs_embeds"], "decoder")  # from here on back lie projector and embeddings
+            backward(kwargs["inputs_embeds"], "decoder")  # its gradient ends the decoder's backward pass
 
         def after_decoder(module, args, output):
             self.mark("decoder")
@@ -271,10 +326,19 @@ class Clock:
 def part_times(
     model, batches: Sequence[dict], plans: Sequence[str], rounds: int = 5, progress: bool = True
 ) -> pd.DataFrame:
-    """A training step under each plan, in turn on the same batches, and the share of it that each part takes.
+    """Measure a training step under each plan, and the share of each part.
 
-    Columns: seconds a step, images_per_second, tokens_per_second (of the input, text and visual, without padding),
-    and a share (0 to 1) for each of tower, projector (with embeddings), decoder, head and loss, optimizer.
+    Args:
+        model: The model.
+        batches: Batches of training.
+        plans: The plans, in addition to "none".
+        rounds: Measurements of each plan.
+        progress: Show a progress bar.
+
+    Returns:
+        One row per plan: seconds (of a step), images_per_second, tokens_per_second (text and visual tokens of the
+        input, without padding), and the share (0 to 1) of tower, projector (with embeddings), decoder, head and loss,
+        and optimizer.
     """
     model.train()
     set_trainable(model, "instruct")
@@ -283,7 +347,8 @@ def part_times(
     spent = {plan: [] for plan in plans}
 
     def step(plan: str) -> None:
-        with fast_mode(model, Stage(plan, 1)):  # its hooks come first: the marks are to see what the model computes
+        # The plan's hooks are registered first, so that the clock's marks come after them.
+        with fast_mode(model, Stage(plan, 1)):
             clock = Clock(model.device)
             with clock.on(model):
                 for batch in batches:
@@ -309,12 +374,23 @@ def part_times(
 
 
 def loading_times(data: LlavaData, collate: Collator, batch: int, workers: Sequence[int], batches: int) -> pd.DataFrame:
-    """Examples a second that the data loader gives to a consumer that only asks for the next, by workers."""
+    """Measure the speed of the data loader alone.
+
+    Args:
+        data: The data set.
+        collate: Makes batches.
+        batch: Examples of a batch.
+        workers: Numbers of loader processes to try.
+        batches: Batches to load.
+
+    Returns:
+        One row per number of workers: examples_per_second.
+    """
     rows = []
     for count in workers:
         loader = DataLoader(data, batch, collate_fn=collate, num_workers=count, shuffle=True)
         stream = iter(loader)
-        next(stream)  # starting the workers is not loading
+        next(stream)  # so that the start of the workers does not count
         start = time.perf_counter()
         for _ in range(batches):
             next(stream)
@@ -324,9 +400,18 @@ def loading_times(data: LlavaData, collate: Collator, batch: int, workers: Seque
 
 
 def memory_by_batch(model: str, batches: Sequence[int], plans: Sequence[str], rounds: int = 3) -> pd.DataFrame:
-    """Peak MB of a training step above what is held before it, for each number of examples: the median of ``rounds``.
+    """Measure the peak memory of a training step, by the number of examples.
 
-    Each in a fresh process; on a CPU the allocator's habits differ from one to the next.
+    Each measurement has a new process. A CPU's allocator behaves differently in each, so the median is taken.
+
+    Args:
+        model: The model's name.
+        batches: Numbers of examples.
+        plans: The plans.
+        rounds: Measurements of each.
+
+    Returns:
+        One row per number of examples, one column per plan: MB above the memory before the step, the median.
     """
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
         rows = []
@@ -345,7 +430,20 @@ def train_report(
     sizes: Sequence[int] = (8, 16, 32, 64),
     progress: bool = True,
 ) -> dict[str, pd.DataFrame]:
-    """The tables of ``train``: "step", "loading" and "memory"."""
+    """Make the tables of the command ``train``.
+
+    Args:
+        model: The model's name.
+        plans: The plans, in addition to "none".
+        batch: Examples of a batch.
+        rounds: Measurements of each plan.
+        workers: Numbers of loader processes to try.
+        sizes: Numbers of examples for the memory.
+        progress: Show progress bars.
+
+    Returns:
+        The tables "step", "loading" and "memory"; see ``part_times``, ``loading_times`` and ``memory_by_batch``.
+    """
     loaded, batches = embedded_batches(batch, 2, model)
     if torch.cuda.is_available():
         loaded, batches = loaded.cuda(), [{key: value.cuda() for key, value in one.items()} for one in batches]
@@ -359,11 +457,11 @@ def train_report(
 
 
 def keeps_up(loading: pd.DataFrame) -> bool:
-    """Whether some number of workers loads at least twice as fast as the fastest plan consumes."""
+    """Return whether some number of workers loads at least twice as fast as the fastest plan consumes."""
     return bool(np.max(loading.times_consumption) >= 2)
 
 
-# LLaVA-1.5's mix665k: entries a folder, fewest and most rounds of an entry, most words of a turn (the mean is half).
+# LLaVA-1.5's mix665k, by image folder: entries, fewest and most rounds of an entry, most words of a turn (mean: half).
 MIX = {
     "coco/train2017": (364_100, 1, 8, 30),
     "vg/VG_100K": (86_417, 6, 20, 12),
@@ -375,7 +473,13 @@ MIX = {
 
 
 def write_mix(file: Path, entries: int, seed: int = 0) -> None:
-    """A JSON list of ``entries`` random conversations, as mixed and as large as those of mix665k; no pictures."""
+    """Write a JSON list of random conversations with the mixture and lengths of mix665k, without images.
+
+    Args:
+        file: The file to write.
+        entries: Number of conversations.
+        seed: Seed of the generator.
+    """
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyzé", k=rng.randint(1, 9))) for _ in range(5000)]
     folders = list(MIX)
@@ -392,10 +496,15 @@ def write_mix(file: Path, entries: int, seed: int = 0) -> None:
 
 
 def data_report(folder: Path, entries: int) -> pd.DataFrame:
-    """Opening a data set as large as ``entries`` of mix665k, each time in a fresh process on the CPU.
+    """Measure opening a data set of mix665k's size, twice, each time in a new process.
 
-    Columns: opening (the first makes the index, the second finds it), seconds, resident_MB (at most, of the process
-    with all it imports), entries_per_second (read in random order, without pictures).
+    Args:
+        folder: A folder for the data set and its index.
+        entries: Number of conversations.
+
+    Returns:
+        One row per opening ("first" makes the index, "second" finds it): seconds, resident_MB (the peak of the process
+        with its imports), entries_per_second (in random order, without images), file_MB.
     """
     file = folder / "mix.json"
     write_mix(file, entries)
@@ -407,11 +516,12 @@ def data_report(folder: Path, entries: int) -> pd.DataFrame:
 
 
 def _peak_of(name: str, size: int, plan: str) -> int:
+    """Bytes that a forward and backward pass of ``size`` examples needs above the memory before it."""
     model, [batch] = embedded_batches(size, 1, name)
     set_trainable(model.train(), "instruct")
     if torch.cuda.is_available():
         model, batch = model.cuda(), {key: value.cuda() for key, value in batch.items()}
-    forget_peak()  # loading may have taken more than the step does
+    forget_peak()  # loading may have had a higher peak than the step
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else peak_resident()
     with fast_mode(model, Stage(plan, 1)):
         model(**batch).loss.backward()
@@ -420,6 +530,7 @@ def _peak_of(name: str, size: int, plan: str) -> int:
 
 
 def _open_data(file: Path, cache: Path) -> tuple[float, float, float]:
+    """Seconds to open a file, peak MB of this process, and entries read per second."""
     data_index.CACHE, start = cache, time.perf_counter()
     opened = LlavaData(file)
     seconds, some = time.perf_counter() - start, np.random.default_rng(0).permutation(len(opened))[:5000]
@@ -430,6 +541,7 @@ def _open_data(file: Path, cache: Path) -> tuple[float, float, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run a command and print its tables. Returns the exit code: 1 if a figure is worse than it may be."""
     parser = argparse.ArgumentParser(
         prog="python papers/benchmarks/training.py",
         description=__doc__,
