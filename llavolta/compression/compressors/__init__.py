@@ -1,4 +1,7 @@
-"""Compressors of visual tokens, one method a file. Importing one registers its name."""
+"""Collect the compressors of visual tokens, one method per file.
+
+Importing a method's file registers its name in ``COMPRESSORS``.
+"""
 
 from llavolta.compression.compressors.avgpool import AveragePool
 from llavolta.compression.compressors.avgpool2d import AveragePool2d

@@ -1,4 +1,4 @@
-"""Average pooling over squares of the image grid."""
+"""Average squares of the image grid."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ from llavolta.compression.compressors.base import (
 
 @dataclass(frozen=True)
 class AveragePool2d(Compressor):
-    """2-D average pooling, kernel = stride = k, on each picture's (H, W) grid: L -> ceil(H / k) * ceil(W / k) tokens.
+    """2-D average pooling of each grid (H, W), with kernel = stride = k.
 
-    Windows at the right and lower edge are smaller where k does not divide the grid, and average what they hold. A
-    pooled token takes the place of the window's token nearest its centre and the mean of its positions, cut to an
-    integer. A baseline of LLaVA-STF's tables (arXiv 2506.07138); see Downsample for shares other than 1 / k^2.
-    Each frame of a clip is a picture; a class token before its patches stays. Raises ValueError for tokens that are no
-    rectangle, as after another compressor. See AveragePool3d for windows over several frames.
+    L tokens become ceil(H / k) * ceil(W / k). Windows at the right and lower edge are smaller where
+    k does not divide the grid; they average the tokens that they have. A pooled token takes the
+    place of the token nearest to its window's centre, and the window's mean position, cut to an
+    integer. Each frame of a clip has a grid of its own, and a class token before its patches stays.
+
+    It is a baseline in the tables of LLaVA-STF (arXiv 2506.07138). See Downsample for shares other
+    than 1 / k^2, and AveragePool3d for windows over several frames. Raises UnsupportedModel for
+    tokens that are no rectangle, as after another compressor.
+
+    Attributes:
+        kernel: k, at least 1.
     """
 
     kernel: int
@@ -36,7 +42,7 @@ class AveragePool2d(Compressor):
         return self.kernel == 1
 
     def num_tokens(self, num_tokens: int) -> int:
-        """For a square grid of ``num_tokens``; anything else is counted as one row."""
+        """Return the number for a square grid; a number that is no square counts as one row."""
         side = round(num_tokens**0.5)
         height = side if side * side == num_tokens else 1
         return -(-height // self.kernel) * -(-(num_tokens // height) // self.kernel)

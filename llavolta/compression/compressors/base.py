@@ -1,4 +1,13 @@
-"""What a compressor gets, what it returns, and the registry that plan texts, sliders and tests read."""
+"""Define the contract of compressors, and the helpers that several methods share.
+
+A compressor receives ``VisualTokens`` and returns ``CompressedTokens``. ``Compressor`` is the base
+class; its named subclasses are registered in ``COMPRESSORS``, which plan texts, sliders and tests
+read. ``KeepRatio`` and ``KeepBudget`` are bases for methods that keep a share or a number of
+tokens. The functions are tensor operations and checks of options.
+
+Shapes: I images, tiles or frames (rows), L input tokens of the longest row, M output tokens, C
+hidden size, A axes of a rotary position, B rows of the batch, T tokens of such a row.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +28,27 @@ Positions = Literal["contiguous", "original"]
 
 @dataclass
 class VisualTokens:
-    """The visual tokens of a batch at one layer, one row per picture: an image, a tile of one, a frame of a clip; or a
-    clip, for a compressor that works ``over_clips``.
+    """The visual tokens of a batch at one layer.
 
-    hidden: (I, L, C) in raster order; rows of pictures with fewer than L tokens are padded at the end.
-    mask: (I, L) True where a token is real.
-    positions: (I, L, A) integer rotary positions; A is 1, or 3 where the model has 3-D positions.
-    grid: (I, 2) height and width in tokens of the picture or frame, without a class token before its patches; (1, n)
-    where the n tokens are not (or no longer) a known rectangle.
-    frames: (I,) frames in the row, of equally many tokens, one after the other.
-    size: (I, L) for how many tokens each stands as a key: see CompressedTokens; 1 at first.
-    training: whether the model is in training mode.
-    probe: what computes ``attention``, ``keys`` and ``rows`` when they are asked for. At "vision" there is no
-    decoder layer yet: attention and keys of the tower are all, for a compressor that needs "tower"; at layer 0 it has
-    both.
+    Each row is an image, a tile of an image or a frame of a clip. For a compressor with
+    ``over_clips`` a row may be a whole clip.
+
+    Attributes:
+        hidden: (I, L, C) hidden states in raster order, padded at the end.
+        mask: (I, L) bool, False at padding.
+        positions: (I, L, A) integer rotary positions. A is 1, or 3 for a model with 3-D positions
+            (M-RoPE).
+        grid: (I, 2) height and width in tokens of the image or of one frame, without a class token
+            before its patches. (1, n) where the n tokens of a row are no known rectangle, which is
+            also the default.
+        training: Whether the model is in training mode.
+        probe: Computes ``attention``, ``keys`` and ``rows`` on request: a LayerProbe at a decoder
+            layer, a TowerProbe at "vision" for a compressor that needs "tower", else None. At layer
+            0 the LayerProbe includes the tower for such a compressor.
+        frames: (I,) number of frames in each row, one after the other, of equally many tokens. 1 by
+            default.
+        size: (I, L) number of tokens that each token represents as an attention key: see
+            ``CompressedTokens``. 1 by default.
     """
 
     hidden: Tensor
@@ -60,20 +76,36 @@ class VisualTokens:
         layer: str | int = "last",
         per_head: bool = False,
     ) -> Tensor:
-        """(I, L) attention that each visual token gets, the mean over heads (and queries), in float32, no gradient.
+        """Return the attention that each visual token receives.
 
-        query: "last", the last real token of each row of the batch; or "instruction", the tokens just before each
-        answer where labels are given, else the last; or (I, T) bool, tokens of each picture's row. previous: in the
-        layer before this one, as it computed it (a compressor that asks for it lists "previous_layer" in ``needs``);
-        else in this layer, from its own input norm, query and key projections and rotary embeddings. The softmax is
-        over all earlier tokens of this pass, also in layers with a sliding window, and not over an older part of a
-        conversation in the cache.
+        At a decoder layer, attention is computed for the queries only, from the layer's own input
+        norm, query and key projections and rotary embeddings. The softmax covers all earlier tokens
+        of this forward pass and of the same sample of a packed row. It ignores a sliding window,
+        and tokens that earlier passes left in the cache.
 
-        For a compressor that needs "tower", at "vision" and layer 0: "class", ``softmax(q_cls k^T / sqrt(D))`` of a
-        tower's encoder layer over the class token and all patches; "received", the mean over the attention of all
-        tokens of a picture. layer: "last", "selected" (the one whose output the model selects) or a number; a
-        compressor lists those that it asks for in ``tower_layers``. per_head: the mean of each head's softmax, else
-        all heads as one of width D, as in PruMerge (arXiv 2403.15388).
+        In the vision tower, the softmax covers the class token and all patches of the image:
+        ``softmax(q k^T / sqrt(d))``.
+
+        Args:
+            query: At a decoder layer "last", the last real token of each sample; "instruction", the
+                tokens just before each answer if labels are given, else as "last"; or a (I, T) bool
+                mask of tokens of each image's row. In the tower "class", the class token; or
+                "received", all tokens of the image.
+            previous: Read the decoder layer before this one. The compressor lists "previous_layer"
+                in ``needs``.
+            layer: Layer of the tower: "last", "selected" (the layer whose output the model
+                selects), "early" (index 5 of 24) or a number. The compressor lists it in
+                ``tower_layers``.
+            per_head: In the tower, take a softmax per head and average over heads. False: one
+                softmax over all heads as one head of width D, as in PruMerge (arXiv 2403.15388).
+
+        Returns:
+            (I, L) float32, the mean over queries (and over heads), without gradient.
+
+        Raises:
+            ValueError: The query or layer is not available here, or not listed by the compressor.
+            UnsupportedModel: The model's attention cannot be computed, or the tower has no class
+                token.
         """
         if isinstance(query, str) and (
             query in ("class", "received") or isinstance(self.probe, TowerProbe)
@@ -82,13 +114,28 @@ class VisualTokens:
         return self._probe().attention(query, previous)
 
     def own_attention(self) -> Tensor:
-        """(I, L) what the mean of this layer's queries, of each picture and of all tokens before it in its row, gives
-        to the keys of these, before rotation: each head's softmax, their mean; no gradient (PACT, arXiv 2504.08966)."""
+        """Return the attention that each visual token receives from the mean query of its image.
+
+        The mean query is that of this layer over the image and all tokens before it in its row. The
+        softmax covers the same tokens, per head, with queries and keys before rotation (PACT, arXiv
+        2504.08966).
+
+        Returns:
+            (I, L) float32, the mean over heads, without gradient.
+        """
         return self._probe().own_attention()
 
     def salience(self, layer: str | int = "selected") -> Tensor:
-        """(I, L) where a compressor may ask the tower: each head's attention of the class token, its mean over heads;
-        if the tower has no class token (SigLIP), the attention that a patch receives, the mean over heads and patches.
+        """Return the attention that ranks the patches of the vision tower.
+
+        It is the attention of the class token, or, in a tower without one (SigLIP), the mean
+        attention that a patch receives from all patches.
+
+        Args:
+            layer: Layer of the tower: see ``attention``.
+
+        Returns:
+            (I, L) float32, softmax per head and mean over heads, without gradient.
         """
         return self.attention(
             "class" if self._tower().class_token else "received", layer=layer, per_head=True
@@ -97,49 +144,74 @@ class VisualTokens:
     def keys(
         self, layer: str | int | None = None, per_head: bool = False, rotated: bool = False
     ) -> Tensor:
-        """(I, L, D) keys of this decoder layer, all heads side by side, before rotation or ``rotated``; no gradient.
+        """Return the attention keys of the visual tokens, without gradient.
 
-        layer: of the tower's ("last" where there is none else, at "vision"), before rotation; per_head: their mean over
-        heads (I, L, D / heads), in float32.
+        Args:
+            layer: Layer of the tower: see ``attention``. None: this decoder layer, or the tower's
+                last layer at "vision". Keys of the tower are those before rotation.
+            per_head: In the tower, average over heads.
+            rotated: At a decoder layer, apply the rotary embedding.
+
+        Returns:
+            (I, L, D) with all heads side by side, or (I, L, D / heads) float32 with ``per_head``.
         """
         if layer is not None or isinstance(self.probe, TowerProbe):
             return self._tower().keys(layer or "last", per_head)
         return self._probe().keys(rotated)
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Of the row of the batch that each picture stands in: hidden states (I, T, C) of all T tokens, and
-        (I, T) bool, the text behind its last picture (all text where none is behind), without answers where labels are
-        given. Raises UnsupportedModel for a row without text."""
+        """Return the row of the batch that each image stands in, and its question.
+
+        Returns:
+            The hidden states (I, T, C) of all T tokens of the row, and a (I, T) bool mask of its
+            text after the last image, or of all its text if there is none after. Labelled tokens
+            (answers) are no part of the question.
+
+        Raises:
+            UnsupportedModel: A row has no text but answers, or holds several packed samples.
+        """
         probe = self._probe()
         behind = probe.behind()
         return probe.here.hidden[probe.row()], behind
 
     def row_keys(self) -> Tensor:
-        """(I, T, D) keys in the layer before, with their rotation, of all T tokens of each picture's row, heads side by
-        side; no gradient. For a compressor that lists "previous_layer" in ``needs``."""
+        """Return the rotated keys of the layer before, of all tokens of each image's row.
+
+        For a compressor that lists "previous_layer" in ``needs``.
+
+        Returns:
+            (I, T, D) with all heads side by side, without gradient.
+        """
         probe = self._probe()
         return probe.rotated_keys()[probe.row()]
 
     @property
     def start(self) -> VisualTokens:
-        """The visual tokens as they were at layer 0, for a compressor that lists "start" in ``needs``."""
+        """The visual tokens at layer 0, for a compressor that lists "start" in ``needs``."""
         start = self._probe().start
         if start is None:
             raise ValueError('the tokens of layer 0 need "start" in needs')
         return start  # pyright: ignore[reportReturnType]
 
     def from_start(self, marks: Tensor) -> Tensor:
-        """marks (I, T0) of the tokens of each picture's row at layer 0 -> (I, T) of those that are still there."""
+        """Carry a mask of the tokens at layer 0 over to this layer.
+
+        Args:
+            marks: (I, T0) bool, over the T0 tokens that each image's row had at layer 0.
+
+        Returns:
+            (I, T) bool, over the tokens that the row has here.
+        """
         return self._probe().from_start(marks)
 
     @property
     def column(self) -> Tensor:
-        """(I, L) where each token stands among the T of its row."""
+        """(I, L) index of each visual token among the T tokens of its row."""
         probe = self._probe()
         return probe.images % probe.valid.shape[1]
 
     def final_norm(self, hidden: Tensor) -> Tensor:
-        """``hidden`` (..., C) under the language model's final norm."""
+        """Apply the language model's final norm to ``hidden`` (..., C)."""
         return self._probe().norm(hidden)
 
     def _tower(self) -> TowerProbe:
@@ -148,35 +220,44 @@ class VisualTokens:
         )
         if tower is None:
             raise ValueError(
-                "attention and keys of the vision tower exist at 'vision' and layer 0, for a compressor that lists "
-                '"tower" in needs'
+                "attention and keys of the vision tower exist at 'vision' and layer 0, "
+                'for a compressor that lists "tower" in needs'
             )
         return tower
 
     def _probe(self) -> LayerProbe | TowerProbe:
         if self.probe is None:
             raise ValueError(
-                "attention, keys and rows exist at decoder layers; at 'vision' there are attention('class') "
-                'and keys for a compressor that lists "tower" in needs'
+                "attention, keys and rows exist at decoder layers; at 'vision' there are "
+                "attention('class') and keys for a compressor that lists \"tower\" in needs"
             )
         return self.probe
 
 
 @dataclass
 class CompressedTokens:
-    """What a compressor leaves of each picture.
+    """The output of a compressor.
 
-    hidden: (I, M, C). mask: (I, M) True where a token is real; padding stands at the end.
-    anchor: (I, M) which of the L input tokens each one takes the place of; strictly rising over the real ones.
-    positions: (I, M, A) integer rotary positions, or None for those of the anchors.
-    group: (I, L) the output token into which each input token was averaged, or None where tokens were only kept or
-    dropped. Features that the model adds to visual tokens in later layers (deep-stack) are merged in the same way.
-    grid: (I, 2) height and width of what is left, or None if that is no rectangle; frames: (I,) how many of these, or
-    None for one.
-    size: (I, M) for how many tokens each stands as a key: the layers behind add its log to the logits of attention
-    (proportional attention: ToMe, arXiv 2210.09461, eq. 1); None: as before. Not where attention is "flash" or "flex",
-    nor at "vision". calibration: (I, M) c > 1 adds ``log(c - D(distance))`` to the logits of a key, where D is the mean
-    cosine of the rotation by its distance to the query (RESTORE, ICML 2026); 0: nothing; None: as before.
+    Attributes:
+        hidden: (I, M, C) output tokens, padded at the end.
+        mask: (I, M) bool, False at padding.
+        anchor: (I, M) index of the input token whose place in the sequence each output token takes.
+            It rises strictly over the real tokens of a row. A (1, M) or (M,) tensor holds for all
+            rows.
+        positions: (I, M, A) integer rotary positions. None: the positions of the anchors.
+        group: (I, L) index of the output token that each input token was averaged into, M for none.
+            Features that the model adds to visual tokens in later layers (deep-stack) are averaged
+            in the same way. None: tokens were only kept or dropped.
+        grid: (I, 2) height and width of the output. None: it is no rectangle.
+        frames: (I,) number of such rectangles in each row. None: one.
+        size: (I, M) number of tokens that each output token represents as an attention key. From
+            this layer on, its log is added to the attention logits of the key (proportional
+            attention: ToMe, arXiv 2210.09461, eq. 1). None: the size of the anchor. Not available
+            at "vision" or with flash or flex attention.
+        calibration: (I, M) constant c > 1, which adds ``log(c - D(distance))`` to the attention
+            logits of the key, from this layer on. D is the mean cosine of the rotation by the
+            distance from key to query (RESTORE, ICML 2026). 0: add nothing. None: the value of the
+            anchor.
     """
 
     hidden: Tensor
@@ -191,21 +272,28 @@ class CompressedTokens:
 
 
 class NameTaken(UserError, ValueError):
-    """A compressor's name that another class holds."""
+    """A compressor name that another class already has."""
 
 
 @dataclass(frozen=True)
 class Compressor(ABC):
-    """Base class. A subclass with a ``name`` of its own is known to plans, sliders and the test matrix at once.
+    """Base class of compressors. A subclass with a ``name`` is registered in ``COMPRESSORS``.
 
-    Write a frozen dataclass whose fields are the options in the order of the plan text
-    (``"2:avgpool:8"`` -> ``AveragePool(8)``), check them in ``__post_init__``, and write ``__call__``.
-    ``needs``: "previous_layer" for ``tokens.attention(previous=True)``, so from layer 1; "start" for
-    ``tokens.start``; "decoder" for what exists at
-    decoder layers only; "tower" for attention and keys of the vision tower (of its ``tower_layers``), so at "vision"
-    or layer 0, and with it "class_token" if the tower must have one, at "vision" only. ``over_clips``: at
-    decoder layers the frames of a clip that no text parts are one row. ``may_empty``: whether it may leave a picture
-    without any token.
+    Write a frozen dataclass whose fields are the options, in the order of the plan text
+    (``"2:avgpool:8"`` is ``AveragePool(8)``). Check them in ``__post_init__``, and implement
+    ``__call__`` and ``num_tokens``.
+
+    Attributes:
+        name: The name in plan texts; empty: not registered.
+        needs: What the compressor reads, which limits where it may stand. "previous_layer": the
+            layer before, so from layer 1 on. "start": ``tokens.start``. "decoder": anything that
+            exists at decoder layers only. "tower": attention or keys of the vision tower, so at
+            "vision" or layer 0. "class_token", beside "tower": a class token in the tower, at
+            "vision" only.
+        tower_layers: The layers of the tower that it reads: see ``VisualTokens.attention``.
+        over_clips: Whether a clip is one row at decoder layers, if no text stands between its
+            frames. Else each frame is a row.
+        may_empty: Whether an image may end up without any token.
     """
 
     name: ClassVar[str] = ""
@@ -216,40 +304,54 @@ class Compressor(ABC):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        name = vars(cls).get("name")  # an inherited one stays its owner's
+        name = vars(cls).get("name")  # an inherited name belongs to the base class
         if name:
             held = COMPRESSORS.get(name, cls)
-            if (held.__module__, held.__qualname__) != (
-                cls.__module__,
-                cls.__qualname__,
-            ):  # the same: defined anew
+            # The same module and name: the class is defined again, as in a notebook cell.
+            if (held.__module__, held.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise NameTaken(
-                    f"compressor name {name!r} of {cls.__qualname__} is held by {held.__module__}.{held.__qualname__}; "
-                    "choose another"
+                    f"compressor name {name!r} of {cls.__qualname__} is held by "
+                    f"{held.__module__}.{held.__qualname__}; choose another"
                 )
             COMPRESSORS[name] = cls
 
     @abstractmethod
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
-        """Compress every picture of the batch; at least one token of each must stay, unless the class ``may_empty``."""
+        """Compress every image of the batch.
+
+        Args:
+            tokens: The visual tokens of the batch at the compressor's layer.
+
+        Returns:
+            The output tokens. Each image has at least one, unless the class sets ``may_empty``.
+        """
 
     @abstractmethod
     def num_tokens(self, num_tokens: int) -> float:
-        """How many tokens (their mean, if it depends on the picture) are left of ``num_tokens``."""
+        """Return the number of output tokens for an image of ``num_tokens`` tokens.
+
+        If it depends on the image, it is an estimate.
+        """
 
     @property
     def is_identity(self) -> bool:
-        """True when nothing is ever removed; the model is then left exactly as it is."""
+        """Whether nothing is ever removed. The model is then left exactly as it is."""
         return False
 
     @property
     def contiguous(self) -> bool:
-        """At "vision" and layer 0, where positions have one dimension: whether all tokens behind
-        a gap, text too, move up, as if the shorter sequence had been fed."""
+        """Whether positions close the gaps that dropped tokens leave.
+
+        All tokens after a gap, text included, then move up, as if the shorter sequence had been
+        fed. It applies at "vision" and layer 0, and to 1-D positions only.
+        """
         return False
 
     def __str__(self) -> str:
-        """The plan text, such as ``avgpool:8``; switches that are off by default and in fact are left out."""
+        """Return the plan text, such as ``avgpool:8``.
+
+        A boolean option that is False by default is left out unless it is True.
+        """
         written = []
         for option in fields(self):
             value = getattr(self, option.name)
@@ -264,9 +366,12 @@ class Compressor(ABC):
 
 @dataclass(frozen=True)
 class KeepRatio(Compressor):
-    """Base of the compressors that keep the ``keep`` * n best-scored of a picture's n tokens, at least one.
+    """Base of compressors that keep the ``keep`` * n best-scored of n tokens, at least one.
 
-    A subclass writes ``scores(tokens) -> (I, L)``. Each picture keeps its own share, also each tile of one image.
+    A subclass implements ``scores``. Each row keeps its own share, so each tile of an image does.
+
+    Attributes:
+        keep: Share of the tokens to keep, above 0 and at most 1.
     """
 
     keep: float = 0.5
@@ -283,25 +388,31 @@ class KeepRatio(Compressor):
 
     @abstractmethod
     def scores(self, tokens: VisualTokens) -> Tensor:
-        """(I, L), higher is kept first; entries at padding are ignored."""
+        """Return a score (I, L) per token. Higher ones are kept first; padding is ignored."""
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
         scores = self.scores(tokens).masked_fill(~tokens.mask, -torch.inf)
         count = share_of(tokens.mask, self.keep)
+        # The argsort of an argsort is the rank. A stable sort keeps the earlier of equal scores.
         rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         return keep_tokens(tokens, rank < count[:, None])
 
 
 @dataclass(frozen=True)
 class KeepBudget(Compressor):
-    """Base of the compressors that leave ``keep`` of a picture's n tokens: a share of them up to 1, or a whole number
-    above 1 (all, where there are fewer), counted by picture, also by tile of one image.
+    """Base of compressors whose ``keep`` is a share or a number of tokens.
 
-    positions: "contiguous", as if the shorter sequence had been fed: what follows moves up; "original"; or "auto":
-    contiguous at "vision" and layer 0, original from layer 1 on, where contiguous cannot be, as the layers before have
-    rotated keys by the original ones. With 3-D positions (M-RoPE, Qwen-VL) "auto" is original
-    everywhere, and "contiguous" is refused: an image takes as many positions as its longer side,
-    however many tokens are left of it.
+    Both count per row, so per tile of an image.
+
+    Attributes:
+        keep: A share up to 1, rounded to at least one token; or a whole number of tokens above 1,
+            of which a shorter row keeps all.
+        positions: "contiguous": positions close up, as if the shorter sequence had been fed; at
+            "vision" and layer 0 only, since earlier decoder layers have rotated keys by the
+            original positions. "original": positions stay. "auto": contiguous at "vision" and layer
+            0, original at later layers. With 3-D positions (M-RoPE) an image takes as many
+            positions as its longer side, so "auto" is original everywhere and "contiguous" raises
+            UnsupportedModel.
     """
 
     keep: float | int = 0.25
@@ -330,46 +441,68 @@ class KeepBudget(Compressor):
         )
 
     def budget(self, mask: Tensor) -> Tensor:
-        """(I,) how many of the tokens mask (I, L) of each picture are left."""
+        """Return the (I,) number of tokens to keep, given the mask (I, L)."""
         return mask.sum(1).clamp(max=self.keep) if self.keep > 1 else share_of(mask, self.keep)
 
 
 def choose_greedily(
     count: Tensor, mask: Tensor, gain: Tensor, update: Callable[[int, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """(I, L) bool: count (I,) tokens of each picture, one after the other the one of the largest ``gain`` (I, L).
+    """Choose tokens one after the other, each time the one of the largest gain.
 
-    update: called as ``update(step, chosen, gain)`` with what each picture has just chosen (I,), gives the next gain.
+    Args:
+        count: (I,) number of tokens to choose in each row.
+        mask: (I, L) bool, the tokens that may be chosen.
+        gain: (I, L) gain of the first choice.
+        update: Called after each choice as ``update(step, chosen, gain)``, with the (I,) indices
+            just chosen. Returns the gain (I, L) of the next choice.
+
+    Returns:
+        (I, L) bool, the chosen tokens.
     """
     kept = torch.zeros_like(mask)
     for step in range(int(count.max())):
         chosen = gain.masked_fill(kept | ~mask, -torch.inf).argmax(1)
+        # A row that has its count already goes on choosing, without effect.
         kept |= torch.nn.functional.one_hot(chosen, mask.shape[1]).bool() & (step < count)[:, None]
         gain = update(step, chosen, gain)
     return kept
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
-    """values (I, L, D) at index (I, M) -> (I, M, D)."""
+    """Gather rows of ``values`` (I, L, D) at ``index`` (I, M) -> (I, M, D)."""
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def first_of(chosen: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(I, count) the places of the first ``count`` True of each row of chosen (I, L), in order; and (I, count) bool,
-    False where there are fewer."""
+    """Return the indices of the first ``count`` True of each row of ``chosen`` (I, L), in order.
+
+    Returns:
+        The indices (I, count), and a (I, count) bool mask, False where a row has fewer.
+    """
+    # A stable sort puts the True entries first and keeps their order.
     place = torch.argsort(chosen.long(), dim=1, descending=True, stable=True)[:, :count]
     return place, chosen.gather(1, place)
 
 
 def largest_of(values: Tensor, count: Tensor, mask: Tensor) -> Tensor:
-    """(I, L) bool, the ``count`` (I,) largest of each row of values (I, L), the earlier of equal ones; mask (I, L)."""
+    """Mark the ``count`` (I,) largest of each row of ``values`` (I, L), within ``mask`` (I, L).
+
+    Of equal values the earlier one is taken.
+
+    Returns:
+        (I, L) bool.
+    """
     order = values.masked_fill(~mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
     return mask & (order.argsort(dim=1) < count[:, None])
 
 
 def cosines(features: Tensor) -> Tensor:
-    """(I, L, L) cosine similarity of features (I, L, C), in float32; of a pair the same both ways, to the last bit, so
-    that rounding does not choose between two tokens that are nearest to each other."""
+    """Return the cosine similarities (I, L, L) of ``features`` (I, L, C), in float32.
+
+    The matrix is symmetric to the last bit, so that rounding does not decide between two tokens
+    that are nearest to each other.
+    """
     unit = torch.nn.functional.normalize(features.float(), dim=-1)
     alike = matmul_float32(unit, unit.transpose(1, 2))
     return (alike + alike.transpose(1, 2)) / 2
@@ -378,18 +511,26 @@ def cosines(features: Tensor) -> Tensor:
 def by_size(
     tokens: VisualTokens, work: Callable[..., CompressedTokens], *values: Tensor
 ) -> CompressedTokens:
-    """``work(tokens, *values)``, called with pictures of one size at a time, which have no padding and no probe.
+    """Call ``work(tokens, *values)`` on rows of one size at a time, and join the results.
 
-    values: (I, L, ...) what was asked of the probe, cut as the tokens are.
+    Args:
+        tokens: The visual tokens of the batch.
+        work: Receives rows of equal length and grid, without padding. It must not use the probe.
+        values: (I, L, ...) tensors per token, such as attention, sliced like the tokens.
+
+    Returns:
+        The output for all rows in their order, without ``grid`` and ``frames`` if sizes differ.
     """
+    # The usual case: one size, so nothing to slice.
     if bool(tokens.mask.all()) and bool((tokens.grid == tokens.grid[:1]).all()):
         return work(tokens, *values)
+    # sizes (S, 3): each height, width and token count that occurs; which (I,): index of each row.
     sizes, which = torch.cat([tokens.grid, tokens.mask.sum(1, keepdim=True)], 1).unique(
         dim=0, return_inverse=True
     )
     parts = []
     for number, count in enumerate(sizes[:, 2].tolist()):
-        chosen = (which == number).nonzero()[:, 0]
+        chosen = (which == number).nonzero()[:, 0]  # indices of the rows of this size
         names = ("hidden", "mask", "positions", "size")
         cut = {name: getattr(tokens, name)[chosen, :count] for name in names}
         alike = VisualTokens(
@@ -400,12 +541,14 @@ def by_size(
     images = len(tokens.mask)
 
     def joined(name: str, wide: int) -> Tensor | None:
+        """Put a field of all parts into one tensor (I, wide, ...), 0 at padding."""
         if any(getattr(part, name) is None for _, part in parts):
             return None
         whole = None
         for chosen, part in parts:
             value = getattr(part, name).expand(len(chosen), *getattr(part, name).shape[1:])
             whole = value.new_zeros(images, wide, *value.shape[2:]) if whole is None else whole
+            # Out of place, so that gradients pass.
             whole = whole.index_put(
                 (chosen[:, None], torch.arange(value.shape[1], device=chosen.device)), value
             )
@@ -418,11 +561,11 @@ def by_size(
 
 
 def keep_tokens(tokens: VisualTokens, keep: Tensor) -> CompressedTokens:
-    """The tokens where ``keep`` (I, L) is True, in their order, and nothing else."""
+    """Return the tokens where ``keep`` (I, L) is True, in their order, and drop all others."""
     keep = keep & tokens.mask
     count = keep.sum(1)
     longest = int(count.max())
-    anchor = torch.argsort(~keep, dim=1, stable=True)[:, :longest]
+    anchor = torch.argsort(~keep, dim=1, stable=True)[:, :longest]  # kept first, in order: (I, M)
     hidden = tokens.hidden.gather(1, anchor[..., None].expand(-1, -1, tokens.hidden.shape[-1]))
     return CompressedTokens(
         hidden, torch.arange(longest, device=keep.device) < count[:, None], anchor
@@ -432,14 +575,31 @@ def keep_tokens(tokens: VisualTokens, keep: Tensor) -> CompressedTokens:
 def check_output(
     out: CompressedTokens, tokens: VisualTokens, where: str, may_empty: bool = False
 ) -> tuple[CompressedTokens, bool]:
-    """A compressor's output that has been found sound, its anchors clamped at padding; and whether none is padding."""
+    """Check what a compressor returned.
+
+    Args:
+        out: The compressor's output.
+        tokens: Its input.
+        where: The compressor and its layer, for error messages.
+        may_empty: Whether a row without any token is allowed.
+
+    Returns:
+        The output with anchors (I, M) clamped to valid indices at padding, and whether it has no
+        padding.
+
+    Raises:
+        ValueError: Wrong shapes, a row without tokens, or anchors that do not rise or point at
+            padding.
+        FloatingPointError: NaN or infinite hidden states.
+    """
     pictures, length, width = tokens.hidden.shape
     kept = tuple(out.mask.shape)
     fits = out.hidden.shape == (*kept, width) and kept[0] == pictures
     if not fits or tuple(out.anchor.shape) not in (kept, (1, *kept[1:]), kept[1:]):
         raise ValueError(
-            f"{where} returned hidden {tuple(out.hidden.shape)}, mask {kept}, anchor {tuple(out.anchor.shape)} for "
-            f"{pictures} pictures of width {width}; expected ({pictures}, M, {width}), ({pictures}, M), ({pictures}, M)"
+            f"{where} returned hidden {tuple(out.hidden.shape)}, mask {kept}, "
+            f"anchor {tuple(out.anchor.shape)} for {pictures} pictures of width {width}; "
+            f"expected ({pictures}, M, {width}), ({pictures}, M), ({pictures}, M)"
         )
     anchor = out.anchor.expand(kept).clamp(0, length - 1)
     found = (
@@ -449,9 +609,8 @@ def check_output(
         (torch.isfinite(out.hidden) | ~out.mask[..., None]).all(),
         out.mask.all(),
     )
-    some_left, sound, finite, whole = torch.stack(
-        found
-    ).tolist()  # the host waits for the device once
+    # One transfer for all four, so that the host waits for the device once.
+    some_left, sound, finite, whole = torch.stack(found).tolist()
     if not (some_left or may_empty):
         raise ValueError(f"{where} left an image with no token; every image must keep at least one")
     if not sound:
@@ -464,42 +623,58 @@ def check_output(
 
 
 def share_of(mask: Tensor, keep: float) -> Tensor:
-    """(I,) how many tokens the share ``keep`` of each picture's are, at least one; mask (I, L)."""
+    """Return the (I,) number of tokens that the share ``keep`` of each row is, at least one.
+
+    Args:
+        mask: (I, L) bool, False at padding.
+        keep: Share from 0 to 1. Halves are rounded to the even number.
+    """
     return (mask.sum(1).double() * keep).round().clamp(min=1).long()
 
 
 def sum_groups(values: Tensor, group: Tensor, groups: int) -> Tensor:
-    """values (I, L, D) -> (I, groups, D), the sum of those of each group; group (I, L), ``groups`` at padding."""
+    """Sum ``values`` (I, L, D) over the tokens of each group -> (I, groups, D).
+
+    Args:
+        values: (I, L, D).
+        group: (I, L) index of each token's group. Tokens with index ``groups`` are left out.
+        groups: Number of groups.
+    """
+    # One more group takes the tokens that are left out; it is cut off at the end.
     index = group[..., None].expand_as(values)
     return values.new_zeros(len(values), groups + 1, values.shape[-1]).scatter_add(
         1, index, values
     )[:, :-1]
 
 
-_MOST = 2**32 - 1  # beyond it, arithmetic on tensors overflows
+_MOST = 2**32 - 1  # larger options would overflow in arithmetic on tensors
 
 
 def _number(value) -> float:
-    """``value`` if it is a number, else NaN, which compares as False with any."""
+    """Return ``value`` if it is a number, else NaN, which compares as False with any."""
     return value if isinstance(value, int | float) and not isinstance(value, bool) else torch.nan
 
 
 def require_share(owner: str, name: str, value: float) -> None:
+    """Raise ValueError unless ``value`` is a number above 0 and at most 1."""
     if not 0 < _number(value) <= 1:
         raise ValueError(f"{owner}: {name} must be above 0 and at most 1, not {value!r}")
 
 
 def require_number(owner: str, name: str, value: float, at_most: float = 1e6) -> None:
+    """Raise ValueError unless ``value`` is a number from 0 to ``at_most``."""
     if not 0 <= _number(value) <= at_most:
         raise ValueError(f"{owner}: {name} must be a number from 0 to {at_most:g}, not {value!r}")
 
 
 def require_switch(owner: str, name: str, value: bool) -> None:
+    """Raise ValueError unless ``value`` is a bool."""
     if not isinstance(value, bool):
         raise ValueError(f"{owner}: {name} must be true or false, not {value!r}")
 
 
 def require_choice(owner: str, name: str, value: str, known) -> None:
+    """Raise ValueError unless ``value`` is one of the options of the Literal type ``known``."""
     if value not in get_args(known):
         raise ValueError(
             f"{owner}: {name} must be one of {', '.join(get_args(known))}, not {value!r}"
@@ -507,6 +682,7 @@ def require_choice(owner: str, name: str, value: str, known) -> None:
 
 
 def require_int(owner: str, name: str, value: int, at_least: int, at_most: int = _MOST) -> None:
+    """Raise ValueError unless ``value`` is an int from ``at_least`` to ``at_most``."""
     if not isinstance(value, int) or not at_least <= _number(value) <= at_most:
         limit = f"at most {at_most}" if _number(value) > at_most else f"at least {at_least}"
         raise ValueError(f"{owner}: {name} must be a whole number of {limit}, not {value!r}")

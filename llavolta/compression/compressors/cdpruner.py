@@ -1,4 +1,4 @@
-"""CDPruner: a diverse subset of the tokens that matter to the question."""
+"""Keep a diverse subset of the visual tokens that are relevant to the question (CDPruner)."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ from llavolta.compression.compressors.base import (
 )
 from llavolta.compression.probe import matmul_float32
 
-_LEAST = 1e-6  # of a residual: once the rank of the kernel is used up, it is 0
+_LEAST = 1e-6  # of a residual variance, which reaches 0 once the kernel's rank is used up
 
 
 @dataclass(frozen=True)
 class CDPruner(KeepBudget):
-    """Keep the most probable subset of a determinantal point process conditioned on the question, greedily.
+    """Choose the most probable subset of a determinantal point process, greedily.
 
-    Kernel ``diag(r) S diag(r)``: S the cosines of the hidden states, r in (0, 1] the relevance: the cosine of a token
-    to the text behind the picture, the mean over its tokens, scaled to that range in each picture (arXiv 2506.10967,
-    section 3; greedy MAP after Chen et al., arXiv 1709.05135). Relevance is measured in the language model's space, as
-    deployments of it do; the paper's own is CLIP's (with the sign turned), whose text tower is not in a LLaVA. Raster
-    order. Tokens beyond the kernel's rank, where the public code gives NaN and fewer tokens, follow in raster order.
-    From layer 0 on, where the question is known.
+    The kernel is ``diag(r) S diag(r)``. S are the cosines of the hidden states. The relevance r is
+    the cosine of a token to the text after the image, averaged over the text tokens. Per image it
+    is scaled to ``(r - min + 1e-6) / (max - min)`` (arXiv 2506.10967, section 3; greedy MAP
+    inference as in Chen et al., arXiv 1709.05135). Tokens stay in raster order.
+
+    Relevance is measured in the language model's space, as in deployments of the method. The paper
+    measures it in CLIP's, with the sign reversed, but a LLaVA checkpoint lacks CLIP's text tower.
+    Beyond the kernel's rank, tokens follow in raster order, where the public code gives NaN and
+    fewer tokens. From layer 0 on, where the question is known.
     """
 
     name: ClassVar[str] = "cdpruner"
@@ -39,8 +42,9 @@ class CDPruner(KeepBudget):
 
     @torch.no_grad()
     def relevance(self, tokens: VisualTokens) -> Tensor:
-        """(I, L)."""
+        """Return the relevance (I, L) of each token to the question, about 0 to 1."""
         words, behind = tokens.rows()
+        # A mean of unit vectors (I, C): its product with a unit vector is the mean of the cosines.
         mean = (F.normalize(words.float(), dim=-1) * behind[..., None]).sum(1) / behind.sum(
             1, keepdim=True
         )
@@ -53,9 +57,10 @@ class CDPruner(KeepBudget):
         relevance, count = self.relevance(tokens), self.budget(tokens.mask)
         kernel = relevance[:, :, None] * cosines(tokens.hidden.detach()) * relevance[:, None]
         picture = torch.arange(len(kernel), device=kernel.device)
-        rows: list[Tensor] = []
+        rows: list[Tensor] = []  # of the incremental Cholesky factor, one (I, L) per choice
 
         def residual(step: int, chosen: Tensor, gain: Tensor) -> Tensor:
+            # e = (Q_j - c_j C) / sqrt(d_j), and the residual d loses e^2.
             row = kernel[picture, chosen]
             if rows:
                 before = torch.stack(rows, 1)  # (I, steps, L)

@@ -1,4 +1,4 @@
-"""Class attention: keep the patches that the vision tower's class token looks at most (FasterVLM)."""
+"""Keep the patches with the largest attention from the class token (FasterVLM)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ from llavolta.compression.compressors.base import (
 class ClassAttention(KeepBudget):
     """Keep the ``keep`` tokens of the largest class attention, in raster order.
 
-    ``a = mean over heads h of softmax(q_cls^h k^h / sqrt(d))`` in the layer whose output the model selects (FasterVLM,
-    arXiv 2412.01818v1). Where the tower has no class token: the attention that each patch receives.
+    The score is
+
+        a = mean over heads h of softmax(q_cls^h k^h / sqrt(d))
+
+    in the tower layer whose output the model selects (FasterVLM, arXiv 2412.01818v1). In a tower
+    without a class token it is the mean attention that a patch receives. At "vision" or layer 0.
     """
 
     name: ClassVar[str] = "cls"

@@ -1,4 +1,4 @@
-"""DART: keep a few pivots and the tokens that repeat them least."""
+"""Keep a few pivot tokens, and the visual tokens that duplicate them least (DART)."""
 
 from __future__ import annotations
 
@@ -24,16 +24,26 @@ from llavolta.compression.probe import matmul_float32
 
 @dataclass(frozen=True)
 class DART(KeepBudget):
-    """At layer K keep image pivots and, for each pivot, the tokens that are least like it (arXiv 2502.11494; K = 2).
+    """Keep image pivots, and for each pivot the tokens least similar to it.
 
-    Pivots: the ``image_pivots`` visual tokens and the ``text_pivots`` tokens of text behind the picture whose keys in
-    layer K - 1, rotated, have the largest L1 norm, all heads side by side. With t = budget // (number of pivots), each
-    pivot in turn, image pivots first, both in order of place, adds the t tokens not taken yet of the smallest cosine to
-    it, of layer K's input under the language model's final norm. Left are image_pivots + t * (number of pivots) tokens:
-    132 for a budget of 128. Text pivots are references only. No attention is computed, so every backend will do.
+    Source: arXiv 2502.11494, with K = 2.
 
-    The public code takes pivots in the order of a Python set of integers, which depends on their values; here it is
-    that of their places.
+    1. Keys are those of layer K - 1 after rotation, all heads side by side. Image pivots are the
+       ``image_pivots`` visual tokens with the largest L1 norm of the key. Text pivots are the
+       ``text_pivots`` tokens with the largest norm in the text after the image.
+    2. t = budget // (number of pivots), rounded down. Image pivots come first, then text pivots,
+       both in order of place. Each adds the t tokens not yet taken with the smallest cosine to it.
+       The cosine is that of layer K's inputs under the language model's final norm.
+
+    image_pivots + t * (number of pivots) tokens remain: 132 for a budget of 128. Text pivots are
+    references only. No attention is computed, so every attention backend works. From layer 1 on.
+
+    The public code takes the pivots in the order of a Python set of integers, which depends on
+    their values.
+
+    Attributes:
+        image_pivots: Visual pivots, at least 1.
+        text_pivots: Text pivots, at least 0.
     """
 
     image_pivots: int = 4
@@ -52,7 +62,7 @@ class DART(KeepBudget):
 
     @torch.no_grad()
     def kept(self, tokens: VisualTokens) -> Tensor:
-        """(I, L) bool."""
+        """Return a (I, L) bool mask of the tokens to keep."""
         hidden, behind = tokens.rows()  # (I, T, C), (I, T)
         norms, column = tokens.row_keys().float().abs().sum(-1), tokens.column
         counts = [
@@ -61,17 +71,15 @@ class DART(KeepBudget):
         kept = largest_of(norms.gather(1, column), counts[0], tokens.mask)
         text = largest_of(norms, counts[1], behind)
 
+        # Pivots as indices (I, P) into the row's T tokens; there is False where a row has too few.
         pivots, there = first_of(torch.zeros_like(text).scatter(1, column, kept), self.image_pivots)
         more = first_of(text, self.text_pivots)
-        pivots, there = (
-            torch.cat([pivots, more[0]], dim=1),
-            torch.cat([there, more[1]], dim=1),
-        )  # (I, P)
+        pivots, there = torch.cat([pivots, more[0]], dim=1), torch.cat([there, more[1]], dim=1)
         unit = F.normalize(tokens.final_norm(hidden).float(), dim=-1)
         visual, references = take(unit, column), take(unit, pivots)
         similarity = matmul_float32(visual, references.transpose(1, 2))  # (I, L, P)
         each = self.budget(tokens.mask) // (self.image_pivots + self.text_pivots)
-        for pivot in range(pivots.shape[1]):
+        for pivot in range(pivots.shape[1]):  # in turn: what one takes, later ones cannot
             added = largest_of(-similarity[..., pivot], each, tokens.mask & ~kept)
             kept = kept | added & there[:, pivot, None]
         return kept

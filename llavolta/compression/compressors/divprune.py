@@ -1,4 +1,4 @@
-"""DivPrune: keep the tokens that differ most from one another."""
+"""Keep the visual tokens that differ most from one another (DivPrune)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from llavolta.compression.compressors.base import (
 
 @dataclass(frozen=True)
 class DivPrune(KeepBudget):
-    """Keep tokens whose smallest distance to one another is as large as a greedy choice makes it.
+    """Choose tokens greedily so that the smallest distance between any two is large.
 
-    Distance: 1 - cosine of the hidden states. First comes the token whose nearest other one is farthest away, then,
-    again and again, the one whose nearest chosen one is (arXiv 2503.02175, section 3.2). Raster order; no score of
-    attention, no question. A share ``keep`` is rounded, as published for LLaVA (0.098 of 576: 56). A token is chosen
-    once, also where several are equal; the public code may take it again.
+    The distance is 1 - cosine of the hidden states. The first token is the one whose nearest other
+    token is farthest. Each next one is the token with the largest minimum distance to those chosen
+    (arXiv 2503.02175, section 3.2). Neither attention nor the question is read. Tokens stay in
+    raster order.
+
+    A share ``keep`` is rounded, as published for LLaVA: 0.098 of 576 is 56. Each token is chosen
+    once; the public code may choose one of several equal tokens twice.
     """
 
     name: ClassVar[str] = "divprune"
@@ -37,13 +40,16 @@ class DivPrune(KeepBudget):
 
     @staticmethod
     def _diverse(hidden: Tensor, mask: Tensor, count: Tensor) -> Tensor:
+        """Return the chosen tokens as a (I, L) bool mask; ``count`` (I,) of each row."""
         distance = (1 - cosines(hidden)).masked_fill(~mask[:, None], torch.inf)
-        picture = torch.arange(len(hidden), device=hidden.device)
+        picture = torch.arange(len(hidden), device=hidden.device)  # indices of the rows
 
         def nearest_chosen(step: int, chosen: Tensor, gain: Tensor) -> Tensor:
-            own = distance[picture, chosen]
+            # The first choice starts the minimum anew: the first gain was over all tokens.
+            own = distance[picture, chosen]  # (I, L)
             return own if step == 0 else torch.minimum(gain, own)
 
+        # The distance (I, L) of each token to its nearest other one; its own, 0, does not count.
         nearest = distance.diagonal_scatter(
             distance.new_full(mask.shape, torch.inf), dim1=1, dim2=2
         ).amin(2)

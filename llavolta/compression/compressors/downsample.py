@@ -1,4 +1,4 @@
-"""A smaller picture: the grid of tokens resized by area, to any share of its size."""
+"""Resize the grid of visual tokens by area, as if the image were smaller."""
 
 from __future__ import annotations
 
@@ -20,12 +20,17 @@ from llavolta.errors import UnsupportedModel
 
 @dataclass(frozen=True)
 class Downsample(Compressor):
-    """Resize each picture's (H, W) grid of tokens by area to round(H sqrt(keep)) x round(W sqrt(keep)), at least 1 x 1.
+    """Resize each grid (H, W) to round(H sqrt(keep)) x round(W sqrt(keep)) by area, at least 1 x 1.
 
-    Each new token is the mean of the old ones under its cell, weighted by how much of each it covers, and takes the
-    place and the position of the one at its cell's centre. This stands for the image downsampling of VTC-Bench
-    (arXiv 2510.07143), but it resizes tokens, behind a tower of fixed input size, not pixels before one that takes any.
-    Raises UnsupportedModel for tokens that are no rectangle.
+    Each new token is the mean of the old tokens under its cell, weighted by the area that it covers
+    of each. It takes the place and position of the token at its cell's centre.
+
+    It stands for the image downsampling of VTC-Bench (arXiv 2510.07143), but it resizes tokens
+    after a tower of fixed input size, not pixels before a tower that takes any. Raises
+    UnsupportedModel for tokens that are no rectangle, also for a class token before the patches.
+
+    Attributes:
+        keep: Share of the tokens to keep, above 0 and at most 1.
     """
 
     keep: float = 0.25
@@ -39,7 +44,7 @@ class Downsample(Compressor):
         return self.keep == 1
 
     def num_tokens(self, num_tokens: int) -> int:
-        """For a square grid of ``num_tokens``; anything else is counted as one row."""
+        """Return the number for a square grid; a number that is no square counts as one row."""
         side = round(num_tokens**0.5)
         height = side if side * side == num_tokens else 1
         return self._size(height) * self._size(num_tokens // height)
@@ -57,23 +62,24 @@ class Downsample(Compressor):
         size = (grid.double() * self.keep**0.5).round().clamp(min=1).long()  # (I, 2) the new grid
         count = size.prod(1, keepdim=True)
         old = _rows_and_columns(torch.arange(mask.shape[1], device=mask.device), grid)  # (I, L, 2)
-        new = _rows_and_columns(
-            torch.arange(int(count.max()), device=mask.device), size
-        )  # (I, M, 2)
+        # Row and column of each new cell: (I, M, 2).
+        new = _rows_and_columns(torch.arange(int(count.max()), device=mask.device), size)
 
         scale = (grid / size)[:, None]  # (I, 1, 2) old tokens per new one
-        first, last = new * scale, (new + 1) * scale
+        first, last = new * scale, (new + 1) * scale  # (I, M, 2) edges of each new cell
+        # The overlap of cell and token along rows and columns: (I, M, L, 2), below 0 where apart.
         covered = torch.minimum(last[:, :, None], old[:, None] + 1) - torch.maximum(
             first[:, :, None], old[:, None]
         )
         weight = covered.clamp(min=0).prod(-1) * mask[:, None]  # (I, M, L)
+        # A cell covers an area of at least 1, so the clamp acts at padding alone.
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
         hidden = matmul_float32(weight, tokens.hidden).to(tokens.hidden.dtype)
 
-        centre = ((2 * new + 1) * grid[:, None]) // (2 * size[:, None])  # (I, M, 2)
-        cell = ((2 * old + 1) * size[:, None]) // (
-            2 * grid[:, None]
-        )  # (I, L, 2) the cell over each token's centre
+        # In whole numbers, so that rounding cannot move a centre: the token at each new cell's
+        # centre (I, M, 2), and the cell over each old token's centre (I, L, 2).
+        centre = ((2 * new + 1) * grid[:, None]) // (2 * size[:, None])
+        cell = ((2 * old + 1) * size[:, None]) // (2 * grid[:, None])
         left = torch.arange(new.shape[1], device=mask.device) < count
         return CompressedTokens(
             hidden, left, _number(centre, grid), group=_number(cell, size), grid=size
@@ -81,11 +87,11 @@ class Downsample(Compressor):
 
 
 def _rows_and_columns(number: Tensor, grid: Tensor) -> Tensor:
-    """(I, n, 2) row and column of tokens ``number`` (n,) in raster order of each grid (I, 2)."""
+    """Return row and column (I, n, 2) of token ``number`` (n,) in each grid (I, 2)."""
     width = grid[:, 1:]
     return torch.stack([number // width, number % width], dim=-1)
 
 
 def _number(place: Tensor, grid: Tensor) -> Tensor:
-    """The inverse of _rows_and_columns: (I, n, 2) -> (I, n)."""
+    """Invert _rows_and_columns: (I, n, 2) -> (I, n)."""
     return place[..., 0] * grid[:, 1:] + place[..., 1]

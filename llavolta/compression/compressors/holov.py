@@ -1,4 +1,4 @@
-"""HoloV: every part of the picture keeps some tokens, the more telling ones more."""
+"""Keep some visual tokens of every part of the image, more of the salient parts (HoloV)."""
 
 from __future__ import annotations
 
@@ -25,15 +25,25 @@ Shape = Literal["square", "rows"]
 
 @dataclass(frozen=True)
 class HoloV(KeepBudget):
-    """Share ``keep`` tokens out among ``crops`` parts of the picture, and take the best of each by class attention
-    (arXiv 2510.02912, section 3, and its public code; published at layer 0).
+    """Divide ``keep`` tokens among ``crops`` parts of the image, and keep the best of each.
 
-    With a the class attention times 1000 and v the variance of a token's cosines to its crop (its own counted as 0),
-    scaled to the mean of a: a crop's score is the mean of ``a + alpha * v``, its share ``floor(K * score / sum)``, and
-    what is left over goes, one each, to the best crops. shape: "square", a grid of sqrt(crops) x sqrt(crops); "rows",
-    runs of equally many tokens in raster order, as published. Where a crop has fewer tokens than its share, the rest
-    goes to the best crops with room; the public code loses it, and fills up with zeros. Raster order; the public code's
-    is by attention within a crop. Where the tower has no class token: the attention that each patch receives.
+    1. a is the class attention times 1000. v is the variance of a token's cosines to the tokens of
+       its crop, its own counted as 0, scaled per image to the mean of a.
+    2. The score of a crop is the mean of ``a + alpha * v`` over its tokens. Its budget is
+       ``floor(K * score / sum of scores)``. The remainder goes to the best crops, one token each.
+    3. Each crop keeps the tokens of largest a, up to its budget.
+
+    Where a crop has fewer tokens than its budget, the surplus goes to the best crops with room. The
+    public code loses it and appends zeros. Tokens stay in raster order; those of the public code
+    are in order of attention within each crop. In a tower without a class token, a is the mean
+    attention that a patch receives. Source: arXiv 2510.02912, section 3, and its public code, which
+    works at layer 0.
+
+    Attributes:
+        crops: Number of crops. A square number if they are square.
+        alpha: Weight of the variance.
+        shape: "square", a grid of sqrt(crops) x sqrt(crops); or "rows", runs of tokens in raster
+            order of equal length, as published. Tokens that are no rectangle are cut into runs.
     """
 
     crops: int = 16
@@ -58,7 +68,7 @@ class HoloV(KeepBudget):
 
     @torch.no_grad()
     def crop(self, tokens: VisualTokens) -> Tensor:
-        """(L,) the crop of each token of pictures of one size."""
+        """Return the crop (L,) of each token, for rows of one size."""
         length = tokens.mask.shape[1]
         height, width = tokens.grid[0].tolist()
         place = torch.arange(length, device=tokens.mask.device)
@@ -68,27 +78,36 @@ class HoloV(KeepBudget):
         return (place // width * side // height) * side + place % width * side // width
 
     def _shared(self, tokens: VisualTokens, salience: Tensor) -> CompressedTokens:
+        """Keep the tokens of each crop's budget, for rows of one size."""
         crop, count = self.crop(tokens), self.num_tokens(tokens.mask.shape[1])
         member = torch.nn.functional.one_hot(crop, self.crops).float()  # (L, crops)
         size = member.sum(0)
         budget = _shares(self.scores(tokens, salience, crop), size, count)
+        # Sort by attention, then stably by crop: crop by crop, the best token first. (I, L)
         order = salience.argsort(dim=1, descending=True, stable=True)
-        order = order.gather(
-            1, crop[order].argsort(dim=1, stable=True)
-        )  # crop by crop, the best first
+        order = order.gather(1, crop[order].argsort(dim=1, stable=True))
+        # The rank of each slot within its crop (L,): the slot less the crop's first slot.
         rank = (
             torch.arange(len(crop), device=crop.device)
             - (size.cumsum(0) - size)[crop.sort().values]
         )
+        # From slots back to tokens: (I, L).
         rank = torch.empty_like(order).scatter_(1, order, rank.long().expand_as(order).contiguous())
         return keep_tokens(tokens, rank < budget.long()[:, crop])
 
     @torch.no_grad()
     def scores(self, tokens: VisualTokens, salience: Tensor, crop: Tensor) -> Tensor:
-        """(I, crops), 0 of one without tokens."""
-        inside = (crop[:, None] == crop).float()
+        """Return the score (I, crops) of each crop, 0 for one without tokens.
+
+        Args:
+            tokens: The visual tokens, of rows of one size.
+            salience: (I, L) class attention.
+            crop: (L,) index of each token's crop.
+        """
+        inside = (crop[:, None] == crop).float()  # (L, L), 1 for two tokens of one crop
         size = inside.sum(1)
         alike = cosines(tokens.hidden) * inside * (1 - torch.eye(len(crop), device=crop.device))
+        # The mean is over the crop, the zeroed diagonal included, as in the public code.
         away = (alike - (alike.sum(-1) / size)[..., None]) * inside
         variance = away.square().sum(-1) / (size - 1).clamp(min=1)
         attention = 1000 * salience
@@ -100,12 +119,13 @@ class HoloV(KeepBudget):
 
 
 def _shares(scores: Tensor, size: Tensor, count: int) -> Tensor:
-    """(I, crops) how many of ``count`` tokens each crop keeps, of those it has: size (crops,)."""
+    """Divide ``count`` tokens among the crops (I, crops), at most ``size`` (crops,) to each."""
     total = scores.sum(1, keepdim=True).clamp(min=1e-12)
     share = (count * scores.double() / total).floor()
     order = scores.masked_fill(size == 0, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1)
     share = torch.minimum(share + (rank < count - share.sum(1, keepdim=True)), size)
+    # Fill the crops up in order of score until the surplus is used.
     room = (size - share).gather(1, order)
     lost = count - share.sum(1, keepdim=True)
     more = torch.minimum(room, (lost - (room.cumsum(1) - room)).clamp(min=0))

@@ -1,4 +1,4 @@
-"""K-means merging: tokens that look alike become one."""
+"""Merge similar visual tokens by k-means clustering."""
 
 from __future__ import annotations
 
@@ -23,11 +23,17 @@ from llavolta.compression.probe import matmul_float32
 
 @dataclass(frozen=True)
 class KMeans(Compressor):
-    """Merge each picture's n tokens into the means of round(keep * n) clusters of like hidden states.
+    """Merge n tokens into the means of round(keep * n) clusters of their hidden states.
 
-    ``iterations`` of Lloyd's algorithm (1982), Euclidean, from a random subset of the tokens that ``seed`` fixes, the
-    same in every call. A merged token takes the place and the position of the token nearest to it; the order stays
-    that of the places. A cluster that loses all its tokens is left out. Gradients go through the means.
+    Lloyd's algorithm (1982) with Euclidean distance starts from a random subset of the tokens,
+    which ``seed`` fixes, equal in every call. A merged token takes the place and position of the
+    token nearest to its mean, and merged tokens stand in the order of these places. A cluster
+    without tokens is left out, so fewer may remain. Gradients pass through the means.
+
+    Attributes:
+        keep: Share of the tokens, above 0 and at most 1.
+        iterations: Updates of the means, from 0 to 10,000.
+        seed: Seed of the first means, at least 0.
     """
 
     keep: float = 0.25
@@ -53,11 +59,12 @@ class KMeans(Compressor):
         group = self._clusters(features.detach(), tokens.mask, wanted)
         anchor = _nearest_to_mean(features.detach(), group, clusters)
 
-        rank = anchor.argsort(dim=1).argsort(dim=1)  # by place, empty clusters last
-        group = F.pad(rank, (0, 1), value=clusters).gather(1, group)
+        # Number the clusters by the place of their anchors. Empty ones, at place L, come last.
+        rank = anchor.argsort(dim=1).argsort(dim=1)
+        group = F.pad(rank, (0, 1), value=clusters).gather(1, group)  # (I, L)
         count = sum_groups(tokens.mask.long()[..., None], group, clusters)
         hidden = sum_groups(features, group, clusters) / count.clamp(min=1)
-        longest = int((count > 0).sum(1).max())
+        longest = int((count > 0).sum(1).max())  # most clusters with tokens in a row
         left = [
             part[:, :longest]
             for part in (hidden.to(tokens.hidden.dtype), count[..., 0] > 0, anchor.sort().values)
@@ -65,7 +72,10 @@ class KMeans(Compressor):
         return CompressedTokens(*left, group=group)
 
     def _clusters(self, features: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
-        """(I, L) the cluster of each token, of ``wanted`` (I,); their largest number at padding."""
+        """Return the cluster (I, L) of each token, ``wanted`` (I,) clusters per row.
+
+        Padding gets the index max(wanted).
+        """
         clusters = int(wanted.max())
         start = torch.rand(mask.shape[1], generator=torch.Generator().manual_seed(self.seed)).to(
             mask.device
@@ -80,7 +90,8 @@ class KMeans(Compressor):
 
         for step in range(self.iterations + 1):
             product = matmul_float32(features, centre.transpose(1, 2))
-            distance = (centre**2).sum(-1)[:, None] - 2 * product  # + |x|^2, (I, L, M)
+            # (I, L, M) squared distance less |x|^2, which is the same for all clusters.
+            distance = (centre**2).sum(-1)[:, None] - 2 * product
             group = (
                 distance.masked_fill(unused[:, None], torch.inf)
                 .argmin(-1)
@@ -88,6 +99,7 @@ class KMeans(Compressor):
             )
             if step < self.iterations:
                 count = sum_groups(mask.float()[..., None], group, clusters)
+                # An empty cluster keeps its old mean.
                 centre = torch.where(
                     count > 0, sum_groups(features, group, clusters) / count.clamp(min=1), centre
                 )
@@ -95,11 +107,15 @@ class KMeans(Compressor):
 
 
 def _nearest_to_mean(features: Tensor, group: Tensor, clusters: int) -> Tensor:
-    """(I, M) the token of each cluster that is nearest to its mean, the first of equals; L for an empty cluster."""
+    """Return the token nearest to each cluster's mean (I, M), L for an empty cluster.
+
+    Of equally near tokens it is the first. ``group`` (I, L) is ``clusters`` at padding.
+    """
     images, length, width = features.shape
     count = sum_groups(torch.ones_like(features[..., :1]), group, clusters)
     mean = F.pad(sum_groups(features, group, clusters) / count.clamp(min=1), (0, 0, 0, 1))
     distance = (features - mean.gather(1, group[..., None].expand(-1, -1, width))).norm(dim=-1)
+    # The smallest distance in each cluster, then the first token that has it.
     nearest = distance.new_full((images, clusters + 1), torch.inf).scatter_reduce(
         1, group, distance, "amin"
     )

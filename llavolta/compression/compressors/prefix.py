@@ -1,4 +1,4 @@
-"""Tokens of another kind before what a compressor leaves of each picture."""
+"""Insert extra tokens before the visual tokens that a compressor keeps."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from llavolta.compression.compressors.base import CompressedTokens, Compressor, 
 
 @dataclass(frozen=True, eq=False)
 class Prefixed(Compressor):
-    """What ``compressor`` leaves of each picture, behind the embeddings that ``prefix(I)`` gives, (I, P, C).
+    """Put extra tokens before the output of ``compressor`` for each image.
 
-    They take the places of dropped tokens, of which there must be P in each picture, and the sequence closes up: the
-    positions are those of a text into which the prefix and the tokens that are left had been written.
+    They take the places of dropped tokens, so each image must lose at least P. The sequence closes
+    up: positions are those of a prompt that holds the prefix and the kept tokens in place of the
+    image.
+
+    Attributes:
+        compressor: The compressor whose output follows the prefix.
+        prefix: Called with the number of rows I, returns embeddings (I, P, C).
     """
 
     compressor: Compressor
@@ -36,10 +41,11 @@ class Prefixed(Compressor):
         more, count = prefix.shape[1], tokens.mask.sum(1)
         if (left.mask.sum(1) + more > count).any():
             raise ValueError(
-                f"no room for {more} tokens before each picture: {self.compressor} must drop at least as many of its "
-                f"{int(count.min())}"
+                f"no room for {more} tokens before each picture: {self.compressor} must drop "
+                f"at least as many of its {int(count.min())}"
             )
-        # Places that rise, from the first on; which ones they are plays no part where the sequence closes up.
+        # Any rising anchors will do, since the sequence closes up: P from the first place on, then
+        # those of the kept tokens, moved back where they would not rise.
         place = torch.arange(more + left.mask.shape[1], device=prefix.device)
         anchor = pad(left.anchor.expand(left.mask.shape), (more, 0)).maximum(place)
         return CompressedTokens(

@@ -1,4 +1,4 @@
-"""PruMerge and PruMerge+: keep the patches that the class token looks at, and merge the others into them."""
+"""Keep the patches with high class attention, and merge the others into them (PruMerge)."""
 
 from __future__ import annotations
 
@@ -24,23 +24,33 @@ Weights = Literal["unnormalised", "normalised"]
 
 @dataclass(frozen=True)
 class PruMerge(Compressor):
-    """On the vision tower's output keep outliers of the class token's attention, and merge into each its neighbours.
+    """Keep outliers of the class attention, and merge similar patches into each.
 
-    ``a = softmax(q_cls k^T / sqrt(C_vision))`` from the tower's last encoder layer, all heads as one, over the class
-    token and the patches. Kept: the k tokens of largest a, k the number above ``Q3 + 1.5 (Q3 - Q1)`` of that image's a.
-    Each becomes ``x_i + sum_j a_j x_j`` over the ``neighbours`` other tokens, kept ones too, whose keys are most alike
-    (cosine); one extra token ``sum_j a_j x_j`` over all that are not kept stands behind them. Without outliers it is
-    all that is left. No gradient goes through a. Source: arXiv 2403.15388, section 3, and its public code.
+    1. ``a = softmax(q_cls k^T / sqrt(C_vision))`` over the class token and the patches, from the
+       tower's last encoder layer, with all heads as one.
+    2. The k tokens of largest a are kept. k is the number of tokens with a above
+       ``Q3 + 1.5 (Q3 - Q1)``, per image.
+    3. Each becomes ``x_i + sum_j a_j x_j``, over the ``neighbours`` other tokens, kept or not, with
+       the largest cosine of their keys.
+    4. One extra token, ``sum_j a_j x_j`` over all tokens that are not kept, follows them. Without
+       outliers it is the only token.
 
-    keep: "adaptive" as above, or the share of tokens that is left of every image, the extra one among them, for batches
-    of equal lengths. weights: "unnormalised" as published, or "normalised": the weights in each sum (1 and those a_j)
-    are divided by their total. positions: "contiguous" as published: the language model sees a shorter sequence with
-    consecutive positions, so text behind an image moves up, too; or "original": text keeps its positions, and a
-    kept token that of its patch. Kept tokens stay in raster order; the extra token takes the picture's last place, and
-    kept patches that end there move one place towards the front. Where the class token itself is fed to the language
-    model (the frames of Video-LLaVA) it is one of the tokens.
+    No gradient passes through a. Kept tokens stay in raster order. The extra token takes the
+    image's last place, and a kept patch from there moves one place forward. Where the model feeds
+    the class token to the language model (the frames of Video-LLaVA), it is one of the tokens.
 
-    At "vision" only. A tower without a class token (SigLIP) is refused with UnsupportedModel.
+    At "vision" only. A tower without a class token (SigLIP) raises UnsupportedModel. Source: arXiv
+    2403.15388, section 3, and its public code.
+
+    Attributes:
+        keep: "adaptive" for step 2; or the share of output tokens, the extra one included, so that
+            all images have equally many.
+        weights: "unnormalised" as published; or "normalised", which divides the weights of each
+            sum, 1 and the a_j, by their total.
+        positions: "contiguous" as published: positions close up, so that the text after an image
+            moves up. "original": text keeps its positions, and a kept token that of its patch.
+        neighbours: Number of tokens merged into each kept one, at least 0.
+        published_share: Share of tokens that remains for ``keep="adaptive"`` on LLaVA-1.5.
     """
 
     keep: float | Literal["adaptive"] = "adaptive"
@@ -55,7 +65,8 @@ class PruMerge(Compressor):
         if self.keep != "adaptive":
             if isinstance(self.keep, str):
                 raise ValueError(
-                    f'{self.name}: keep must be "adaptive" or a share of the tokens, not {self.keep!r}'
+                    f'{self.name}: keep must be "adaptive" or a share of the tokens, '
+                    f"not {self.keep!r}"
                 )
             require_share(self.name, "keep", self.keep)
         require_choice(self.name, "weights", self.weights, Weights)
@@ -71,13 +82,16 @@ class PruMerge(Compressor):
         return self.positions == "contiguous"
 
     def num_tokens(self, num_tokens: int) -> float:
-        """With keep="adaptive", where it depends on the picture, the share that was published for LLaVA-1.5."""
+        """Return the number of output tokens.
+
+        For ``keep="adaptive"`` it is the mean share published for LLaVA-1.5.
+        """
         if self.keep == "adaptive":
             return max(1.0, num_tokens * self.published_share)
         return max(1, round(num_tokens * self.keep))
 
     def kept(self, attention: Tensor) -> Tensor:
-        """(I, L) bool: the tokens that others are merged into; attention (I, L)."""
+        """Return a (I, L) bool mask of the tokens to keep, given the class attention (I, L)."""
         if self.keep == "adaptive":
             return outliers(attention)
         return largest(attention, self.num_tokens(attention.shape[1]) - 1)
@@ -86,13 +100,10 @@ class PruMerge(Compressor):
         attention, keys, length = tokens.attention("class"), tokens.keys(), tokens.mask.shape[1]
         kept = self.kept(attention)
         count = kept.sum(1, keepdim=True)  # (I, 1)
-        total = count + (
-            count < length
-        )  # with the extra token, if there is anything to put into it
+        total = count + (count < length)  # the extra token needs at least one that is not kept
         slot = torch.arange(int(total.max()), device=kept.device)  # (M,)
-        patch = torch.argsort(~kept, dim=1, stable=True)[
-            :, : len(slot)
-        ]  # (I, M), kept ones first, in raster order
+        # Kept patches first, in raster order: (I, M).
+        patch = torch.argsort(~kept, dim=1, stable=True)[:, : len(slot)]
 
         weight = self._weights(patch, attention, keys)
         extra = attention.masked_fill(kept, 0)[:, None]  # (I, 1, L)
@@ -101,16 +112,20 @@ class PruMerge(Compressor):
             weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
         hidden = matmul_float32(weight, tokens.hidden).to(tokens.hidden.dtype)
 
+        # The extra token stands at the last place; kept ones make room, so that anchors rise.
         anchor = torch.minimum(torch.where(slot < count, patch, length - 1), length - total + slot)
         group = torch.where(kept, kept.cumsum(1) - 1, count)
         return CompressedTokens(hidden, slot < total, anchor, group=group)
 
     @torch.no_grad()
     def _weights(self, patch: Tensor, attention: Tensor, keys: Tensor) -> Tensor:
-        """(I, M, L) what each token weighs in the sums that start from tokens patch (I, M): its own 1, neighbours a."""
+        """Return the weight (I, M, L) of each token in the sum for token ``patch`` (I, M).
+
+        It is 1 for the token itself, a for its neighbours and 0 for all others.
+        """
         itself = patch[..., None]
         chosen = keys.gather(1, itself.expand(-1, -1, keys.shape[-1]))
-        # The length of the token's own key does not change which ones are nearest.
+        # The norm of a token's own key does not change the order of its cosines.
         norm = keys.norm(dim=-1, dtype=torch.float32).clamp(min=1e-8)
         similarity = matmul_float32(chosen, keys.transpose(1, 2)) / norm[:, None]
         similarity.scatter_(2, itself, -torch.inf)
@@ -125,11 +140,13 @@ class PruMerge(Compressor):
 
 @dataclass(frozen=True)
 class PruMergePlus(PruMerge):
-    """PruMerge with spatially uniform samples among the kept tokens: about a quarter of all.
+    """PruMerge that also keeps spatially uniform samples, about a quarter of all tokens.
 
-    With r the share of outliers (that of one token, if there is none), every ``int(int(1 / r) / 3)``-th patch is kept,
-    too, then all are merged as in PruMerge (arXiv 2403.15388, section 3). With a share ``keep`` every image keeps the
-    same number: a quarter of them by attention, as r is of the published 4 r, the others evenly among the rest.
+    With r the share of outliers, at least that of one token, every ``int(int(1 / r) / 3)``-th patch
+    is kept too. All others are merged as in PruMerge (arXiv 2403.15388, section 3).
+
+    With a share ``keep`` every image keeps the same number: a quarter of them by attention, as r is
+    of the published 4 r, and the others evenly among the remaining patches.
     """
 
     name: ClassVar[str] = "prumerge+"
@@ -145,18 +162,20 @@ class PruMergePlus(PruMerge):
         budget = self.num_tokens(length) - 1
         chosen = largest(attention, budget // 4)
         others, wanted = length - budget // 4, budget - budget // 4
-        rank = (~chosen).cumsum(1)  # from 1
+        # The rank, from 1, of each remaining patch. One is taken wherever rank * wanted / others
+        # reaches the next whole number, which spreads ``wanted`` of them evenly.
+        rank = (~chosen).cumsum(1)
         return chosen | (rank * wanted // others > (rank - 1) * wanted // others) & ~chosen
 
 
 def outliers(attention: Tensor) -> Tensor:
-    """(I, L) bool, what lies above Q3 + 1.5 (Q3 - Q1) of its own row."""
+    """Mark the values (I, L) above Q3 + 1.5 (Q3 - Q1) of their own row."""
     low, high = attention.quantile(attention.new_tensor([0.25, 0.75]), dim=1)
     return attention > (high + 1.5 * (high - low))[:, None]
 
 
 def largest(values: Tensor, count: int) -> Tensor:
-    """(I, L) bool, the ``count`` largest of each row."""
+    """Mark the ``count`` largest values of each row (I, L)."""
     return torch.zeros_like(values, dtype=torch.bool).scatter(
         1, values.topk(count, dim=1).indices, True
     )

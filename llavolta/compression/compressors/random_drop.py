@@ -1,4 +1,4 @@
-"""A random subset: the baseline that many pruning methods do not beat."""
+"""Keep a random subset: a baseline that many pruning methods do not beat."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from llavolta.compression.compressors.base import KeepRatio, VisualTokens, requi
 class RandomDrop(KeepRatio):
     """Keep a uniformly random subset of round(keep * n) tokens (UniPruneBench, arXiv 2511.02650).
 
-    In training every call draws anew from torch's global generator, each picture for itself. In evaluation the subset
-    is that of ``seed``, the same in every call and for every picture of n tokens, so that results repeat and decoding
-    with and without a cache agree.
+    In training each call draws a new subset per row, from torch's global generator. In evaluation
+    ``seed`` fixes the subset, equal in every call and for every row of n tokens. So results repeat,
+    and decoding with and without a cache agree.
+
+    Attributes:
+        keep: Share of the tokens to keep, above 0 and at most 1.
+        seed: Seed of the subset in evaluation, at least 0.
     """
 
     seed: int = 0

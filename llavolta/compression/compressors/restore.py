@@ -1,4 +1,4 @@
-"""RESTORE: around any compressor, what it drops merges into what it keeps, at original positions, and weighs for it."""
+"""Wrap a compressor, and merge the tokens it drops into those it keeps (RESTORE)."""
 
 from __future__ import annotations
 
@@ -22,16 +22,26 @@ from llavolta.compression.compressors.vscan import nearest_kept
 
 @dataclass(frozen=True)
 class Restore(Compressor):
-    """``restore:INNER``, such as ``0:restore:holov:64``: the choice of INNER, and the others merged into it (RESTORE,
-    ICML 2026).
+    """Keep the tokens that ``inner`` keeps, and merge the others into them (RESTORE, ICML 2026).
 
-    Each token that INNER drops goes to the one it keeps of highest cosine: plain mean, and the median of the group's
-    original positions. The layers behind add ``log(s (c - D(m - n)))`` to the logits of a merged key at n for a query
-    at m: s its tokens, D(x) the mean over frequency pairs of ``cos(x theta)``, c = ``calibration`` (2: nothing for
-    neighbours); 0: ``log s`` alone. Positions are the original ones, and gaps stay.
+    In a plan it is ``restore:INNER``, such as ``0:restore:holov:64``. Each dropped token joins the
+    kept token of highest cosine. A merged token is the plain mean of its group, at the lower median
+    of the group's original positions. Positions are not closed up.
 
-    The paper chooses anchors anew, by how many tokens each resembles and how far it is from denser ones; here they are
-    INNER's own tokens. What INNER merges by itself is not taken over, only which tokens it keeps.
+    From this layer on, the attention logits of a merged key at position n, for a query at m, gain
+
+        log(s (c - D(m - n)))
+
+    s is the number of merged tokens, c is ``calibration``, and D(x) is the mean of ``cos(x theta)``
+    over the frequencies theta of the rotary embedding.
+
+    The paper chooses new anchors, by how many tokens each resembles and how far it is from denser
+    ones. Here the anchors are the tokens that ``inner`` keeps. Merging that ``inner`` does itself
+    is ignored. At decoder layers only.
+
+    Attributes:
+        inner: The compressor that chooses, at any decoder layer it allows.
+        calibration: c, above 1; 2 adds nothing at distance 0. 0: add log s alone.
     """
 
     inner: Compressor = field(default_factory=DivPrune)
@@ -42,7 +52,8 @@ class Restore(Compressor):
     def __post_init__(self):
         if not isinstance(self.inner, Compressor) or isinstance(self.inner, Restore):
             raise ValueError(
-                f"restore: inner must be another compressor, such as divprune:0.25, not {self.inner!r}"
+                f"restore: inner must be another compressor, such as divprune:0.25, "
+                f"not {self.inner!r}"
             )
         require_number(self.name, "calibration", self.calibration)
         if 0 < self.calibration <= 1:
@@ -51,6 +62,7 @@ class Restore(Compressor):
             raise ValueError("restore: positions are original; leave positions=contiguous out")
         if self.inner.may_empty or "class_token" in self.inner.needs:
             raise ValueError(f"restore: {self.inner.name} does not keep tokens at a decoder layer")
+        # The requirements of the inner compressor, on an instance that is frozen.
         object.__setattr__(self, "needs", self.inner.needs | {"decoder"})
         object.__setattr__(self, "tower_layers", self.inner.tower_layers)
         object.__setattr__(self, "over_clips", self.inner.over_clips)
@@ -68,6 +80,7 @@ class Restore(Compressor):
 
     def __call__(self, tokens: VisualTokens) -> CompressedTokens:
         out, (images, length) = self.inner(tokens), tokens.mask.shape
+        # A mask (I, L) of the anchors. Padding goes to one column more, which is cut off.
         at = out.anchor.expand(out.mask.shape).masked_fill(~out.mask, length)
         kept = torch.zeros(images, length + 1, dtype=torch.bool, device=at.device).scatter(
             1, at, True
@@ -77,6 +90,7 @@ class Restore(Compressor):
         group = nearest_kept(tokens.hidden, kept, anchor, mask).masked_fill(~tokens.mask, groups)
         count = sum_groups(tokens.mask.float()[..., None], group, groups)
         hidden = sum_groups(tokens.hidden.float(), group, groups) / count.clamp(min=1)
+        # Tokens that an earlier compressor merged count with their size.
         size = sum_groups(tokens.size[..., None], group, groups)[..., 0].clamp(min=1)
         marks = torch.where(size > 1, float(self.calibration), 0.0) if self.calibration else None
         positions = medians(tokens.positions, group, groups)
@@ -92,15 +106,18 @@ class Restore(Compressor):
 
 
 def medians(positions: Tensor, group: Tensor, groups: int) -> Tensor:
-    """(I, groups, A) the lower median of the positions (I, L, A) of each group; group (I, L), ``groups`` at padding."""
+    """Return the lower median (I, groups, A) of each group's positions (I, L, A), axis by axis.
+
+    ``group`` (I, L) is ``groups`` at padding.
+    """
     found = []
     for axis in positions.unbind(-1):
+        # Sort by position, then stably by group: group by group, with rising positions.
         order = axis.argsort(dim=1, stable=True)
-        order = order.gather(
-            1, group.gather(1, order).argsort(dim=1, stable=True)
-        )  # group by group, rising
+        order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))
         count = torch.zeros(len(group), groups + 1, dtype=torch.long, device=group.device)
         count = count.scatter_add(1, group, torch.ones_like(group))[:, :-1]
+        # The first slot of each group plus half of its tokens: (I, groups).
         middle = (count.cumsum(1) - count + (count - 1).clamp(min=0) // 2).clamp(
             max=group.shape[1] - 1
         )
@@ -109,7 +126,11 @@ def medians(positions: Tensor, group: Tensor, groups: int) -> Tensor:
 
 
 def options_of_restore(options: list[str]) -> tuple[list[str], list[str]]:
-    """Restore's own options, and the text of INNER, of what stands behind ``restore:``."""
+    """Split the options after ``restore:`` in a plan text.
+
+    Returns:
+        Options of Restore itself, at most one, and the text of ``inner``, as parts between colons.
+    """
     own = [
         option
         for option in options[:1]

@@ -1,4 +1,4 @@
-"""SparseVLM: rank by the words that the picture itself finds relevant, and recycle some of what is dropped."""
+"""Rank visual tokens by the words most relevant to the image (SparseVLM)."""
 
 from __future__ import annotations
 
@@ -25,18 +25,26 @@ from llavolta.compression.probe import matmul_float32
 
 @dataclass(frozen=True)
 class SparseVLM(KeepBudget):
-    """Keep the ``keep`` tokens of the highest attention of the raters in this layer, and merge some of the dropped.
+    """Keep ``keep`` tokens by their attention from rater words, and recycle some others.
 
-    Raters, from the inputs V, X of layer 0: with ``W = softmax_X(V X^T)`` over the text X behind the picture, those of
-    X whose mean weight over V is above the mean (arXiv 2410.04417, eq. 5 and 6). Score: this layer's attention, the
-    mean over heads and raters. Recycling (section 3.3; not in SparseVLM+): of the m dropped tokens the int(0.3 m) + 1
-    best are clustered by density peaks into a tenth as many groups and one, whose plain means stand in the last places.
-    ``recycle=False`` leaves them out.
+    1. Raters, from the inputs of layer 0, visual V and text X after the image:
+       ``W = softmax over X of V X^T``. The raters are the words whose mean weight over V is above
+       the mean of all words (arXiv 2410.04417, eq. 5 and 6).
+    2. The score of a token is this layer's attention from the raters, the mean over heads and
+       raters.
+    3. Recycling (section 3.3; not in SparseVLM+): of m dropped tokens, the int(0.3 m) + 1 best are
+       clustered by density peaks into a tenth as many groups plus one. The groups' plain means take
+       the image's last places.
 
-    One call is one layer; the published code's layers, behind whose outputs of 2, 6 and 15 it prunes, and its counts
-    for "192": ``3:sparsevlm:300;7:sparsevlm:200;16:sparsevlm:110`` (128: 303, 110, 36; 64: 66, 30, 17), to which
-    recycled tokens are added. The paper's own number of tokens, by the rank of the attention, is not in that code. It
-    closes up positions; here they stay, as in SparseVLM+. Its random noise on densities is left out.
+    One call works at one layer. The public code prunes after layers 2, 6 and 15, which is
+    ``3:sparsevlm:300;7:sparsevlm:200;16:sparsevlm:110`` for its "192" tokens (303, 110, 36 for
+    "128"; 66, 30, 17 for "64"). Recycled tokens are added to these counts. It closes up positions
+    and adds random noise to densities. Here positions stay, as in SparseVLM+, and there is no
+    noise. The paper's adaptive count, by the rank of the attention, is not in the public code. From
+    layer 0 on.
+
+    Attributes:
+        recycle: Whether to do step 3.
     """
 
     recycle: bool = True
@@ -63,7 +71,7 @@ class SparseVLM(KeepBudget):
 
     @torch.no_grad()
     def raters(self, tokens: VisualTokens) -> Tensor:
-        """(I, T0) of the tokens of each picture's row at layer 0."""
+        """Return the raters (I, T0), a bool mask of each row's tokens at layer 0."""
         start = tokens.start
         hidden, behind = start.rows()
         logits = matmul_float32(start.hidden, hidden.transpose(1, 2)).masked_fill(
@@ -75,9 +83,9 @@ class SparseVLM(KeepBudget):
 
     @torch.no_grad()
     def scores(self, tokens: VisualTokens) -> Tensor:
-        """(I, L)."""
+        """Return the score (I, L) of each token."""
         raters = self.raters(tokens)
-        behind = tokens.start.rows()[1]  # which rates where every word weighs the same
+        behind = tokens.start.rows()[1]  # all words, where none is above the mean
         return tokens.attention(
             query=tokens.from_start(torch.where(raters.any(1, keepdim=True), raters, behind))
         )
@@ -93,38 +101,47 @@ class SparseVLM(KeepBudget):
         merged, count, cluster = merge_by_density(tokens.hidden, again)
         left = first_of(kept, int(kept.sum(1).max()))
         out = _behind(tokens, left, merged, count)
-        into = torch.where(
-            again, kept.sum(1, keepdim=True) + cluster, out.mask.shape[1]
-        )  # dropped: into none
+        # Groups follow the kept tokens. Other dropped tokens go into none.
+        into = torch.where(again, kept.sum(1, keepdim=True) + cluster, out.mask.shape[1])
         return replace(out, group=torch.where(kept, kept.cumsum(1) - 1, into))
 
 
 def _recycled(dropped: int) -> int:
+    """Return how many of ``dropped`` tokens are recycled."""
     return min(dropped, int(0.3 * dropped) + 1) if dropped else 0
 
 
 def _groups(recycled: int) -> int:
+    """Return into how many groups ``recycled`` tokens are merged."""
     return recycled // 10 + 1 if recycled else 0
 
 
 def merge_by_density(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens ``chosen`` (I, L) of hidden (I, L, C), n of a picture, in n // 10 + 1 groups: means (I, G, C), how
-    many there are (I,), and (I, L) which of them each chosen token is in.
+    """Cluster tokens by density peaks (DPC-KNN), and average each cluster.
 
-    Density peaks (DPC-KNN): distance ``d = |a - b| / sqrt(C)``, density ``exp(-mean d^2)`` over the G nearest, itself
-    among them, times the distance to the nearest denser token (the densest: the largest distance of all); the G
-    largest are centres, and every token joins the nearest one. Of equally dense tokens, as two that
-    are nearest to each other always are where G = 2, the first counts as denser: the published code
-    adds noise there. Products are compared by their logarithms, as densities of tokens far from all
-    others are 0 in float32.
+    n chosen tokens of a row form G = n // 10 + 1 groups. The distance is ``d = |a - b| / sqrt(C)``.
+    The density is ``exp(-mean d^2)`` over the G nearest tokens, itself included. The G tokens with
+    the largest product of density and distance to the nearest denser token are centres; for the
+    densest, that distance is the largest of all. Each token joins the nearest centre.
+
+    Of equally dense tokens the earlier one counts as denser; for G = 2, two tokens nearest to each
+    other are always equally dense. The public code adds noise there. Products are compared by their
+    logarithms, since densities far from all other tokens are 0 in float32.
+
+    Args:
+        hidden: (I, L, C) tokens.
+        chosen: (I, L) bool, the tokens to cluster.
+
+    Returns:
+        The means (I, G, C), the number of groups (I,), and the group (I, L) of each chosen token.
     """
     count = chosen.sum(1)
     groups = torch.where(count > 0, count // 10 + 1, 0)
-    place, real = first_of(chosen, int(count.max()))
+    place, real = first_of(chosen, int(count.max()))  # (I, n)
     features = take(hidden, place)
     most = int(groups.max())
     with torch.no_grad():
-        pair = real[:, :, None] & real[:, None]
+        pair = real[:, :, None] & real[:, None]  # (I, n, n), both tokens real
         # Not by a matrix product, whose rounding depends on the batch and breaks ties by chance.
         away = torch.cdist(*[features.float()] * 2, compute_mode="donot_use_mm_for_euclid_dist")
         away = away / features.shape[-1] ** 0.5
@@ -132,8 +149,8 @@ def merge_by_density(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Te
         counted = torch.arange(nearest.shape[-1], device=away.device) < groups[:, None]
         counted = counted[:, None] & nearest.isfinite()
         squares = nearest.double().square().masked_fill(~counted, 0).sum(-1)
-        density = -squares / counted.sum(-1).clamp(min=1)  # its logarithm
-        first = torch.ones_like(pair[0]).tril(-1)  # (n, n), where the second stands before
+        density = -squares / counted.sum(-1).clamp(min=1)  # (I, n), the logarithm of the density
+        first = torch.ones_like(pair[0]).tril(-1)  # (n, n), True where the second token is earlier
         alike = density[:, None] == density[..., None]
         denser = ((density[:, None] > density[..., None]) | alike & first) & pair
         to_denser = away.masked_fill(~denser, torch.inf).amin(-1)
@@ -144,12 +161,13 @@ def merge_by_density(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Te
         there = torch.arange(most, device=away.device) < groups[:, None]
         to_centre = take(away, centres).masked_fill(~there[..., None], torch.inf)  # (I, G, n)
         own = torch.arange(most, device=away.device).expand_as(centres)
-        group = pad(
-            to_centre.argmin(1), (0, 1)
-        )  # a centre to itself, whatever lies at the same place
+        # A centre joins itself, also if another one is at the same point. The last column takes
+        # the centres that do not exist, and is cut off.
+        group = pad(to_centre.argmin(1), (0, 1))
         group = group.scatter(1, centres.where(there, group.shape[1] - 1), own)[:, :-1]
     size = sum_groups(real.float()[..., None], group, most)
     means = sum_groups(features.float() * real[..., None], group, most) / size.clamp(min=1)
+    # From the n chosen tokens back to all L.
     spare = torch.zeros(len(chosen), chosen.shape[1] + 1, dtype=torch.long, device=chosen.device)
     cluster = spare.scatter(1, place.where(real, chosen.shape[1]), group)[:, :-1]
     return means.to(hidden.dtype), groups, cluster
@@ -158,19 +176,23 @@ def merge_by_density(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Te
 def _behind(
     tokens: VisualTokens, left: tuple[Tensor, Tensor], merged: Tensor, count: Tensor
 ) -> CompressedTokens:
-    """The tokens at ``left`` (places and whether they are real), and behind them ``count`` (I,) of merged (I, G, C),
-    in the last places of each picture, as far as kept ones do not stand there."""
+    """Append the first ``count`` (I,) tokens of ``merged`` (I, G, C) to the kept tokens.
+
+    They take the last places of each image, and kept tokens there move forward. ``left`` are the
+    indices of the kept tokens and a mask of the real ones, both (I, K).
+    """
     place, real = left
     kept, length = real.sum(1), tokens.mask.sum(1)
     total = kept + count
     slot = torch.arange(int(total.max()), device=place.device)
-    own = slot < kept[:, None]
+    own = slot < kept[:, None]  # (I, K + G), slots of kept tokens
     place = pad(place, (0, max(0, len(slot) - place.shape[1])))[:, : len(slot)]
     hidden = torch.where(
         own[..., None],
         take(tokens.hidden, place),
         take(merged, (slot - kept[:, None]).clamp(0, merged.shape[1] - 1)),
     )
+    # No anchor may lie beyond the place from which all later slots still fit before the end.
     anchor = torch.where(own, place, length[:, None])
     anchor = torch.minimum(anchor, (length - total)[:, None] + slot)
     return CompressedTokens(hidden, slot < total[:, None], anchor)

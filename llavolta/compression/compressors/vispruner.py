@@ -1,4 +1,4 @@
-"""VisPruner: half of the tokens by class attention, the other half by thinning out what is alike."""
+"""Keep tokens by class attention, and thin out duplicates among the others (VisPruner)."""
 
 from __future__ import annotations
 
@@ -24,14 +24,23 @@ from llavolta.compression.probe import matmul_float32
 
 @dataclass(frozen=True)
 class VisPruner(KeepBudget):
-    """Keep int(important * K) tokens by class attention (per head, of the layer whose output the model selects), and of
-    the others, in falling order of it, those that repeated thinning leaves (arXiv 2412.01818, and its public code).
+    """Keep int(important * K) tokens by class attention, and the others by removing duplicates.
 
-    A round splits them into those at even and at odd places; an even one scores its largest cosine to an odd one; the
-    ``batch`` even ones of the largest scores go (fewer in the last round). The next round's order: the even ones left,
-    by falling score, then the odd ones. Kept tokens stand in raster order. Where the number in a round is odd, which
-    the public code cannot do, the last even one has no partner of its own. Where the tower has no class token: the
-    attention that each patch receives.
+    1. The class attention is a softmax per head, in the tower layer whose output the model selects.
+    2. All other tokens are thinned in order of falling attention, until K tokens remain in all. A
+       round splits them into those at even and at odd places. The score of an even one is its
+       largest cosine to an odd one. The ``batch`` even ones of largest score are removed (fewer in
+       the last round). The order of the next round is the remaining even ones by falling score,
+       then the odd ones.
+
+    Tokens stay in raster order. Where a round has an odd number of tokens, for which the public
+    code fails, the even half is the larger. In a tower without a class token, tokens are ranked by
+    the mean attention that a patch receives. Source: arXiv 2412.01818 and its public code. At
+    "vision" or layer 0.
+
+    Attributes:
+        important: Share of tokens that step 1 keeps, above 0 and at most 1.
+        batch: Tokens removed per round, at least 1.
     """
 
     important: float = 0.5
@@ -49,6 +58,7 @@ class VisPruner(KeepBudget):
         return by_size(tokens, self._pruned, tokens.salience())
 
     def _pruned(self, tokens: VisualTokens, salience: Tensor) -> CompressedTokens:
+        """Compress rows of one size."""
         total = self.num_tokens(tokens.mask.shape[1])
         order = salience.argsort(dim=1, descending=True, stable=True)
         first = int(total * self.important)
@@ -59,12 +69,13 @@ class VisPruner(KeepBudget):
 
     @torch.no_grad()
     def _thinned(self, hidden: Tensor, rest: Tensor, wanted: int) -> Tensor:
-        """(I, wanted) of rest (I, R)."""
+        """Thin the indices ``rest`` (I, R), in order of attention, down to (I, wanted)."""
         unit = F.normalize(hidden.float(), dim=-1)
         while wanted and rest.shape[1] > wanted:
             even, odd = rest[:, ::2], rest[:, 1::2]
             go = min(self.batch, rest.shape[1] - wanted, even.shape[1])
             score = matmul_float32(take(unit, even), take(unit, odd).transpose(1, 2)).amax(-1)
+            # This order decides which tokens meet in the next round.
             rest = torch.cat(
                 [even.gather(1, score.argsort(dim=1, descending=True, stable=True)[:, go:]), odd],
                 dim=1,

@@ -1,4 +1,4 @@
-"""VScan: half of the tokens from early, window by window, half from late attention; the others merge into them."""
+"""Keep tokens by early and late attention of the tower, and merge the others (VScan)."""
 
 from __future__ import annotations
 
@@ -23,14 +23,23 @@ from llavolta.compression.compressors.base import (
 
 @dataclass(frozen=True)
 class VScan(KeepBudget):
-    """The first stage of VScan (arXiv 2505.22654, section 3.2, and its public code), at layer 0: behind the projector.
+    """Keep tokens by local and global attention, and merge all others: the first stage of VScan.
 
-    Of K = ``keep`` tokens int(K / 2) are the best of each ``window`` x ``window`` part of the picture by the class
-    attention of an early layer of the tower (5 of 24), equally many in each, the rest of them by that attention alone
-    (the public code leaves them out); the others are the best of the rest by the layer whose output the model selects.
-    Each dropped token goes to the kept one of highest cosine, which becomes the plain mean. Its second stage, at layer
-    16 of 32, is PyramidDrop's: "64 tokens" are ``0:vscan:96;16:pyramiddrop:0.334``. Where the tower has no class token:
-    the attention that each patch receives.
+    1. int(K / 2) of K = ``keep`` tokens are local: the best of each ``window`` x ``window`` part of
+       the image, equally many in each, by the class attention of an early tower layer (index 5 of
+       24). The remainder of this division is taken by that attention alone; the public code drops
+       it.
+    2. The others are global: the best remaining tokens by the class attention of the layer whose
+       output the model selects.
+    3. Each dropped token joins the kept token of highest cosine, which becomes the plain mean.
+
+    The second stage, at layer 16 of 32, is PyramidDrop's: "64 tokens" are
+    ``0:vscan:96;16:pyramiddrop:0.334``. In a tower without a class token, tokens are ranked by the
+    mean attention that a patch receives. Source: arXiv 2505.22654, section 3.2, and its public
+    code, which merges after the projector, so at layer 0 of a plan.
+
+    Attributes:
+        window: Side of a window in tokens, at least 1.
     """
 
     window: int = 6
@@ -47,27 +56,36 @@ class VScan(KeepBudget):
 
     @torch.no_grad()
     def kept(self, tokens: VisualTokens, local: Tensor, salience: Tensor) -> Tensor:
-        """(I, L) bool, of pictures of one size."""
+        """Return a (I, L) bool mask of the tokens to keep, for rows of one size.
+
+        Args:
+            tokens: The visual tokens.
+            local: (I, L) class attention of the early layer.
+            salience: (I, L) class attention of the selected layer.
+        """
         (images, length), total = tokens.mask.shape, self.num_tokens(tokens.mask.shape[1])
         height, width = tokens.grid[0].tolist()
         place = torch.arange(length, device=local.device)
-        if height * width != length:
+        if height * width != length:  # no rectangle, such as patches after a class token: one row
             height, width = 1, length
         across = -(-width // self.window)
+        # The window (L,) of each token, and its rank within it by local attention (I, L).
         part = place // width // self.window * across + place % width // self.window
         rank = torch.zeros_like(local, dtype=torch.long)
-        for number in range(int(part[-1]) + 1):  # the windows of one size, for all pictures at once
+        for number in range(int(part[-1]) + 1):  # each window, in all rows at once
             inside = (part == number).nonzero()[:, 0]
             rank[:, inside] = (
                 local[:, inside].argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             )
         half, windows = total // 2, int(part[-1]) + 1
         kept = rank < half // windows
+        # The remainder of the division, and windows with fewer tokens than that, leave some over.
         rest = torch.full((images,), half, device=local.device) - kept.sum(1)
         kept = kept | largest_of(local, rest, ~kept)
         return kept | largest_of(salience, torch.full_like(rest, total) - kept.sum(1), ~kept)
 
     def _scanned(self, tokens: VisualTokens, local: Tensor, salience: Tensor) -> CompressedTokens:
+        """Compress rows of one size."""
         kept = self.kept(tokens, local, salience)
         total = int(kept[0].sum())
         anchor, mask = first_of(kept, total)
@@ -81,8 +99,17 @@ class VScan(KeepBudget):
 def nearest_kept(
     hidden: Tensor, kept: Tensor, anchor: Tensor, mask: Tensor | None = None
 ) -> Tensor:
-    """(I, L) for each token of hidden (I, L, C) the number of the anchor (I, M), one of those ``kept`` (I, L), to which
-    it has the highest cosine; a kept one its own. mask (I, M): False at padding of ``anchor``."""
+    """Find the most similar kept token of each token.
+
+    Args:
+        hidden: (I, L, C) tokens.
+        kept: (I, L) bool, the kept tokens.
+        anchor: (I, M) indices of the kept tokens, rising.
+        mask: (I, M) bool, False at padding of ``anchor``. None: there is no padding.
+
+    Returns:
+        (I, L) index 0..M - 1 of the kept token of highest cosine; a kept token has its own.
+    """
     alike = cosines(hidden).gather(2, anchor[:, None].expand(-1, hidden.shape[1], -1))
     alike = alike if mask is None else alike.masked_fill(~mask[:, None], -torch.inf)
     return torch.where(kept, kept.cumsum(1) - 1, alike.argmax(-1))

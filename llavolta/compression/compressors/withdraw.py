@@ -1,4 +1,4 @@
-"""Withdraw: all visual tokens leave the decoder at a layer (VTW)."""
+"""Drop all visual tokens at a decoder layer (VTW)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from llavolta.compression.compressors.base import (
 
 @dataclass(frozen=True)
 class Withdraw(Compressor):
-    """All visual tokens leave: from layer K on the decoder works on text alone (VTW, arXiv 2405.05803; K = 16 of 32).
+    """Drop all visual tokens: from layer K on the decoder works on text alone.
 
-    Nothing can follow it in a plan. Text keeps its positions. The row of a visual token in the logits is that of the
-    last token of text before it.
+    Source: VTW, arXiv 2405.05803, with K = 16 of 32 layers. Nothing can follow it in a plan. Text
+    keeps its positions. In ``logits`` the row of a visual token is that of the last text token
+    before it.
     """
 
     name: ClassVar[str] = "withdraw"
