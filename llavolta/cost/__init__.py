@@ -1,1 +1,1 @@
-"""What a step costs: counted, planned and timed."""
+"""Count, plan and time what training and inference cost."""

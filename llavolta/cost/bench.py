@@ -1,4 +1,7 @@
-"""Timing, side by side in one process: each plan in turn on the same batches, medians, ratios to no compression."""
+"""Time training steps and prefills under several plans, side by side in one process.
+
+Each plan runs in turn on the same batches. Results are medians, and ratios to no compression.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,10 @@ from llavolta.worlds import HOMES, WORLDS
 
 
 def now(device: torch.device) -> float:
-    """Seconds of a clock, when all that was asked of ``device`` is done.
+    """Return the seconds of a clock, after all work queued on ``device`` is done.
 
-    On a CPU with one thread it is the clock of this process's CPU time, which other processes do not advance.
+    On a CPU with one thread it is the CPU time of this process, which other processes do not
+    advance.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -49,18 +53,31 @@ def step_times(
     progress: bool = True,
     config: TrainConfig | None = None,
 ) -> pd.DataFrame:
-    """Seconds of a training step (forward, backward, AdamW) under each plan, interleaved on the same ``batches``.
+    """Time a training step (forward, backward, AdamW) under each plan.
 
-    A plan may also be a stage of a scheme: of one with slow steps it is the mean over its fast and slow steps, of one
-    that is drawn the mean over its plans.
-    The learning rate is 0, so the model stays as it is. config: a run's, whose adapters and precision the steps have
-    (default: float32, all but the tower trains). Returns one row per plan: seconds (median), ratio (the median
-    over rounds of this plan's time over that of "none" in the same round), flops_ratio (what the FLOPs promise).
+    The learning rate is 0, so the model's weights stay as they are.
+
+    Args:
+        model: A supported vision-language model.
+        batches: Batches with labels, which all plans run on.
+        plans: Plan texts, or stages of a scheme. A stage with slow steps counts as the mean over
+            its fast and slow steps, a stage with a drawn plan as the mean over its plans.
+        rounds: Rounds to time, after one of warm-up.
+        phase: "instruct" or "align": which parts are trained.
+        progress: Show a progress bar.
+        config: A run's configuration, for its adapters, its precision and whether the tower trains.
+            Default: float32, without adapters, the tower frozen.
+
+    Returns:
+        One row per plan, "none" first: plan; seconds, the median time per batch; ratio, the median
+        over rounds of the time relative to "none" in the same round; and flops_ratio, the counted
+        FLOPs relative to "none".
     """
     stages = {
         str(plan): plan if isinstance(plan, Stage) else Stage(plan, 1) for plan in ["none", *plans]
     }
     training, trained = model.training, [(p, p.requires_grad) for p in model.parameters()]
+    # DualSpeed's mode isolator, if the model has one, gives way to a new one meanwhile.
     own, name = getattr(unwrap(model), ISOLATOR, None), model.name_or_path
     options = dict(train_tower=config.train_tower, lora_rank=config.lora_rank) if config else {}
     set_trainable(model.train(), phase, options.get("train_tower", False))
@@ -79,7 +96,7 @@ def step_times(
         delattr(unwrap(model), ISOLATOR)
         if own is not None:
             setattr(unwrap(model), ISOLATOR, own)
-        if adapted is not model:
+        if adapted is not model:  # take the adapters out, and undo what they changed
             adapted.unload()
             model.name_or_path = model.config.name_or_path = name
         model.train(training)
@@ -91,15 +108,19 @@ def step_times(
 def _step_times(
     model, batches, stages: dict[str, Stage], rounds: int, trains: dict, progress: bool
 ) -> pd.DataFrame:
+    """Time the steps of a model that is ready to train: see ``step_times``."""
     add_isolator(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     device = next(model.parameters()).device
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
 
+    # A drawn plan is timed as one task for each plan it is drawn from.
     drawn = {name: stage.fixed() for name, stage in stages.items() if len(stage.choices) > 1}
 
     def step(stage: Stage, slow: bool) -> None:
+        """Take a fast or a slow step on each batch."""
         for batch in batches:
+            # fast_mode is the stage's plan, with the isolator only if the stage has one.
             with slow_mode(model, stage, batch) if slow else fast_mode(model, stage):
                 model(**batch).loss.backward()
             optimizer.step()
@@ -118,13 +139,16 @@ def _step_times(
     taken = pd.DataFrame(
         interleaved(tasks, rounds, device, progress) / len(batches), columns=list(tasks)
     )
+    # One step in slow_every is slow; a drawn plan is the mean over its plans.
     for name in slow:
         taken[name] += (taken[slow[name]] - taken[name]) / stages[name].slow_every
     for name, choices in drawn.items():
         taken[name] = taken[[choice.plan for choice in choices]].mean(axis=1)
     seconds = taken[list(stages)]
     text, images, labelled = example_sizes(model, batches)
-    if not visual_tokens(unwrap(model).config):  # by the picture: all those of a batch count as one
+    # Where the number of tokens depends on the image, all images of the first batch with pixels
+    # count as one.
+    if not visual_tokens(unwrap(model).config):
         images = len(batches) / sum(len(batch["input_ids"]) for batch in batches)
         trains = {
             **trains,
@@ -146,7 +170,10 @@ def _step_times(
 
 
 def example_sizes(model, batches) -> tuple[float, float, float]:
-    """Text tokens, images and labelled rows per example, means over the batches; a clip counts as its frames."""
+    """Return text tokens, images and labelled tokens per example, as means over the batches.
+
+    A clip counts as its frames.
+    """
     examples = sum(len(batch["input_ids"]) for batch in batches)
     images = sum(len(batch.get("pixel_values", ())) for batch in batches)
     images += sum(
@@ -155,6 +182,7 @@ def example_sizes(model, batches) -> tuple[float, float, float]:
         if "pixel_values_videos" in batch
     )
     rows = sum(batch["input_ids"].numel() for batch in batches)
+    # Visual tokens are counted by their placeholders; the rest of a row, padding included, is text.
     placeholders = torch.tensor(list(find_parts(model).visual_ids.values()))
     visual = sum(
         torch.isin(batch["input_ids"], placeholders.to(batch["input_ids"].device)).sum().item()
@@ -166,9 +194,19 @@ def example_sizes(model, batches) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A random LLaVA and batch to time: ``width`` and ``layers`` of the decoder, tokens and examples of the batch.
+    """Sizes of a random LLaVA and of a batch to time.
 
-    The tower is tiny, so that the decoder is what is measured; a third of the text tokens are labelled.
+    The tower is tiny, so the decoder dominates the time. A third of the text tokens is labelled.
+
+    Attributes:
+        width: Hidden size of the decoder.
+        layers: Number of decoder layers.
+        visual: Visual tokens of an image, a square number.
+        text: Text tokens of an example.
+        batch: Examples of the batch.
+        vocabulary: Number of words.
+        device: Device of model and batch.
+        dtype: Data type of weights and pixels, as a name in torch.
     """
 
     width: int = 256
@@ -181,7 +219,11 @@ class Sizes:
     dtype: str = "float32"
 
     def model(self):
-        """A LlavaForConditionalGeneration with random weights, made on ``device``."""
+        """Return a LlavaForConditionalGeneration with random weights.
+
+        Raises:
+            ValueError: ``visual`` is no square number.
+        """
         from transformers import (
             CLIPVisionConfig,
             LlamaConfig,
@@ -210,17 +252,20 @@ class Sizes:
             image_seq_length=self.visual,
             tie_word_embeddings=False,
         )
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # the same weights each time
         with torch.device(self.device):
             return LlavaForConditionalGeneration(config).to(getattr(torch, self.dtype))
 
     def inputs(self) -> dict:
-        """One batch: a beginning token, the picture's placeholders, text; labels on the last third of the text."""
+        """Return one batch: the first token, an image's placeholders, and text.
+
+        The last third of the text is labelled.
+        """
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(
             10, self.vocabulary, (self.batch, self.visual + self.text), generator=generator
         )
-        ids[:, 1 : 1 + self.visual] = 5
+        ids[:, 1 : 1 + self.visual] = 5  # image_token_index; other tokens are 10 and above
         labels = torch.full_like(ids, IGNORED)
         labels[:, -self.text // 3 :] = ids[:, -self.text // 3 :]
         side = 4 * math.isqrt(self.visual)
@@ -239,7 +284,17 @@ class Sizes:
 def interleaved(
     tasks: dict[str, Callable[[], object]], rounds: int, device: torch.device, progress: bool = True
 ):
-    """Seconds (rounds, tasks) of each task, the tasks in a new random order each round, after a round of warm-up."""
+    """Time several tasks in turn, in a new random order each round, after one round of warm-up.
+
+    Args:
+        tasks: Functions by name.
+        rounds: Rounds to time.
+        device: The device that the tasks run on.
+        progress: Show a progress bar.
+
+    Returns:
+        Seconds (rounds, tasks).
+    """
     names = list(tasks)
     seconds = np.zeros((rounds + 1, len(names)))
     for turn in tqdm(range(rounds + 1), desc="timing", disable=not progress, leave=False):
@@ -251,12 +306,17 @@ def interleaved(
 
 
 def step_report(sizes: Sizes, rounds: int = 5, progress: bool = True) -> dict[str, pd.DataFrame]:
-    """Everything ``python -m llavolta.bench step`` prints: tables "step" and "prefill"."""
+    """Return the tables that ``python -m llavolta.bench step`` prints.
+
+    Returns:
+        "step", the table of ``step_times`` with the columns speedup, promised (by FLOPs) and
+        kept_promise (their ratio), and "prefill", the table of ``prefill_times``.
+    """
     half = sizes.layers // 2
     plans = [
         f"{layer}:avgpool:{stride}" for layer, stride in ((2, 8), (half, 8), (2, 2), (half, 2))
     ]
-    plans = list(dict.fromkeys(plans))  # in a model of four layers two of them are the same
+    plans = list(dict.fromkeys(plans))  # in a model of four layers half is 2, so plans repeat
     model, batch = sizes.model(), sizes.inputs()
     step = step_times(model, [batch], plans, rounds, progress=progress)
     step["speedup"] = 1 / step.ratio
@@ -269,7 +329,19 @@ def step_report(sizes: Sizes, rounds: int = 5, progress: bool = True) -> dict[st
 def prefill_times(
     model, batch: dict, plans: Sequence[str], rounds: int = 5, progress: bool = True
 ) -> pd.DataFrame:
-    """Time of reading the prompt into a cache, and the bytes of the cache, relative to no compression."""
+    """Time the prefill of a prompt into a cache under each plan.
+
+    Args:
+        model: A supported vision-language model, in evaluation mode.
+        batch: The prompt; labels are ignored.
+        plans: Plan texts.
+        rounds: Rounds to time, after one of warm-up.
+        progress: Show a progress bar.
+
+    Returns:
+        One row per plan, "none" first: plan, seconds (median), ratio (to "none" in the same round),
+        cache_MB (size of the cache in 10^6 bytes) and cache_ratio (to "none").
+    """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     size: dict[str, int] = {}
 
@@ -296,7 +368,16 @@ def prefill_times(
 
 
 def embedded_batches(batch: int = 32, count: int = 2, name: str = "embedded") -> tuple:
-    """(model, batches) of the embedded LLaVA, or of the model ``name``, and the first training scenes of its world."""
+    """Load a model that comes with the package, and batches of its world's training data.
+
+    Args:
+        batch: Examples per batch.
+        count: Number of batches, from the first example on.
+        name: The model: see ``worlds.MODELS``.
+
+    Returns:
+        The model, and a list of batches.
+    """
     model, processor = load_model(name)
     data, collate = LlavaData(WORLDS[HOMES.get(name, "digits")].train()), Collator(processor)
     return model, [

@@ -1,7 +1,8 @@
-"""Hours, money and memory of a training run before it is started, from the cost model and a measured speed.
+"""Predict hours, price and memory of a training run, from the cost model and a speed.
 
-A speed is either a share of a GPU's peak, which the user assumes, or fitted to measured steps (``fit_speed``): then
-linear layers and attention have rates of their own, and what does not depend on the tokens a time of its own.
+A speed is a share of a GPU's peak that the user assumes, or it is fitted to measured steps
+(``fit_speed``). A fitted speed has separate rates for linear layers and for attention, and a fixed
+time per example that does not depend on the tokens.
 """
 
 from __future__ import annotations
@@ -23,17 +24,22 @@ from llavolta.train.build import visual_tokens
 from llavolta.train.models import load_processor, read_config, whole_path
 from llavolta.train.schemes import Scheme, Stage
 
-CAPTIONS, INSTRUCTIONS = 558_128, 665_298  # that LLaVA-1.5 is aligned and tuned on
-CAPTION_TOKENS = 20  # of a caption that LLaVA-1.5's projector is aligned on
+CAPTIONS, INSTRUCTIONS = 558_128, 665_298  # examples of LLaVA-1.5's alignment and tuning
+CAPTION_TOKENS = 20  # text tokens of an example of alignment
 
 
 class PlannerError(UserError, ValueError):
-    """A question that the planner cannot answer with what it was given."""
+    """A question that the planner cannot answer with the given values."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """peak: dense bfloat16 TFLOP/s; memory: GB; both from the vendor's data sheet."""
+    """A GPU, by its vendor's data sheet.
+
+    Attributes:
+        peak: Dense bfloat16 throughput in TFLOP/s.
+        memory: Memory in GB.
+    """
 
     peak: float
     memory: float
@@ -51,7 +57,15 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one example's training step: fixed + linear operations * per_linear + attention's * per_attention."""
+    """The time of one example's training step.
+
+    It is fixed + attention FLOPs * per_attention + all other FLOPs * per_linear.
+
+    Attributes:
+        per_linear: Seconds per FLOP outside attention.
+        per_attention: Seconds per FLOP of attention.
+        fixed: Seconds that do not depend on the tokens.
+    """
 
     per_linear: float
     per_attention: float
@@ -59,19 +73,30 @@ class Speed:
 
     @classmethod
     def of_gpu(cls, gpu: str, utilisation: float, count: int = 1) -> Speed:
-        """``count`` GPUs that reach the share ``utilisation`` (0 to 1) of their peak."""
+        """Return the speed of GPUs at a share of their peak.
+
+        Args:
+            gpu: A key of GPUS.
+            utilisation: The share of the peak, above 0 and at most 1.
+            count: Number of GPUs.
+
+        Raises:
+            PlannerError: Unknown GPU, or a number out of range.
+        """
         if gpu not in GPUS:
             raise PlannerError(
                 f"unknown GPU {gpu!r}; known: {', '.join(GPUS)}; or measure the speed of your own"
             )
         if not 0 < utilisation <= 1 or count < 1:
             raise PlannerError(
-                f"utilisation must be above 0 and at most 1, GPUs at least 1, not {utilisation}, {count}"
+                "utilisation must be above 0 and at most 1, GPUs at least 1, "
+                f"not {utilisation}, {count}"
             )
         rate = 1 / (GPUS[gpu].peak * 1e12 * utilisation * count)
         return cls(rate, rate)
 
     def seconds(self, cost: StepCost) -> float:
+        """Return the seconds of one example's training step."""
         attention = cost.attention.total
         return (
             self.fixed + (cost.total - attention) * self.per_linear + attention * self.per_attention
@@ -79,10 +104,18 @@ class Speed:
 
 
 def fit_speed(costs: Sequence[StepCost], seconds: Sequence[float]) -> Speed:
-    """The speed under which ``costs`` take ``seconds`` per example, by least squares with no negative part.
+    """Fit the speed at which ``costs`` take ``seconds`` per example.
 
-    From one measurement a single rate is fitted, from two rates for attention and for the rest, from three on a fixed
-    time with them.
+    It is a least-squares fit of relative errors, with no negative rate. One measurement gives a
+    single rate, two give separate rates for attention and the rest, three or more give a fixed time
+    too.
+
+    Args:
+        costs: The counted steps.
+        seconds: The measured time of each, above 0.
+
+    Raises:
+        PlannerError: No measurements, unequal numbers, or times that are not above 0.
     """
     if not len(costs) or len(costs) != len(seconds) or min(seconds) <= 0:
         raise PlannerError(
@@ -95,6 +128,7 @@ def fit_speed(costs: Sequence[StepCost], seconds: Sequence[float]) -> Speed:
         if len(costs) == 1
         else [rest, attention, np.ones(len(costs))][: len(costs)]
     )
+    # Columns of very different size, FLOPs and 1, are scaled for the solver.
     scale = [column.max() for column in columns]
     weight = 1 / np.asarray(seconds)  # errors relative to the time
     found, _ = nnls(np.stack(columns, 1) / scale * weight[:, None], np.ones(len(costs)))
@@ -114,12 +148,26 @@ def scheme_table(
     captions: int = 0,
     **step,
 ) -> pd.DataFrame:
-    """Per scheme: compression ratio, FLOPs and hours of training on ``examples``, and both relative to no compression.
+    """Compare schemes by their predicted cost.
 
-    price: of one GPU for an hour; adds the cost. captions: examples of projector alignment before; adds its hours, and
-    recipe_ratio, the time of both together. step: text_tokens, images, checkpointing, ... of CostModel.step.
+    Args:
+        model: The model's costs.
+        schemes: Schemes by name, for the model's depth.
+        examples: Training examples.
+        speed: Speed of all GPUs together.
+        price: Price of one GPU for an hour. None: no column.
+        gpus: Number of GPUs, for the price.
+        captions: Examples of projector alignment before training; 0: no columns.
+        **step: Options of ``CostModel.step``: text_tokens, images, checkpointing and so on.
+
+    Returns:
+        One row per scheme: ratio (compression ratio over its stages), pflops (10^15 operations of
+        the training), hours, flops_ratio and time_ratio (to training without compression). With
+        ``captions``: align_hours, and recipe_ratio (the time of both phases to that without
+        compression). With ``price``: price, of the training without alignment.
     """
     plain = model.step("none", **step)
+    # An example of alignment is one image with a short caption.
     align = {
         **step,
         "text_tokens": CAPTION_TOKENS,
@@ -137,6 +185,7 @@ def scheme_table(
         ]
         flops = sum(share * cost.total for share, cost in costs)
         seconds = sum(share * speed.seconds(cost) for share, cost in costs)
+        # Token-layers: visual tokens summed over the layers, the mean over the stages.
         layers, visual = len(model.layers), model.tokens_of(step.get("pictures"))
         tokens = sum(
             stage.share * sum(stage.tokens_per_layer(layers, visual)) for stage in scheme.stages
@@ -147,7 +196,7 @@ def scheme_table(
         )
         row |= dict(flops_ratio=flops / plain.total, time_ratio=seconds / speed.seconds(plain))
         if captions:
-            first = scheme.align or Stage("none", 1)
+            first = scheme.align or Stage("none", 1)  # its share is that of the captions in use
             aligned = sum(
                 often * speed.seconds(cost) for often, cost in model.stage(first, **align)
             )
@@ -162,12 +211,17 @@ def scheme_table(
 
 
 def within(table: pd.DataFrame, hours: float) -> pd.DataFrame:
-    """The schemes of ``scheme_table`` that take at most ``hours``, the least compressing first. Raises PlannerError."""
+    """Return the schemes of ``scheme_table`` that take at most ``hours``, the lowest ratio first.
+
+    Raises:
+        PlannerError: No scheme does.
+    """
     fitting = table[table.hours <= hours].sort_values(["ratio", "hours"])
     if fitting.empty:
         fastest = table.hours.idxmin()
         raise PlannerError(
-            f"no scheme takes at most {hours:g} hours; the fastest, {fastest!r}, takes {table.hours[fastest]:.1f}"
+            f"no scheme takes at most {hours:g} hours; the fastest, {fastest!r}, "
+            f"takes {table.hours[fastest]:.1f}"
         )
     return fitting
 
@@ -184,8 +238,29 @@ def memory_table(
     pictures: dict | None = None,
     train_tower: bool = False,
 ) -> pd.DataFrame:
-    """Per plan, GB of one GPU: weights, gradients and optimizer shared by ``gpus`` (ZeRO-3), activations of ``batch``
-    examples, and the key-value cache that one example needs at inference. bfloat16, master weights in float32."""
+    """Predict the memory of one GPU under each plan.
+
+    Weights, gradients and optimizer state are sharded over the GPUs (ZeRO-3). Weights are in
+    bfloat16, with a float32 copy of the trained ones.
+
+    Args:
+        model: The model's costs.
+        plans: Plan texts.
+        batch: Examples on one GPU.
+        gpus: Number of GPUs.
+        checkpointing: See ``CostModel.step``.
+        text_tokens: See ``CostModel.step``.
+        images: See ``CostModel.step``.
+        lora_rank: See ``CostModel.step``.
+        pictures: See ``CostModel.step``.
+        train_tower: See ``CostModel.step``.
+
+    Returns:
+        One row per plan, in GB: weights, gradients, optimizer, activations (of the decoder), total,
+        and cache_per_example (the key-value cache of one example at inference, no part of the
+        total).
+    """
+    # The tuning phase needs the most: it trains the decoder or its adapters.
     trained = model.state_bytes("instruct", train_tower, lora_rank)
     states, visual = (
         {part: size / gpus / 1e9 for part, size in trained.items()},
@@ -204,7 +279,7 @@ def memory_table(
 
 
 def published_hours() -> dict[str, float]:
-    """Training hours of LLaVA-1.5-7B that LLaVolta reports, by scheme."""
+    """Return the training hours of LLaVA-1.5-7B that LLaVolta reports, by scheme."""
     table = (
         pd.read_csv(PUBLISHED)
         .query("claim == 'training time' and unit == 'hours'")
@@ -217,8 +292,15 @@ def published_hours() -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is planned: a config; what one picture of ``size`` becomes, None where every picture is one square; and the
-    statistics of a data set, if one was given."""
+    """The model and data that are planned for.
+
+    Attributes:
+        config: The Hugging Face config.
+        pictures: The processor's output for one image of ``size``. None if each image is a square
+            of the tower's size.
+        size: Width and height of an image in pixels.
+        statistics: Statistics of the data set; None without one.
+    """
 
     config: object
     pictures: dict | None
@@ -232,12 +314,21 @@ def subject(
     images: str | None = None,
     size: tuple[int, int] = (640, 480),
 ) -> Subject:
-    """Of a name in REFERENCES, or of a Hugging Face folder or hub name, whose processor then counts ``data``, too.
+    """Read the model and data to plan for.
 
-    size: of a picture, where the family makes tokens by size; that of ``data`` takes its place. Raises PlannerError.
+    Args:
+        model: A key of REFERENCES, a Hugging Face folder or a hub name.
+        data: A LLaVA JSON file whose tokens the model's processor counts. None: no statistics.
+        images: The folder of its images.
+        size: Width and height of an image in pixels, for families whose number of tokens depends on
+            it. The size of the images in ``data`` replaces it.
+
+    Raises:
+        PlannerError: ``size`` is no pair of positive whole numbers.
     """
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
         raise PlannerError(f"a picture has a width and a height in pixels, not {list(size)}")
+    # A reference needs no file: its config and its processor's settings are in the package.
     if model in REFERENCES and data is None:
         return Subject(reference_config(model), pictures_of(model, size), size, None)
     name = REFERENCES[model].hub if model in REFERENCES else model
@@ -250,5 +341,6 @@ def subject(
     size = (counted and counted.picture_size) or size
     if fixed:
         return Subject(config, None, size, counted)
+    # The number of tokens depends on the size, so an image of it is processed.
     made = processor.image_processor(images=[Image.new("RGB", size)], return_tensors="pt")
     return Subject(config, of_tower(made), size, counted)

@@ -1,4 +1,8 @@
-"""The shapes of published models, as their config.json and preprocessor_config.json have them: nothing is fetched."""
+"""Hold the configurations of published models.
+
+They have the values of each model's config.json and preprocessor_config.json. Nothing is
+downloaded.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,15 @@ from llavolta.errors import UnsupportedModel
 
 @dataclass(frozen=True)
 class Reference:
-    """config: makes the model's Hugging Face config. images: the class of its image processor, and its settings;
-    none where every picture is one square of the tower's size. hub: the checkpoint's name."""
+    """A published model.
+
+    Attributes:
+        hub: Name of its checkpoint on the Hugging Face hub.
+        config: Makes its Hugging Face config.
+        images: Name of its image processor's class. Empty: each image is a square of the tower's
+            size.
+        settings: Settings of the image processor.
+    """
 
     hub: str
     config: Callable[[], tf.PretrainedConfig]
@@ -190,10 +201,11 @@ REFERENCES = {
         dict(size={"height": 384, "width": 384}, image_grid_pinpoints=_ONEVISION_GRID),
     ),
 }
-"""By short name, the models that the presets train."""
+"""The published models by short name."""
 
 
 def reference(name: str) -> Reference:
+    """Return the Reference of that name. Raises UnsupportedModel if there is none."""
     if name not in REFERENCES:
         raise UnsupportedModel(
             f"no reference configuration {name!r}; there are {', '.join(REFERENCES)}"
@@ -202,15 +214,29 @@ def reference(name: str) -> Reference:
 
 
 def reference_config(name: str = "llava-1.5-7b") -> tf.PretrainedConfig:
-    """The Hugging Face config of a published model. Raises UnsupportedModel."""
+    """Return the Hugging Face config of a published model.
+
+    Raises:
+        UnsupportedModel: Unknown name.
+    """
     return reference(name).config()
 
 
 def pictures_of(name: str, size: tuple[int, int]) -> dict | None:
-    """What the processor of a reference makes of one picture of ``size`` (width, height), for ``CostModel.step``; None
-    where every picture is one square of the tower's size."""
+    """Return the processor's output for one image, as ``CostModel.step`` takes it.
+
+    Args:
+        name: A key of REFERENCES.
+        size: Width and height in pixels.
+
+    Returns:
+        The inputs of the vision tower; None where each image is a square of the tower's size.
+
+    Raises:
+        UnsupportedModel: Unknown name.
+    """
     known = reference(name)
     if not known.images:
         return None
-    processor = getattr(tf, f"{known.images}Pil")(**known.settings)  # without torchvision
+    processor = getattr(tf, f"{known.images}Pil")(**known.settings)  # needs no torchvision
     return of_tower(processor(images=[Image.new("RGB", size)], return_tensors="pt"))
