@@ -1,4 +1,8 @@
-"""Worlds: data to train on and to ask about, generated on first use, and the models that know their words."""
+"""Provide data sets and models that the package makes itself.
+
+A world is a data set in LLaVA's format, generated on first use. ``WORLDS`` lists the worlds,
+``MODELS`` the models, and ``HOMES`` the world that each model is made for.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,17 @@ from llavolta.paths import DATA, NANO_TUNED, RUNS, TINY_LLAVA, expand
 
 @dataclass(frozen=True)
 class World:
-    """A data set in LLaVA's format that the package makes itself.
+    """A generated data set in LLaVA's format.
 
-    build: (folder, count, heldout, seed) -> the folder, with train.json, heldout.json, align.json and their media.
-    count, heldout: entries to train on and held out, by default. steps: of a whole scheme, by default; None: one pass.
-    unseen: the name of a second file of held-out questions, of a kind that nothing is trained on.
+    Attributes:
+        name: Name of the world.
+        build: Called as ``build(folder, count, heldout_count, seed)``, writes train.json,
+            heldout.json, align.json and their media to the folder, and returns it.
+        count: Default number of scenes or clips to train on.
+        heldout_count: Number of held-out scenes or clips.
+        steps: Default number of optimizer steps of a whole scheme. None: one pass over the data.
+        unseen: Name of a second file of held-out questions, about a kind of image that no training
+            file has. None: there is none.
     """
 
     name: str
@@ -28,25 +38,34 @@ class World:
     unseen: str | None = None
 
     def folder(self, count: int | None = None, seed: int = 0) -> Path:
+        """Return the folder of the data set, generated on first use.
+
+        Args:
+            count: Number of scenes or clips to train on. None: the default.
+            seed: Seed of the generator.
+        """
         count = count or self.count
         name = f"{self.name}-{count}-{self.heldout_count}-{seed}"
         return self.build(DATA / "cache" / name, count, self.heldout_count, seed)
 
     def train(self, count: int | None = None) -> Path:
-        """The JSON file to train on."""
+        """Return the JSON file of training data."""
         return self.folder(count) / "train.json"
 
     def heldout(self, count: int | None = None) -> Path:
-        """The JSON file of held-out questions."""
+        """Return the JSON file of held-out questions."""
         return self.folder(count) / "heldout.json"
 
     def align(self, count: int | None = None) -> Path:
-        """The JSON file of captions, for projector alignment."""
+        """Return the JSON file of captions, for projector alignment."""
         return self.folder(count) / "align.json"
 
 
 def _made_by(module: str) -> Callable[[Path, int, int, int], Path]:
-    """Its ``build``, imported when it is called: clips need a video decoder."""
+    """Return the ``build`` function of a module, imported when it is called.
+
+    Clips need a video decoder, which a user of images may not have.
+    """
     return lambda *arguments: import_module(f"llavolta.worlds.{module}").build(*arguments)
 
 
@@ -55,13 +74,14 @@ def _nano() -> Path:
 
 
 def _nano_tuned() -> Path:
-    """A run of the preset ``nano``, or the projector and adapters that are shipped."""
+    """Return the folder of a run of the preset ``nano``, or of the shipped weights."""
     found = [
         folder for folder in (RUNS / "nano-tuned", NANO_TUNED) if any(folder.glob("*.safetensors"))
     ]
     if not found:
         raise ConfigError(
-            "nano-tuned is not trained yet; python -m llavolta.train nano --output data/runs/nano-tuned"
+            "nano-tuned is not trained yet; "
+            "python -m llavolta.train nano --output data/runs/nano-tuned"
         )
     return found[0]
 
@@ -80,22 +100,27 @@ WORLDS = {
         ),
     )
 }
-# Names of models that come with the package, and what gives the folder of each (made on first use).
+# Models that come with the package, by name, and the function that returns the folder of each.
 MODELS: dict[str, Callable[[], Path]] = {
     "embedded": lambda: TINY_LLAVA,
     "embedded-video": _embedded_video,
     "nano": _nano,
     "nano-tuned": _nano_tuned,
 }
+# The world of each of these models. A model that is not listed belongs to digits.
 HOMES = {
     "embedded-video": "clips",
     "nano": "pictures",
     "nano-tuned": "pictures",
-}  # their worlds; digits, if not here
+}
 
 
 def world(name: str) -> World:
-    """The world of that name. Raises DataError for an unknown one."""
+    """Return the world of that name.
+
+    Raises:
+        DataError: Unknown name.
+    """
     if name not in WORLDS:
         raise DataError(
             f"unknown data {name!r}; choose from {', '.join(WORLDS)}, or give a LLaVA JSON file"
@@ -104,10 +129,20 @@ def world(name: str) -> World:
 
 
 def model_path(name: str) -> str:
-    """The folder or hub name that ``name`` stands for. Raises ConfigError if it can be neither."""
+    """Return the folder or hub name that ``name`` stands for.
+
+    Args:
+        name: A key of MODELS, whose folder is made on first use; a folder; or a Hugging Face hub
+            name.
+
+    Raises:
+        ConfigError: It is none of these.
+    """
+    # A hub name has one slash and is no path.
     path = str(MODELS[name]()) if name in MODELS else expand(name)
     if not Path(path).exists() and (path.startswith((".", "/")) or path.count("/") != 1):
         raise ConfigError(
-            f"no model folder {path}; give a Hugging Face folder, a hub name or one of {', '.join(MODELS)}"
+            f"no model folder {path}; give a Hugging Face folder, a hub name or one of "
+            f"{', '.join(MODELS)}"
         )
     return path

@@ -1,10 +1,12 @@
-"""The tiny pre-trained parts of the embedded LLaVA: a CLIP vision tower, a Llama language model, a processor.
+"""Build the tiny LLaVA and Video-LLaVA that come with the package, and their processors.
 
-LLaVA starts from CLIP and Vicuna; the embedded model starts from these two, made the same way at 1/4000 of
-the size. The tower learns from pictures alone what each patch shows and where; the language model learns the
-questions on scenes given in its own words, never seeing a pixel. Neither sees a held-out digit. What joins
-them, the projector, is left to projector alignment, and everything about pictures in the language model to
-instruction tuning: the two phases that the package studies.
+LLaVA starts from CLIP and Vicuna. The embedded model starts from a CLIP vision tower and a Llama
+language model of 1/4000 of their size, pre-trained in the same spirit. The tower has learned from
+images alone what each patch shows and where. The language model has learned the questions, with
+scenes described in its own words, and has never seen a pixel. Neither has seen a held-out digit.
+
+The projector between them is untrained, which is what projector alignment is for. The language
+model knows nothing of images, which is what instruction tuning is for.
 """
 
 from __future__ import annotations
@@ -33,11 +35,13 @@ from llavolta.paths import DATA, TINY_LLAVA
 from llavolta.worlds import clips, digits
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>")
+# "USER: <image>\nquestion ASSISTANT: answer</s>", for content that is text or a list of parts.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() }}: {% if message['content'] is string %}"
-    "{{ message['content'] }}{% else %}"
+    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<{{ part['type'] }}>\n{% endif %}{% endfor %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% else %}<{{ part['type'] }}>\n{% endif %}{% endfor %}"
     "{% endif %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
@@ -45,7 +49,11 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the words of the digits questions, lower case, 40-odd words, and ``more``."""
+    """Return a word-level, lower-case tokenizer of the digits questions' words, about 40.
+
+    Args:
+        more: Further words.
+    """
     vocabulary = {
         token: index for index, token in enumerate((*SPECIAL, *digits.vocabulary(), *more))
     }
@@ -58,7 +66,7 @@ def tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
             pre_tokenizers.Split(".", "isolated"),
         ]
     )
-    bos = ("<s>", vocabulary["<s>"])
+    bos = ("<s>", vocabulary["<s>"])  # put before every text, as Llama's tokenizers do
     core.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[bos]
     )
@@ -76,10 +84,14 @@ def tokenizer(more: Sequence[str] = ()) -> PreTrainedTokenizerFast:
 
 
 def processor(size: int = digits.SIZE, patch: int = digits.PATCH) -> LlavaProcessor:
-    """The processor of the embedded model: CLIP's normalisation at ``size`` pixels, one token a patch."""
-    from transformers import (
-        CLIPImageProcessor,
-    )  # warns of a missing torchvision as soon as it is imported
+    """Return the processor of the embedded model, with CLIP's normalisation.
+
+    Args:
+        size: Side of an image in pixels.
+        patch: Side of a patch in pixels; each patch is one visual token.
+    """
+    # Imported here, since the import warns where torchvision is missing.
+    from transformers import CLIPImageProcessor
 
     image_processor = CLIPImageProcessor(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}
@@ -89,12 +101,16 @@ def processor(size: int = digits.SIZE, patch: int = digits.PATCH) -> LlavaProces
         tokenizer(),
         patch_size=patch,
         vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # CLS
+        num_additional_image_tokens=1,  # the class token
         chat_template=CHAT_TEMPLATE,
     )
 
 
 def vision_config(**changes) -> CLIPVisionConfig:
+    """Return the configuration of the tower: 5 layers of width 128.
+
+    ``changes`` replace single fields.
+    """
     sizes = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4)
     return CLIPVisionConfig(
         **{**sizes, "image_size": digits.SIZE, "patch_size": digits.PATCH, **changes}
@@ -102,7 +118,11 @@ def vision_config(**changes) -> CLIPVisionConfig:
 
 
 def text_config(**changes) -> LlamaConfig:
-    """8 decoder layers of width 128. Widths this small need initial weights near 1/sqrt(width), not 0.02."""
+    """Return the configuration of the language model: 8 decoder layers of width 128.
+
+    Widths this small need initial weights near 1/sqrt(width) in place of 0.02. ``changes`` replace
+    single fields.
+    """
     sizes = dict(hidden_size=128, intermediate_size=344, num_hidden_layers=8, num_attention_heads=4)
     ids = dict(
         pad_token_id=0,
@@ -118,7 +138,13 @@ def text_config(**changes) -> LlamaConfig:
 def assemble(
     tower: CLIPVisionModel, language_model: LlamaForCausalLM, seed: int = 0
 ) -> LlavaForConditionalGeneration:
-    """A LLaVA of the two trained parts and a new projector."""
+    """Return a LLaVA of two trained parts and a new projector.
+
+    Args:
+        tower: The vision tower.
+        language_model: The language model.
+        seed: Seed of the projector's weights.
+    """
     torch.manual_seed(seed)
     ids = dict(zip(SPECIAL, range(len(SPECIAL)), strict=True))
     config = LlavaConfig(
@@ -135,15 +161,14 @@ def assemble(
 
 
 def _fill(model, tower: CLIPVisionModel, language_model: LlamaForCausalLM):
-    """``model`` with the weights of its parts, and a new projector."""
+    """Return ``model`` with the weights of the two parts, and a new projector."""
     for name, part in model.model.named_children():
         if name.endswith("_tower"):
             part.load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(language_model.model.state_dict())
     model.lm_head.load_state_dict(language_model.lm_head.state_dict())
-    for (
-        part
-    ) in model.model.multi_modal_projector.modules():  # the default 0.02 is too small at this width
+    # The default standard deviation, 0.02, is too small at this width.
+    for part in model.model.multi_modal_projector.modules():
         if isinstance(part, torch.nn.Linear):
             torch.nn.init.normal_(part.weight, std=part.in_features**-0.5)
             torch.nn.init.zeros_(part.bias)
@@ -153,19 +178,25 @@ def _fill(model, tower: CLIPVisionModel, language_model: LlamaForCausalLM):
 def video_llava(
     model: LlavaForConditionalGeneration, seed: int = 0
 ) -> VideoLlavaForConditionalGeneration:
-    """A Video-LLaVA of the parts of a LLaVA, with a new projector, for frames of 48 x 48 pixels (6 x 6 patches).
+    """Return a Video-LLaVA of a LLaVA's parts and a new projector, for frames of 48 x 48 pixels.
 
-    The tower keeps every second position in each direction, so that a frame spans the places of a whole scene; the
-    language model gets the words of the questions on clips, untrained.
+    A frame has 6 x 6 patches. The tower keeps every second position embedding in each direction, so
+    that a frame spans the positions of a whole scene. The words of the questions on clips are added
+    to the language model, untrained; ``model`` itself changes with it.
+
+    Args:
+        model: The LLaVA.
+        seed: Seed of the new weights.
     """
     torch.manual_seed(seed)
     side = clips.SIZE // digits.PATCH
     tower = CLIPVisionModel(vision_config(image_size=clips.SIZE))
     weights = model.model.vision_tower.state_dict()
     name = next(name for name in weights if name.endswith("position_embedding.weight"))
+    # Position 0 is the class token's; the others form a 12 x 12 grid, of which 6 x 6 remain.
     places = weights[name][1:].view(digits.TOKENS, digits.TOKENS, -1)[::2, ::2].reshape(side**2, -1)
     tower.load_state_dict(weights | {name: torch.cat([weights[name][:1], places])})
-    language_model = language_model_of(model)
+    language_model = language_model_of(model)  # shares its weights, so ``model`` is resized with it
     language_model.resize_token_embeddings(len(tokenizer(clips.vocabulary())))
     ids = dict(zip(SPECIAL, range(len(SPECIAL)), strict=True))
     config = VideoLlavaConfig(
@@ -174,7 +205,7 @@ def video_llava(
         image_token_index=ids["<image>"],
         video_token_index=ids["<video>"],
         image_seq_length=side**2,
-        video_seq_length=FRAMES * (side**2 + 1),  # with CLS
+        video_seq_length=FRAMES * (side**2 + 1),  # with the class token of each frame
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         pad_token_id=ids["<pad>"],
@@ -184,7 +215,7 @@ def video_llava(
 
 
 def embedded_video() -> Path:
-    """The folder of the Video-LLaVA of the embedded parts, made on first use."""
+    """Return the folder of the embedded parts' Video-LLaVA, made on first use."""
 
     def write(folder: Path, **make) -> None:
         model = LlavaForConditionalGeneration.from_pretrained(TINY_LLAVA, dtype=torch.float32)
@@ -194,7 +225,7 @@ def embedded_video() -> Path:
 
 
 def video_processor() -> VideoLlavaProcessor:
-    """The processor of the embedded Video-LLaVA."""
+    """Return the processor of the embedded Video-LLaVA."""
     images = processor(clips.SIZE).image_processor
     return VideoLlavaProcessor(
         images,
@@ -202,24 +233,32 @@ def video_processor() -> VideoLlavaProcessor:
         tokenizer(clips.vocabulary()),
         patch_size=digits.PATCH,
         vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # CLS, which is dropped from images and kept in frames
+        num_additional_image_tokens=1,  # the class token, which images drop and frames keep
         chat_template=CHAT_TEMPLATE,
     )
 
 
 def language_model_of(model: LlavaForConditionalGeneration) -> LlamaForCausalLM:
-    """The language model of a LLaVA as a causal language model; shares its weights."""
+    """Return the language model of a LLaVA as a causal language model that shares its weights."""
     language_model = LlamaForCausalLM(model.config.text_config)
     language_model.model, language_model.lm_head = model.model.language_model, model.lm_head
     return language_model.eval()
 
 
 def save(model, folder: str | Path, log: dict | None = None, words=None) -> Path:
-    """Write the unaligned model and its processor (``words``; default: the LLaVA's) to ``folder``, a plain Hugging Face
-    folder. The weights are stored in half precision, to be small; the configuration says float32, in which it is
-    trained, and which a finished run has, too.
+    """Write a model and its processor to a plain Hugging Face folder.
 
-    log: the training logs of its parts, kept beside it as ``backbones.json``.
+    Weights are stored in half precision, to be small. The configuration says float32, the type that
+    the model is trained in, as in the folder of a finished run.
+
+    Args:
+        model: The model. It is returned to float32, with the precision of half lost.
+        folder: The folder to write.
+        log: Training logs of the parts, written beside the model as ``backbones.json``.
+        words: The processor. None: that of the embedded LLaVA.
+
+    Returns:
+        The folder.
     """
     folder = Path(folder)
     model.half().save_pretrained(folder)

