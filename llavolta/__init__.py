@@ -1,4 +1,8 @@
-"""llavolta: train and study vision-language models with fewer visual tokens."""
+"""Train and study vision-language models with fewer visual tokens.
+
+``compress(model, plan)`` compresses the visual tokens of a Hugging Face model. A plan names a
+compressor for each layer. A ``Scheme`` trains with one plan per ``Stage``.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -95,7 +99,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name == "StageCallback":  # with Trainer, which the library proper does without
+    """Import StageCallback on first use."""
+    if name == "StageCallback":  # it needs transformers' Trainer, which nothing else does
         from llavolta.train.trainer import StageCallback
 
         return StageCallback

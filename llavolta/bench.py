@@ -1,4 +1,4 @@
-"""``python -m llavolta.bench step``: a training step and a prefill under several plans, as ratios side by side."""
+"""Time a training step and a prefill under several plans: ``python -m llavolta.bench step``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from llavolta.cost.bench import Sizes, step_report
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the command with ``arguments``, by default those of the shell. Return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m llavolta.bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="step")
     step = commands.add_parser("step", help="a training step and a prefill under several plans")

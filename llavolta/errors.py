@@ -1,4 +1,7 @@
-"""The errors that are a user's to mend: one clear line, also in a notebook."""
+"""Define the errors that a user can mend.
+
+Each has a message of one clear line, which a notebook shows without a traceback.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ class UserError(Exception):
     """A wrong parameter, plan, model or file. The message names the cause and the cure."""
 
     def __init__(self, message: object = ""):
-        # torch raises a data-loading process's error anew, with that process's traceback for its message.
+        # torch raises an error of a data-loading process again, with the traceback as its message.
+        # The message proper is the end of it.
         text, mark = str(message), f"{type(self).__name__}: "
         super().__init__(
             text.rsplit(mark, 1)[1].strip()
@@ -17,24 +21,34 @@ class UserError(Exception):
             else message
         )
 
-    def _render_traceback_(self) -> list[str]:  # IPython shows this instead of a traceback
+    def _render_traceback_(self) -> list[str]:  # IPython shows this in place of a traceback
         return [f"{type(self).__name__}: {self}"]
 
 
 class DataError(UserError, ValueError):
-    """A data set, entry, picture or clip that cannot be used; the message names it and says what to do."""
+    """A data set, entry, image or clip that cannot be used.
+
+    The message names it and says what to do.
+    """
 
 
 class ConfigError(UserError, ValueError):
-    """A training configuration, or a model, that cannot be used; the message names it and what it may be."""
+    """A training configuration or model that cannot be used.
+
+    The message names the value and what it may be.
+    """
 
 
 class UnsupportedModel(UserError, TypeError):
-    """A model, or a way of calling one, that cannot be compressed; the message says why."""
+    """A model, or a way of calling it, that cannot be compressed. The message says why."""
 
 
 class Stopped(UserError):
-    """A signal (``signum``) ended a training after a step, which was saved."""
+    """A signal ended a training after a step, which was saved.
+
+    Attributes:
+        signum: Number of the signal.
+    """
 
     def __init__(self, message: object = "", signum: int = signal.SIGTERM):
         super().__init__(message)

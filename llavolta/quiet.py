@@ -1,4 +1,7 @@
-"""What other packages print where nothing is wrong: bars of a second, notes on what is not installed or not used."""
+"""Silence output of other packages that tells a user nothing.
+
+These are progress bars of a second, and notes on what is not installed or not used.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,27 @@ from contextlib import contextmanager
 from transformers.utils import logging as of_transformers
 
 NOTES = re.compile(
-    "requires torchvision"  # its processors fall back to Pillow's
-    "|is_gradient_checkpointing. is deprecated"  # peft's call
-    "|Unable to fetch remote file"  # peft looks for the hub's copy of a local base
+    "requires torchvision"  # transformers' processors fall back to Pillow
+    "|is_gradient_checkpointing. is deprecated"  # a call inside peft
+    "|Unable to fetch remote file"  # peft looks on the hub for a base model that is a local folder
     "|Could not find a config file in"  # the same
 )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without bars of transformers and without ``NOTES``; every other warning passes. Afterwards all is as it was."""
-    of_transformers.get_verbosity()  # sets its handlers up
+    """Hide progress bars of transformers, and messages that match ``NOTES``.
+
+    Every other warning passes. All settings are restored at the end.
+    """
+    of_transformers.get_verbosity()  # makes transformers set up its handlers
     handlers, bars = (
         [*logging.getLogger("transformers").handlers],
         of_transformers.is_progress_bar_enabled(),
     )
 
     def passes(record: logging.LogRecord) -> bool:
+        """Return whether a log record may be shown."""
         return not NOTES.search(record.getMessage())
 
     try:

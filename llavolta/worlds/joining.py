@@ -1,6 +1,7 @@
 """Join a vision tower and a language model, both pre-trained, into a LLaVA-1.5.
 
-The tower may be any model with one grid of patches per image, the language model any causal one.
+The tower may be any model with one grid of patches per image. The language model may be any causal
+one with rotary positions.
 """
 
 from __future__ import annotations
