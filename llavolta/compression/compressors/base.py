@@ -169,6 +169,7 @@ class VisualTokens:
 
         Raises:
             UnsupportedModel: A row has no text but answers, or holds several packed samples.
+            ValueError: At "vision", where the question is not known yet.
         """
         probe = self._probe()
         behind = probe.behind()
