@@ -189,8 +189,8 @@ MUTANTS = [
         ("patch: the model stays marked as compressed", "_active.discard(self.parts.decoder)", "pass"),
         (
             "patch: labelled rows in evaluation",
-            "not self.labelled_only or not module.training or",
-            "not self.labelled_only or",
+            "            or not module.training\n",
+            "",
         ),
         ("patch: gaps close in every layer", "compressor.contiguous and number == 0", "compressor.contiguous"),
         ("patch: clips are frames", "compressor.over_clips and rows.pictures.has_clips", "False"),
@@ -335,8 +335,8 @@ MUTANTS = [
         ),
         (
             "trainer: the record names another step",
-            '"step": step, "total_steps": total',
-            '"step": step - 1, "total_steps": total',
+            '"step": step,\n            "total_steps": total,',
+            '"step": step - 1,\n            "total_steps": total,',
         ),
     ),
     *_of(

@@ -75,7 +75,7 @@ class CacheBook:
         state.past = state.cache.get_seq_length()
         if state.past == 0:
             self._held.pop(state.cache, None)  # new, or emptied by reset()
-        held = self._up_to_date(state)
+        held = state.held = self._up_to_date(state)
         mixed = len(set(getattr(self.parts.decoder.config, "layer_types", None) or ())) > 1
         if held and mixed:
             return self._with_whole_masks(state, inputs, max(rows.seen for rows in held.values()))
@@ -121,7 +121,7 @@ class CacheBook:
         the cache (beam search), or cropped its end (assisted generation). A crop is followed if it
         removed only the last tokens, none of them merged or dropped; else ``note`` raises.
         """
-        held = self._held.get(state.cache, {})
+        held = dict(self._held.get(state.cache, {}))  # a pass that fails must leave the saved one
         if not held:
             return held
         # A cache with saved descriptions is not empty, so it has keys.
@@ -187,7 +187,7 @@ class CacheBook:
                     "with a plan at layer 0, pass the position_ids of the new tokens with the cache"
                 )
             position_ids = torch.arange(seen, seen + new, device=state.real.device)[None]
-        first = self._held.get(state.cache, {}).get(0)
+        first = state.held.get(0)
         return {**inputs, "position_ids": position_ids - (0 if first is None else first.moved)}
 
     def note(self, segment: int, state: Pass) -> None:
@@ -201,7 +201,7 @@ class CacheBook:
             UnsupportedModel: The cache of this layer has another length than the last pass left.
         """
         length = state.real.shape[1]
-        past = self._held.get(state.cache, {}).get(segment)
+        past = state.held.get(segment)
         held, expected = (
             state.cache.get_seq_length(segment),
             state.past if past is None else past.valid.shape[1],
@@ -321,7 +321,7 @@ class CacheBook:
         """
         if (segment, id(mask)) not in state.masks:
             rows = state.rows
-            past = self._held.get(state.cache, {}).get(segment) if state.cache is not None else None
+            past = state.held.get(segment)
             query = columns(state.real.shape[1], state.real) if rows is None else rows.index
             valid = torch.ones_like(query, dtype=torch.bool) if rows is None else rows.valid
             # The stock mask's column of each cached row. A mask for a whole cache has a column per
@@ -353,7 +353,7 @@ class CacheBook:
         """
         if state.cache is None or not state.cached:
             return
-        self._held.setdefault(state.cache, {}).update(state.cached)
+        self._held[state.cache] = state.held | state.cached
         if (keys := _last_keys(state.cache)) is not None:
             # A clone, because a view would keep all keys in memory: (B, heads, n, D) -> (B, n)
             self._left[state.cache] = weakref.ref(keys), keys[:, 0, :, 0].clone()

@@ -468,13 +468,6 @@ class TowerProbe:
         blocks = values[:, -patches:].unflatten(1, (side // merged, merged, side // merged, merged))
         return blocks.mean((2, 4)).flatten(1, 2)
 
-    def behind(self):
-        """Raise ValueError, because the text does not exist yet."""
-        raise ValueError("there is no question yet at 'vision'; use a decoder layer")
-
-    # Other parts of LayerProbe that do not exist before the decoder.
-    row = rotated_keys = from_start = behind
-
 
 def matmul_float32(a: Tensor, b: Tensor) -> Tensor:
     """Multiply matrices in float32, also under autocast.

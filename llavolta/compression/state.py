@@ -85,6 +85,7 @@ class Pass:
     previous: LayerInput | None = None
     rows: Rows | None = None
     masks: dict[tuple[int, int], object] = field(default_factory=dict)
+    held: dict[int, CachedRows] = field(default_factory=dict)
     cached: dict[int, CachedRows] = field(default_factory=dict)
     moved: Tensor | int = 0
     image_sizes: Tensor | None = None

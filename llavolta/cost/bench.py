@@ -22,12 +22,13 @@ from llavolta.compression.labelled import IGNORED
 from llavolta.compression.masks import cache_bytes
 from llavolta.compression.patch import compress
 from llavolta.cost.flops import cost_model, of_tower
+from llavolta.cost.planner import fit_speed
 from llavolta.data import Collator, LlavaData
 from llavolta.train.build import visual_tokens
 from llavolta.train.config import TrainConfig
 from llavolta.train.dualspeed import add_isolator, fast_mode, slow_mode
 from llavolta.train.models import autocasts, load_model, set_trainable, with_adapters
-from llavolta.train.schemes import ISOLATOR, Stage
+from llavolta.train.schemes import ISOLATOR, SCHEMES, Stage
 from llavolta.worlds import HOMES, WORLDS
 
 
@@ -93,7 +94,8 @@ def step_times(
                 adapted, batches, stages, rounds, dict(phase=phase, **options), progress
             )
     finally:
-        delattr(unwrap(model), ISOLATOR)
+        if hasattr(unwrap(model), ISOLATOR):  # not if the steps failed before
+            delattr(unwrap(model), ISOLATOR)
         if own is not None:
             setattr(unwrap(model), ISOLATOR, own)
         if adapted is not model:  # take the adapters out, and undo what they changed
@@ -365,6 +367,48 @@ def prefill_times(
             "cache_ratio": bytes_ / bytes_[0],
         }
     )
+
+
+PREDICTED = ("single-stage", "three-stage", "four-stage-wider", "four-stage-deeper")
+
+
+def scheme_times(
+    model, batches: Sequence[dict], rounds: int = 5, progress: bool = True
+) -> pd.DataFrame:
+    """Compare measured and predicted times of four schemes, relative to no compression.
+
+    The speed is fitted to two of the measured steps: without compression, and under the heaviest
+    plan.
+
+    Args:
+        model: The model.
+        batches: Batches of training.
+        rounds: Measurements of each step.
+        progress: Show a progress bar.
+
+    Returns:
+        One row per scheme: measured, predicted, error (of the prediction, as a share).
+    """
+    depth = len(find_parts(model).layers)
+    schemes = {name: SCHEMES[name].scaled(depth) for name in PREDICTED}
+    heaviest = schemes["three-stage"].stages[0].plan
+    plans = [stage.plan for scheme in schemes.values() for stage in scheme.stages]
+    steps = step_times(model, batches, plans, rounds, progress=progress).set_index("plan")
+    text, images, labelled = example_sizes(model, batches)
+    told = cost_model(model.config)
+    costs = {plan: told.step(plan, text, images, labelled) for plan in steps.index}
+    known = ["none", heaviest]
+    speed = fit_speed([costs[plan] for plan in known], [steps.ratio[plan] for plan in known])
+    rows = []
+    for name, scheme in schemes.items():
+        measured = sum(stage.share * steps.ratio[stage.plan] for stage in scheme.stages)
+        predicted = sum(stage.share * speed.seconds(costs[stage.plan]) for stage in scheme.stages)
+        rows.append(
+            dict(
+                scheme=name, measured=measured, predicted=predicted, error=predicted / measured - 1
+            )
+        )
+    return pd.DataFrame(rows).set_index("scheme")
 
 
 def embedded_batches(batch: int = 32, count: int = 2, name: str = "embedded") -> tuple:

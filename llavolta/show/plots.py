@@ -424,7 +424,7 @@ def frontier(table: pd.DataFrame) -> Figure:
                 row.speedup,
                 100 * row.difference,
                 yerr=100 * np.array(reach),
-                color=COLOURS[number],
+                color=COLOURS[number % len(COLOURS)],
                 marker=LAYER_MARKERS[shape % len(LAYER_MARKERS)],
                 markersize=7,
                 capsize=3,

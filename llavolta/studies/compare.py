@@ -156,6 +156,9 @@ def compare(
                 kind += "-" + re.sub(r"[^\w.]+", "-", f"{align}{of}")
             if own.align_steps != config.align_steps:
                 kind += f"-{own.align_steps}-steps"
+            if others := {k: v for k, v in change.items() if k not in ("max_steps", "align_steps")}:
+                # Such as another precision, in which alignment is another one as well.
+                kind += "-" + re.sub(r"[^\w.]+", "-", str(sorted(others.items()))).strip("-")
             first = root / f"{seed}" / f"{build.ALIGN}{kind}"
             # Alignment ignores the stages. Neutral ones let schemes share an alignment run.
             stages = (

@@ -124,14 +124,17 @@ class StageTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(self.staging, ignore_errors=True)
         barrier()
-        with checkpoints.saving(run, name):
-            with quiet():
-                super()._save_checkpoint(model, trial)
-            barrier()
-            if self.args.should_save:
-                checkpoints.publish(self.staging / name, run / name)
-                checkpoints.prune(run, self.keep, set(self.scheme.boundaries(self.state.max_steps)))
-        self.staging = None
+        try:
+            with checkpoints.saving(run, name):
+                with quiet():
+                    super()._save_checkpoint(model, trial)
+                barrier()
+                if self.args.should_save:
+                    checkpoints.publish(self.staging / name, run / name)
+                    ends = set(self.scheme.boundaries(self.state.max_steps))
+                    checkpoints.prune(run, self.keep, ends)
+        finally:
+            self.staging = None
         barrier()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):

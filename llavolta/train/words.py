@@ -140,8 +140,8 @@ def _patches(model, processor, data: LlavaData, seed: int, progress: bool) -> _P
             disable=not progress,
             leave=False,
         ):
-            rows = [(data.entry(i), data[i].images[0]) for i in order[start : start + 32]]
-            rows = [(entry["objects"], image) for entry, image in rows if entry.get("objects")]
+            chosen = [(i, data.entry(i).get("objects")) for i in order[start : start + 32]]
+            rows = [(objects, data[i].images[0]) for i, objects in chosen if objects]
             if not rows:
                 continue
             pixels = processor.image_processor([image for _, image in rows], return_tensors="pt")[

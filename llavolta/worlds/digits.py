@@ -329,8 +329,12 @@ def build_once(folder: Path, make: dict, write: Callable[..., None]) -> Path:
         )
     part = folder.with_name(f"{folder.name}.part{os.getpid()}")
     part.mkdir(parents=True)
-    write(part, **make)
-    (part / "make.json").write_text(json.dumps(make))
+    try:
+        write(part, **make)
+        (part / "make.json").write_text(json.dumps(make))
+    except BaseException:
+        shutil.rmtree(part)
+        raise
     try:
         part.rename(folder)  # atomic; it replaces an empty folder
     except OSError:

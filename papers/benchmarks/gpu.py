@@ -448,7 +448,7 @@ def inference(load: Load, batches: Sequence[int] | None = None, images: int = 1)
         tasks: dict[str, Callable[[], None]] = {plan: partial(prefill, plan) for plan in plans}
         for plan in plans[1:]:
             lengths = cost_model(load.config).lengths(plan, load.text, images)
-            if min(parse_plan(plan), key=str) == "vision" or any(x != int(x) for x in lengths):
+            if "vision" in parse_plan(plan) or any(x != int(x) for x in lengths):
                 continue  # no stock pass is the same: shortened before the decoder, or by a mean number of tokens
             groups = [(len(list(same)), int(length)) for length, same in groupby(lengths)]
             tasks[f"stock layers of {plan}"] = partial(direct, groups)

@@ -35,9 +35,15 @@ from torch.utils.data import DataLoader
 
 from llavolta.compression.families import find_parts, towers
 from llavolta.compression.patch import compress
-from llavolta.cost.bench import Sizes, embedded_batches, example_sizes, interleaved, now, step_times
-from llavolta.cost.flops import cost_model
-from llavolta.cost.planner import CAPTION_TOKENS, CAPTIONS, INSTRUCTIONS, fit_speed
+from llavolta.cost.bench import (
+    Sizes,
+    embedded_batches,
+    interleaved,
+    now,
+    scheme_times,
+    step_times,
+)
+from llavolta.cost.planner import CAPTION_TOKENS, CAPTIONS, INSTRUCTIONS
 from llavolta.data import Collator, LlavaData
 from llavolta.data import index as data_index
 from llavolta.train.dualspeed import fast_mode
@@ -127,41 +133,6 @@ def peak_resident() -> int:
     if not status.exists():
         raise OSError(f"no {status}: peak memory on the CPU is measured on Linux only")
     return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
-
-
-PREDICTED = ("single-stage", "three-stage", "four-stage-wider", "four-stage-deeper")
-
-
-def scheme_times(model, batches: Sequence[dict], rounds: int = 5, progress: bool = True) -> pd.DataFrame:
-    """Compare measured and predicted times of four schemes, relative to no compression.
-
-    The speed is fitted to two of the measured steps: without compression, and under the heaviest plan.
-
-    Args:
-        model: The model.
-        batches: Batches of training.
-        rounds: Measurements of each step.
-        progress: Show a progress bar.
-
-    Returns:
-        One row per scheme: measured, predicted, error (of the prediction, as a share).
-    """
-    depth = len(find_parts(model).layers)
-    schemes = {name: SCHEMES[name].scaled(depth) for name in PREDICTED}
-    heaviest = schemes["three-stage"].stages[0].plan
-    plans = [stage.plan for scheme in schemes.values() for stage in scheme.stages]
-    steps = step_times(model, batches, plans, rounds, progress=progress).set_index("plan")
-    text, images, labelled = example_sizes(model, batches)
-    told = cost_model(model.config)
-    costs = {plan: told.step(plan, text, images, labelled) for plan in steps.index}
-    known = ["none", heaviest]
-    speed = fit_speed([costs[plan] for plan in known], [steps.ratio[plan] for plan in known])
-    rows = []
-    for name, scheme in schemes.items():
-        measured = sum(stage.share * steps.ratio[stage.plan] for stage in scheme.stages)
-        predicted = sum(stage.share * speed.seconds(costs[stage.plan]) for stage in scheme.stages)
-        rows.append(dict(scheme=name, measured=measured, predicted=predicted, error=predicted / measured - 1))
-    return pd.DataFrame(rows).set_index("scheme")
 
 
 def recipe_times(sizes: Sizes, schemes: Mapping[str, Scheme], rounds: int = 5, progress: bool = True) -> pd.DataFrame:

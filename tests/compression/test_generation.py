@@ -122,6 +122,30 @@ def test_two_compressors_that_close_their_gaps_move_later_tokens_by_both(model):
     torch.testing.assert_close(out.logits, whole[:, -second["input_ids"].shape[1] :], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "plan", ["0:cls:0.25", "0:sparsevlm:0.25", "0:tome:0.25:proportional=true", "0:restore:divprune:0.25"]
+)
+def test_a_prefix_stands_before_what_any_method_keeps(model, plan):
+    """What a method needs to know is given, and what its tokens weigh is kept; each prefix token weighs as one."""
+    model.train()
+    try:
+        with compress(model, plan, prefix=Learnt(model)) as handle:
+            inner = handle._steps[0][-1]
+            seen = []
+            handle._observe = lambda layer, tokens, out: seen.append((tokens, out))
+            model(**prompt([[3, 4], [2, 5]])).logits.sum().backward()
+    finally:
+        model.eval()
+    [(tokens, out)] = seen
+    alone = inner.compressor(tokens) if plan.startswith("0:restore") else None
+    weighs = "tome" in plan or "restore" in plan
+    assert (out.size is not None) == weighs and out.hidden.shape[1] > 2
+    if weighs:
+        assert out.size[:, :2].eq(1).all() and out.size.sum(1).tolist() == [18, 18]
+    if alone is not None:
+        assert torch.equal(out.size[:, 2:], alone.size) and torch.equal(out.calibration[:, 2:], alone.calibration)
+
+
 @pytest.mark.parametrize(("plan", "picture"), in_turn(PLANS, [True, False], cases=6))
 def test_a_second_chunk_by_calling_the_model(model, plan, picture):
     """Also at layer 0, where generate() cannot tell what the cache has seen."""
@@ -299,8 +323,10 @@ def test_a_cache_whose_rows_were_moved_goes_on(model, plan, how):
             cache.batch_repeat_interleave(2)
         else:
             cache.reorder_cache(torch.tensor(rows))
+        given = dict(input_ids=token[rows], attention_mask=mask[rows], position_ids=positions[rows, -1:])
+        with pytest.raises(UnsupportedModel, match="speak of"):  # a pass that fails changes nothing
+            model(**{**given, "attention_mask": mask[rows][:, 1:]}, past_key_values=cache)
         for _ in range(2):
-            given = dict(input_ids=token[rows], attention_mask=mask[rows], position_ids=positions[rows, -1:])
             logits = model(**given, past_key_values=cache).logits[:, -1]
             torch.testing.assert_close(logits, whole.logits[rows, -1], rtol=1e-4, atol=1e-4)
             cache.crop(-1)

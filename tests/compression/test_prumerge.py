@@ -262,5 +262,5 @@ def test_the_class_token_of_a_clip_is_one_of_its_tokens():
         full = torch.softmax((last.key @ last.query[:, 0, :, None])[..., 0] / 16**0.5, 1)
         torch.testing.assert_close(tokens.attention("class"), full[:, -tokens.mask.shape[1] :])
         assert torch.equal(tokens.keys(), last.key[:, -tokens.mask.shape[1] :])
-        with pytest.raises(ValueError, match="no question yet"):
+        with pytest.raises(ValueError, match="exist at decoder layers"):
             tokens.rows()

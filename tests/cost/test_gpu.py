@@ -5,10 +5,10 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
-
-from llavolta import compress
 from benchmarks import gpu
 from benchmarks.gpu import tiny_load
+
+from llavolta import compress
 
 
 @pytest.fixture

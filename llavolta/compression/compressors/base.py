@@ -111,7 +111,7 @@ class VisualTokens:
             query in ("class", "received") or isinstance(self.probe, TowerProbe)
         ):
             return self._tower().attention(query, layer, per_head)
-        return self._probe().attention(query, previous)
+        return self._decoder().attention(query, previous)
 
     def own_attention(self) -> Tensor:
         """Return the attention that each visual token receives from the mean query of its image.
@@ -123,7 +123,7 @@ class VisualTokens:
         Returns:
             (I, L) float32, the mean over heads, without gradient.
         """
-        return self._probe().own_attention()
+        return self._decoder().own_attention()
 
     def salience(self, layer: str | int = "selected") -> Tensor:
         """Return the attention that ranks the patches of the vision tower.
@@ -156,8 +156,8 @@ class VisualTokens:
             (I, L, D) with all heads side by side, or (I, L, D / heads) float32 with ``per_head``.
         """
         if layer is not None or isinstance(self.probe, TowerProbe):
-            return self._tower().keys(layer or "last", per_head)
-        return self._probe().keys(rotated)
+            return self._tower().keys("last" if layer is None else layer, per_head)
+        return self._decoder().keys(rotated)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Return the row of the batch that each image stands in, and its question.
@@ -171,9 +171,8 @@ class VisualTokens:
             UnsupportedModel: A row has no text but answers, or holds several packed samples.
             ValueError: At "vision", where the question is not known yet.
         """
-        probe = self._probe()
-        behind = probe.behind()
-        return probe.here.hidden[probe.row()], behind
+        probe = self._decoder()
+        return probe.here.hidden[probe.row()], probe.behind()
 
     def row_keys(self) -> Tensor:
         """Return the rotated keys of the layer before, of all tokens of each image's row.
@@ -183,13 +182,13 @@ class VisualTokens:
         Returns:
             (I, T, D) with all heads side by side, without gradient.
         """
-        probe = self._probe()
+        probe = self._decoder()
         return probe.rotated_keys()[probe.row()]
 
     @property
     def start(self) -> VisualTokens:
         """The visual tokens at layer 0, for a compressor that lists "start" in ``needs``."""
-        start = self._probe().start
+        start = self._decoder().start
         if start is None:
             raise ValueError('the tokens of layer 0 need "start" in needs')
         return start  # pyright: ignore[reportReturnType]
@@ -203,17 +202,17 @@ class VisualTokens:
         Returns:
             (I, T) bool, over the tokens that the row has here.
         """
-        return self._probe().from_start(marks)
+        return self._decoder().from_start(marks)
 
     @property
     def column(self) -> Tensor:
         """(I, L) index of each visual token among the T tokens of its row."""
-        probe = self._probe()
+        probe = self._decoder()
         return probe.images % probe.valid.shape[1]
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """Apply the language model's final norm to ``hidden`` (..., C)."""
-        return self._probe().norm(hidden)
+        return self._decoder().norm(hidden)
 
     def _tower(self) -> TowerProbe:
         tower = (
@@ -226,8 +225,8 @@ class VisualTokens:
             )
         return tower
 
-    def _probe(self) -> LayerProbe | TowerProbe:
-        if self.probe is None:
+    def _decoder(self) -> LayerProbe:
+        if self.probe is None or isinstance(self.probe, TowerProbe):
             raise ValueError(
                 "attention, keys and rows exist at decoder layers; at 'vision' there are "
                 "attention('class') and keys for a compressor that lists \"tower\" in needs"

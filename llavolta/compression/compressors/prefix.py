@@ -28,6 +28,14 @@ class Prefixed(Compressor):
     prefix: nn.Module
 
     @property
+    def needs(self) -> frozenset[str]:
+        return self.compressor.needs
+
+    @property
+    def tower_layers(self) -> tuple[str | int, ...]:
+        return self.compressor.tower_layers
+
+    @property
     def over_clips(self) -> bool:
         return self.compressor.over_clips
 
@@ -49,7 +57,12 @@ class Prefixed(Compressor):
         place = torch.arange(more + left.mask.shape[1], device=prefix.device)
         anchor = pad(left.anchor.expand(left.mask.shape), (more, 0)).maximum(place)
         return CompressedTokens(
-            torch.cat([prefix, left.hidden], 1), pad(left.mask, (more, 0), value=True), anchor
+            torch.cat([prefix, left.hidden], 1),
+            pad(left.mask, (more, 0), value=True),
+            anchor,
+            group=None if left.group is None else left.group + more,
+            size=None if left.size is None else pad(left.size, (more, 0), value=1),
+            calibration=None if left.calibration is None else pad(left.calibration, (more, 0)),
         )
 
     def num_tokens(self, num_tokens: int) -> float:
