@@ -39,6 +39,14 @@ class ConfigError(UserError, ValueError):
     """
 
 
+class PlanError(UserError, ValueError):
+    """A plan that cannot be read or does not fit the model; the message names what it may be."""
+
+
+class SaveError(UserError, OSError):
+    """A checkpoint or model that could not be written; what was saved before it is untouched."""
+
+
 class UnsupportedModel(UserError, TypeError):
     """A model, or a way of calling it, that cannot be compressed. The message says why."""
 

@@ -16,15 +16,11 @@ from itertools import product
 
 from llavolta.compression.compressors import COMPRESSORS, Compressor, Restore
 from llavolta.compression.compressors.restore import options_of_restore
-from llavolta.errors import UserError
+from llavolta.errors import PlanError
 
 VISION = "vision"
 Layer = int | str  # a decoder layer from 0, or VISION
 Plan = dict[Layer, Compressor]
-
-
-class PlanError(UserError, ValueError):
-    """A plan that cannot be read or does not fit the model."""
 
 
 def parse_plan(plan: str | Mapping[Layer, Compressor] | None) -> Plan:

@@ -18,7 +18,7 @@ from scipy.optimize import nnls
 from llavolta.cost.flops import CostModel, StepCost, of_tower
 from llavolta.cost.references import REFERENCES, pictures_of, reference_config
 from llavolta.data import Collator, LlavaData, TokenStatistics, token_statistics
-from llavolta.errors import UserError
+from llavolta.errors import ConfigError
 from llavolta.paths import PUBLISHED
 from llavolta.train.build import visual_tokens
 from llavolta.train.models import load_processor, read_config, whole_path
@@ -26,10 +26,6 @@ from llavolta.train.schemes import Scheme, Stage
 
 CAPTIONS, INSTRUCTIONS = 558_128, 665_298  # examples of LLaVA-1.5's alignment and tuning
 CAPTION_TOKENS = 20  # text tokens of an example of alignment
-
-
-class PlannerError(UserError, ValueError):
-    """A question that the planner cannot answer with the given values."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +77,14 @@ class Speed:
             count: Number of GPUs.
 
         Raises:
-            PlannerError: Unknown GPU, or a number out of range.
+            ConfigError: Unknown GPU, or a number out of range.
         """
         if gpu not in GPUS:
-            raise PlannerError(
+            raise ConfigError(
                 f"unknown GPU {gpu!r}; known: {', '.join(GPUS)}; or measure the speed of your own"
             )
         if not 0 < utilisation <= 1 or count < 1:
-            raise PlannerError(
+            raise ConfigError(
                 "utilisation must be above 0 and at most 1, GPUs at least 1, "
                 f"not {utilisation}, {count}"
             )
@@ -115,10 +111,10 @@ def fit_speed(costs: Sequence[StepCost], seconds: Sequence[float]) -> Speed:
         seconds: The measured time of each, above 0.
 
     Raises:
-        PlannerError: No measurements, unequal numbers, or times that are not above 0.
+        ConfigError: No measurements, unequal numbers, or times that are not above 0.
     """
     if not len(costs) or len(costs) != len(seconds) or min(seconds) <= 0:
-        raise PlannerError(
+        raise ConfigError(
             f"{len(costs)} steps need as many measured times above 0, not {list(seconds)}"
         )
     attention = np.array([cost.attention.total for cost in costs])
@@ -214,12 +210,12 @@ def within(table: pd.DataFrame, hours: float) -> pd.DataFrame:
     """Return the schemes of ``scheme_table`` that take at most ``hours``, the lowest ratio first.
 
     Raises:
-        PlannerError: No scheme does.
+        ConfigError: No scheme does.
     """
     fitting = table[table.hours <= hours].sort_values(["ratio", "hours"])
     if fitting.empty:
         fastest = table.hours.idxmin()
-        raise PlannerError(
+        raise ConfigError(
             f"no scheme takes at most {hours:g} hours; the fastest, {fastest!r}, "
             f"takes {table.hours[fastest]:.1f}"
         )
@@ -324,10 +320,10 @@ def subject(
             it. The size of the images in ``data`` replaces it.
 
     Raises:
-        PlannerError: ``size`` is no pair of positive whole numbers.
+        ConfigError: ``size`` is no pair of positive whole numbers.
     """
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise PlannerError(f"a picture has a width and a height in pixels, not {list(size)}")
+        raise ConfigError(f"a picture has a width and a height in pixels, not {list(size)}")
     # A reference needs no file: its config and its processor's settings are in the package.
     if model in REFERENCES and data is None:
         return Subject(reference_config(model), pictures_of(model, size), size, None)

@@ -11,9 +11,9 @@ from pathlib import Path
 import datasets
 import pandas as pd
 
-from llavolta.errors import UserError
+from llavolta.errors import ConfigError, UserError
 from llavolta.harness import TASKS
-from llavolta.harness.local import DIGITS, HarnessError, write_digits
+from llavolta.harness.local import DIGITS, write_digits
 from llavolta.harness.run import read_samples, run
 from llavolta.harness.video import CLIP_NAMES, prepare
 from llavolta.paths import RUNS, given_path
@@ -44,7 +44,7 @@ def embedded(
         batch_size: Questions in a batch.
 
     Raises:
-        HarnessError: Answers or scores differ, or lmms-eval failed.
+        ConfigError: Answers or scores differ, or lmms-eval failed.
     """
     model = model or str(_trained())
     for old in (output / "tasks", output / "cache", *output.glob("plan-*")):
@@ -103,20 +103,20 @@ def compare(samples: pd.DataFrame, own: pd.DataFrame) -> None:
         own: Rows of ``evaluation.evaluate``, in the same order.
 
     Raises:
-        HarnessError: An answer or a score differs.
+        ConfigError: An answer or a score differs.
     """
     said, truth = samples.filtered_resps.map(_text), own.prediction.str.strip()
     differ = (said.to_numpy() != truth.to_numpy()).nonzero()[0]
     if len(differ):
         first = differ[0]
-        raise HarnessError(
+        raise ConfigError(
             f"{len(differ)} of {len(own)} answers differ from llavolta.studies; "
             f"question {own.index[first]}: {said.iloc[first]!r} by lmms-eval, "
             f"{truth.iloc[first]!r} by us"
         )
     right = samples.apply(_verdict, axis=1).to_numpy()
     if (right != own.correct.to_numpy()).any():
-        raise HarnessError(
+        raise ConfigError(
             f"{(right != own.correct.to_numpy()).sum()} answers are scored differently by lmms-eval"
         )
 

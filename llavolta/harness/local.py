@@ -15,7 +15,7 @@ import datasets
 from PIL import Image
 
 from llavolta.data import LlavaData
-from llavolta.errors import UserError
+from llavolta.errors import ConfigError
 
 # The embedded model knows about 40 words. None are of the benchmarks' usual prompt, "Answer the
 # question using a single word or phrase."
@@ -25,10 +25,6 @@ DIGITS = {  # question types by task; the first part of a task's name is its ben
     "vqav2_digits": ("count",),
     "pope_digits": ("presence",),
 }
-
-
-class HarnessError(UserError, RuntimeError):
-    """lmms-eval is not installed, failed, or gave other results than expected."""
 
 
 def shipped(task_file: str) -> str:
@@ -41,11 +37,11 @@ def shipped(task_file: str) -> str:
         The file's path.
 
     Raises:
-        HarnessError: lmms-eval is not installed.
+        ConfigError: lmms-eval is not installed.
     """
     spec = importlib.util.find_spec("lmms_eval")
     if spec is None:
-        raise HarnessError(
+        raise ConfigError(
             "lmms-eval is not installed here; 'make eval' sets up .venv-eval, which has it"
         )
     return str(Path(spec.submodule_search_locations[0]) / "tasks" / task_file)
@@ -66,7 +62,7 @@ def write_task(
         changes: Keys of the task file to replace.
 
     Raises:
-        HarnessError: lmms-eval is not installed.
+        ConfigError: lmms-eval is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pictures = (
@@ -112,7 +108,7 @@ def write_digits(
         questions in each. Every question belongs to one task.
 
     Raises:
-        HarnessError: lmms-eval is not installed.
+        ConfigError: lmms-eval is not installed.
     """
     questions = list(islice(data.questions(), limit))
     options = {"generation_kwargs": {"max_new_tokens": max_new_tokens, "do_sample": False}}

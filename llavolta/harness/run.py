@@ -17,8 +17,8 @@ from pathlib import Path
 import pandas as pd
 
 from llavolta.compression.plan import format_plan, parse_plan
+from llavolta.errors import ConfigError
 from llavolta.harness import JUDGED_TASKS
-from llavolta.harness.local import HarnessError
 from llavolta.harness.video import require_judge
 
 LOG = "lmms-eval.log"
@@ -54,13 +54,13 @@ def run(
         The results; see ``read_results``.
 
     Raises:
-        HarnessError: The folder is not empty, lmms-eval failed, or answers or scores are missing.
+        ConfigError: The folder is not empty, lmms-eval failed, or answers or scores are missing.
         PlanError: The plan cannot be read.
-        JudgeError: A task needs a judge, and the environment names none.
+        ConfigError: A task needs a judge, and the environment names none.
     """
     output, plan = Path(output), format_plan(parse_plan(plan))
     if output.exists() and any(output.iterdir()):
-        raise HarnessError(f"{output} holds something already; name another folder, or remove it")
+        raise ConfigError(f"{output} holds something already; name another folder, or remove it")
     judged = [task for task in tasks if task in JUDGED_TASKS]
     if judged:
         require_judge(", ".join(judged))
@@ -95,7 +95,7 @@ def run(
             command, env=home | os.environ | (environment or {}), **options
         ).returncode
     if code:
-        raise HarnessError(
+        raise ConfigError(
             f"lmms-eval failed with exit code {code}: {_cause(output)}; see {output / LOG}"
         )
     check_results(output, tasks)
@@ -122,7 +122,7 @@ def check_results(output: str | Path, tasks: Sequence[str]) -> None:
         tasks: Names of the tasks.
 
     Raises:
-        HarnessError: Something is missing.
+        ConfigError: Something is missing.
     """
     results = _results(Path(output))
     for task in tasks:
@@ -132,7 +132,7 @@ def check_results(output: str | Path, tasks: Sequence[str]) -> None:
             wanted = results["n-samples"].get(part, {}).get("effective", 0)
             answered = len(read_samples(output, part))
             if not wanted or answered != wanted:
-                raise HarnessError(
+                raise ConfigError(
                     f"{part}: {answered} answers to {wanted} questions; see {Path(output) / LOG}"
                 )
             submitted = "submission" in scores and any((Path(output) / "submissions").glob("*"))
@@ -140,7 +140,7 @@ def check_results(output: str | Path, tasks: Sequence[str]) -> None:
             # A judge that failed leaves no number, or NaN.
             bad = [name for name, value in numbers.items() if not _is_score(value)]
             if bad or not (numbers or submitted):
-                raise HarnessError(f"{part}: no score {', '.join(bad)}; see {Path(output) / LOG}")
+                raise ConfigError(f"{part}: no score {', '.join(bad)}; see {Path(output) / LOG}")
 
 
 def _is_score(value) -> bool:
@@ -154,7 +154,7 @@ def _results(output: Path) -> dict:
     # Submission files may end the same way.
     files = [file for file in files if "submissions" not in file.parts]
     if len(files) != 1:
-        raise HarnessError(
+        raise ConfigError(
             f"{output} holds {len(files)} result files of lmms-eval, not one; see its {LOG}"
         )
     return json.loads(files[0].read_text())
@@ -181,7 +181,7 @@ def read_results(output: str | Path) -> pd.DataFrame:
         questions (their number), seconds (of answering all tasks, in one process).
 
     Raises:
-        HarnessError: The folder has no result file, or several.
+        ConfigError: The folder has no result file, or several.
     """
     results = _results(Path(output))
     # The model's options as they were given to lmms-eval.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from llavolta.errors import UserError
+from llavolta.errors import DataError
 from llavolta.harness.run import read_results
 from llavolta.paths import PUBLISHED, given_path
 from llavolta.train.trainer import read_metrics
@@ -48,10 +48,6 @@ COLUMNS = IMAGE | VIDEO | DIGITS
 AVERAGE, HOURS, RATIO = "average", "training hours", "CR"
 
 
-class TableError(UserError, ValueError):
-    """Results that do not fit into one table."""
-
-
 def paper_table(
     runs: Mapping[str, Sequence[str | Path]], columns: Sequence[str] = tuple(COLUMNS)
 ) -> pd.DataFrame:
@@ -67,9 +63,9 @@ def paper_table(
         model's folder, if it is a run folder; else NaN.
 
     Raises:
-        TableError: A folder does not exist, or the folders of a row are of different models or
+        DataError: A folder does not exist, or the folders of a row are of different models or
             plans, or have a benchmark twice.
-        HarnessError: A folder has no result file, or several.
+        ConfigError: A folder has no result file, or several.
     """
     rows = {
         name: _row(name, [given_path(folder) for folder in folders], columns)
@@ -89,12 +85,12 @@ def _row(name: str, folders: list[Path], columns: Sequence[str]) -> dict:
     """The values of one row by column."""
     missing = [str(folder) for folder in folders if not folder.is_dir()]
     if missing:
-        raise TableError(
+        raise DataError(
             f"{name}: no folder {', '.join(missing)}; run python -m llavolta.harness run first"
         )
     found = pd.concat([read_results(folder) for folder in folders])
     if len(kinds := found[["model", "plan"]].drop_duplicates()) > 1:
-        raise TableError(
+        raise DataError(
             f"{name} mixes {' and '.join(f'{m} under {p}' for m, p in kinds.to_numpy())}; "
             "a row is one"
         )
@@ -103,7 +99,7 @@ def _row(name: str, folders: list[Path], columns: Sequence[str]) -> dict:
         task, metric, scale = COLUMNS[column]
         score = found[(found.task == task) & (found.metric == metric)].value.dropna()
         if len(score) > 1:
-            raise TableError(f"{name} has {column} {len(score)} times; name one folder for it")
+            raise DataError(f"{name} has {column} {len(score)} times; name one folder for it")
         values[column] = score.item() * scale if len(score) else math.nan
     return values | training(Path(found.model.iloc[0]))
 

@@ -11,16 +11,12 @@ import json
 import os
 from pathlib import Path
 
-from llavolta.errors import DataError, UserError
+from llavolta.errors import ConfigError, DataError
 
 KINDS = (".mp4", ".avi", ".webm", ".mkv")
 # By task: the name of a clip, without its ending, from the number of its video.
 CLIP_NAMES = {"msvd_qa": "vid{}", "msrvtt_qa": "video{}"}
 TEMPLATES = Path(__file__).parent / "tasks"
-
-
-class JudgeError(UserError, RuntimeError):
-    """A task needs a judge, and the environment names none."""
 
 
 def prepare(
@@ -134,7 +130,7 @@ def score_judged(doc: dict, results: list[str]) -> dict:
         "gpt_eval_accuracy" in percent, and "gpt_eval_score" from 0 to 5.
 
     Raises:
-        JudgeError: The environment names no judge.
+        ConfigError: The environment names no judge.
     """
     require_judge("this task")
     # The import below fails without this variable.
@@ -155,10 +151,10 @@ def require_judge(tasks: str) -> None:
         tasks: Names of tasks, for the error message.
 
     Raises:
-        JudgeError: OPENAI_API_KEY is not set.
+        ConfigError: OPENAI_API_KEY is not set.
     """
     if not os.environ.get("OPENAI_API_KEY"):
-        raise JudgeError(
+        raise ConfigError(
             f"{tasks}: scored by a language model as judge, and there is none; "
             "set OPENAI_API_KEY, and for an endpoint "
             "of your own OPENAI_API_URL and MODEL_VERSION (see lmms-eval), or take another task"

@@ -8,11 +8,11 @@ import sys
 import numpy as np
 
 from llavolta.data import check_words, open_image
-from llavolta.errors import UserError
+from llavolta.errors import ConfigError, UserError
 from llavolta.paths import RUNS, given_path
 from llavolta.show import plots
 from llavolta.studies import evaluation, inspect
-from llavolta.studies.opening import StudyError, open_model, open_study
+from llavolta.studies.opening import open_model, open_study
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _own(options) -> list[tuple]:
     """Rows of (image, question, view, "") for the user's image, which has no reference answer."""
     if not options.question:
-        raise StudyError("--picture needs a --question")
+        raise ConfigError("--picture needs a --question")
     file = options.picture
     picture = open_image(file.parent, file.name, "--picture")
     model, processor, _ = open_model(options.model)
@@ -81,9 +81,9 @@ def _own(options) -> list[tuple]:
 def _heldout(options) -> list[tuple]:
     """Rows of (image, question, view, reference answer), each of another image and type."""
     if options.question:
-        raise StudyError("--question needs a --picture")
+        raise ConfigError("--question needs a --picture")
     if options.count < 1:
-        raise StudyError(f"--count must be at least 1, not {options.count}")
+        raise ConfigError(f"--count must be at least 1, not {options.count}")
     study = open_study(options.model)
     # Each image gives at most one question, of a type that no earlier one has.
     chosen, types = [], set()

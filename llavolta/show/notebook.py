@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from llavolta.errors import UserError
+from llavolta.errors import ConfigError
 from llavolta.paths import expand
 from llavolta.train.config import parse_yaml
 
@@ -24,10 +24,6 @@ KINDS = {
     "plan": "a plan such as 1:avgpool:4, or none",  # "none" is a plan, not None
     "str": "text (papermill's -r gives text that looks like a number)",
 }
-
-
-class ParameterError(UserError, ValueError):
-    """A notebook parameter that does not exist or cannot be used."""
 
 
 def check_parameters() -> dict:
@@ -45,7 +41,7 @@ def check_parameters() -> dict:
         The parameters' values by name.
 
     Raises:
-        ParameterError: An unknown name, a value of another type, or the parameters cell has not
+        ConfigError: An unknown name, a value of another type, or the parameters cell has not
             run.
     """
     from IPython import get_ipython
@@ -68,18 +64,18 @@ def converted(cells: Sequence[str], values: dict) -> dict:
         The parameters' values by name.
 
     Raises:
-        ParameterError: As of ``check_parameters``.
+        ConfigError: As of ``check_parameters``.
     """
     injected = {name for cell in cells if _is_injected(cell) for name in _assigned(cell)}
     declared = max(
         (_declared(cell) for cell in cells if not _is_injected(cell)), key=len, default={}
     )
     if not declared:
-        raise ParameterError(
+        raise ConfigError(
             "the parameters cell has not run; run the notebook's cells in their order"
         )
     if unknown := sorted(injected - declared.keys()):
-        raise ParameterError(
+        raise ConfigError(
             f"unknown parameter {', '.join(map(repr, unknown))}; known: {', '.join(declared)}"
         )
     return {name: convert(name, values[name], *how) for name, how in declared.items()}
@@ -98,7 +94,7 @@ def convert(name: str, value, kinds: str, default=None):
         The value in the first type of KINDS that fits.
 
     Raises:
-        ParameterError: No type fits.
+        ConfigError: No type fits.
     """
     wanted = kinds.split("|")
     nothing = (
@@ -120,7 +116,7 @@ def convert(name: str, value, kinds: str, default=None):
     ways = [KINDS[kind.split("[")[0]] if kind != "None" else "none" for kind in wanted]
     if "[" in kinds:
         ways[0] += f", each {KINDS[kinds.split('[')[1].split(']')[0]]}"
-    raise ParameterError(f"{name} must be {' or '.join(ways)}, not {value!r}")
+    raise ConfigError(f"{name} must be {' or '.join(ways)}, not {value!r}")
 
 
 def _read(value, kind: str, each: str | None = None, alone: bool = True):

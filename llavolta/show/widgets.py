@@ -28,10 +28,10 @@ from llavolta.compression.plan import VISION, Layer
 from llavolta.cost.flops import CostModel
 from llavolta.cost.planner import Speed, scheme_table
 from llavolta.data import LlavaData, check_words, open_image, to_rgb
-from llavolta.errors import UserError
+from llavolta.errors import ConfigError, UserError
 from llavolta.show import plots, token_maps
 from llavolta.studies import evaluation, inspect, opening
-from llavolta.train.schemes import Scheme, SchemeError, Stage
+from llavolta.train.schemes import Scheme, Stage
 
 WIDE = ui.Layout(width="420px")
 STYLE = {"description_width": "90px"}
@@ -212,7 +212,7 @@ class Explorer:
     def _view(self, plan: str, question: str, entry: int, own: int | None) -> inspect.View:
         """Ask the model; all arguments are keys of the cache."""
         if found := re.search("<image>|<video>", question):
-            raise opening.StudyError(
+            raise opening.ConfigError(
                 f"the question holds the placeholder {found[0]}; "
                 "leave it out, the picture is put in"
             )
@@ -261,7 +261,7 @@ class Explorer:
         """(id, index) of the first ``most`` entries with an image or clip."""
         pictured = np.flatnonzero(self.data.has_image)[:most].tolist()
         if not pictured:
-            raise opening.StudyError(
+            raise opening.ConfigError(
                 f"{self.data.file.name} has no entry with a picture to explore"
             )
         return [(str(self.data.entry(index).get("id", index)), index) for index in pictured]
@@ -430,7 +430,7 @@ class CostExplorer:
 
     @property
     def scheme(self) -> Scheme:
-        """The scheme of the sliders. Raises SchemeError if the shares sum to more than 1."""
+        """The scheme of the sliders. Raises ConfigError if the shares sum to more than 1."""
         rest = 1 - self.share.value - self.light.value
         half = len(self.model.layers) // 2
         stride = self.stride.value
@@ -439,7 +439,7 @@ class CostExplorer:
             (f"{half}:avgpool:{stride}", self.light.value),
         ]
         if rest < -1e-9:  # more than a rounding error
-            raise SchemeError(f"the shares sum to {1 - rest:.2f}, above 1; lower one of them")
+            raise ConfigError(f"the shares sum to {1 - rest:.2f}, above 1; lower one of them")
         # A stage must have a share above 0, so empty ones are left out.
         stages = [Stage(plan, share) for plan, share in [*parts, ("none", rest)] if share > 1e-9]
         return Scheme("yours", tuple(stages))

@@ -16,8 +16,9 @@ from llavolta.compression.patch import compress
 from llavolta.compression.plan import VISION, parse_plan
 from llavolta.data import LlavaData, chat
 from llavolta.data.entries import media_paths_of
+from llavolta.errors import ConfigError
 from llavolta.studies.evaluation import answer_limit, check_questions, greedy, is_right
-from llavolta.studies.opening import StudyError, answering
+from llavolta.studies.opening import answering
 from llavolta.studies.statistics import interval
 
 POSITION_TYPES = ("read", "where", "neighbour")
@@ -95,14 +96,14 @@ def second_questions(
         ``evaluation.evaluate``.
 
     Raises:
-        StudyError: No entry has a second question, or the chat template rewrites earlier turns.
+        ConfigError: No entry has a second question, or the chat template rewrites earlier turns.
         DataError: The tokenizer does not know the words of the questions or answers.
     """
     # A generator, so that entries beyond ``limit`` are not opened.
     with_two = (index for index in range(len(data)) if len(data.questions_of(index)) > 1)
     questions = [data.questions_of(index)[1] for index in islice(with_two, limit)]
     if not questions:
-        raise StudyError(f"{data.file}: no entry has a second question")
+        raise ConfigError(f"{data.file}: no entry has a second question")
     check_questions(processor, questions, data)
     length = answer_limit(processor, (question["answer"] for question in questions))
     first_layer = any(
@@ -157,7 +158,7 @@ def _parts(processor, messages: list[dict]) -> tuple[str, str]:
         chat.write(processor, messages[: number + 1], ask=True)[0] for number in asked[:2]
     )
     if not both.startswith(first):
-        raise StudyError(
+        raise ConfigError(
             "this model's chat template rewrites earlier turns, so a second question needs "
             "a cache anew"
         )

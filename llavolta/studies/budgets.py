@@ -23,10 +23,10 @@ from scipy.optimize import brentq
 from tqdm.auto import tqdm
 
 from llavolta.compression.families import find_parts
-from llavolta.compression.plan import VISION, PlanError, tokens_per_layer
+from llavolta.compression.plan import VISION, tokens_per_layer
 from llavolta.cost.bench import prefill_times
 from llavolta.data import LlavaData
-from llavolta.errors import UnsupportedModel, UserError
+from llavolta.errors import ConfigError, PlanError, UnsupportedModel
 from llavolta.studies import inspect
 from llavolta.studies.compare import BASELINE
 from llavolta.studies.evaluation import evaluate, pictured, prompts
@@ -65,10 +65,6 @@ METHODS = {
 PYRAMIDDROP = "8:pyramiddrop:0.5;16:pyramiddrop:0.5;24:pyramiddrop:0.5"
 
 
-class BudgetError(UserError, ValueError):
-    """A budget or method that does not exist, or a model without a fixed number of tokens."""
-
-
 def plan_at(method: str, budget: float, num_layers: int, num_tokens: int) -> str | None:
     """Find the plan under which ``method`` meets ``budget``.
 
@@ -84,12 +80,12 @@ def plan_at(method: str, budget: float, num_layers: int, num_tokens: int) -> str
         ratio is rounded to four digits and a stride to a whole number.
 
     Raises:
-        BudgetError: Unknown method, or a budget out of range.
+        ConfigError: Unknown method, or a budget out of range.
     """
     if method not in METHODS:
-        raise BudgetError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
+        raise ConfigError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
     if not 0 < budget <= 1:
-        raise BudgetError(
+        raise ConfigError(
             f"a budget is a share of the tokens, above 0 and at most 1, not {budget!r}"
         )
     entries = _entries(METHODS[method], num_layers)
@@ -146,7 +142,7 @@ def plans_at(
         of token-layers that the plan leaves after rounding.
 
     Raises:
-        BudgetError: Unknown method, or a budget out of range.
+        ConfigError: Unknown method, or a budget out of range.
     """
     rows = []
     for budget in budgets:
@@ -266,7 +262,7 @@ def prefill(
         content.
 
     Raises:
-        BudgetError: The number of visual tokens varies between images.
+        ConfigError: The number of visual tokens varies between images.
     """
     asked = pictured(
         data, [question for _, question in zip(range(batch), data.questions(), strict=False)]
@@ -343,7 +339,7 @@ def trained_methods(num_layers: int, num_tokens: int, budget: float = 0.25) -> d
         their published settings; and the projectors STF and MBTF + STF.
 
     Raises:
-        BudgetError: A budget out of range.
+        ConfigError: A budget out of range.
     """
     plans = {
         method: plan_at(method, budget, num_layers, num_tokens)
@@ -386,7 +382,7 @@ def tokens_left(
         The mean over layers and images, as a share of ``full``.
 
     Raises:
-        BudgetError: The number of visual tokens varies between images.
+        ConfigError: The number of visual tokens varies between images.
     """
     model, processor, _ = open_model(folder)
     questions = list(islice((q for q in data.questions() if q["question"]), pictures))
@@ -415,11 +411,11 @@ def depth_and_tokens(model) -> tuple[int, int]:
     """Return decoder layers and visual tokens of an image, of a loaded model.
 
     Raises:
-        BudgetError: The number of visual tokens varies between images.
+        ConfigError: The number of visual tokens varies between images.
     """
     tokens = getattr(find_parts(model).base.config, "image_seq_length", None)
     if not tokens:
-        raise BudgetError(
+        raise ConfigError(
             "budgets need a model whose images all have the same number of visual tokens"
         )
     return len(find_parts(model).layers), tokens

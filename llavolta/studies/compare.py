@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from llavolta.compression.plan import check_layers
 from llavolta.cost import bench
 from llavolta.data import Collator, GroupedSampler, LlavaData
-from llavolta.errors import UserError
+from llavolta.errors import ConfigError
 from llavolta.studies import records
 from llavolta.studies.evaluation import asked_digest, evaluate
 from llavolta.studies.opening import open_model, open_study
@@ -50,10 +50,6 @@ BASELINE = "single-stage"  # training without compression
 CONTROLS = CONTROL_SCHEMES
 
 
-class CompareError(UserError, ValueError):
-    """A comparison that cannot be made; the message says why."""
-
-
 def contestants(
     names: Sequence[str], own: Mapping[str, Sequence], num_layers: int
 ) -> dict[str, Scheme]:
@@ -69,19 +65,19 @@ def contestants(
         The schemes by name.
 
     Raises:
-        CompareError: An unknown name, or a name in ``own`` that exists already.
-        SchemeError: Stages that form no scheme.
+        ConfigError: An unknown name, or a name in ``own`` that exists already.
+        ConfigError: Stages that form no scheme.
         PlanError: A plan that cannot be read, or names a layer that the model does not have.
     """
     unknown = [name for name in names if name not in SCHEMES]
     if unknown:
-        raise CompareError(
+        raise ConfigError(
             f"unknown scheme {', '.join(map(repr, unknown))}; choose from {', '.join(SCHEMES)}"
         )
     chosen = {name: SCHEMES[name].scaled(num_layers) for name in dict.fromkeys([BASELINE, *names])}
     for name, stages in own.items():
         if name in SCHEMES:
-            raise CompareError(f"a scheme of your own cannot be called {name!r}; that one exists")
+            raise ConfigError(f"a scheme of your own cannot be called {name!r}; that one exists")
         chosen[name] = scheme = Scheme.of(name, stages)
         # Named schemes fit by scaling, while these may name layers that do not exist.
         for stage in (*scheme.stages, *([scheme.align] if scheme.align else [])):
@@ -127,11 +123,11 @@ def compare(
         scheme and seed. Images are padded as in training.
 
     Raises:
-        CompareError: ``workers`` is no whole number of at least 1, or a worker process was killed.
+        ConfigError: ``workers`` is no whole number of at least 1, or a worker process was killed.
             Errors of ``train`` and ``evaluate`` are raised at once. Finished runs stay.
     """
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise CompareError(f"workers must be a whole number of at least 1, not {workers!r}")
+        raise ConfigError(f"workers must be a whole number of at least 1, not {workers!r}")
     setup = build.prepare(neutral(config))  # builds the data once, before the workers need it
     heldout = Path(heldout) if heldout else build.heldout_file(config)
     LlavaData(heldout)  # raises for unusable questions before anything is trained
@@ -241,7 +237,7 @@ def _in_pool(
         except BaseException as error:
             pool.shutdown(cancel_futures=True)
             if isinstance(error, BrokenProcessPool):
-                raise CompareError(
+                raise ConfigError(
                     "a run was killed, perhaps for want of memory; lower workers and go on"
                 ) from None
             raise
@@ -386,7 +382,7 @@ def table(
         the columns of ``cost``.
 
     Raises:
-        StudyError: A scheme has fewer than two seeds.
+        ConfigError: A scheme has fewer than two seeds.
     """
     wide = runs.query("type == @kind").pivot(index="seed", columns="scheme", values="accuracy")
     return _against_baseline(wide[list(dict.fromkeys(runs.scheme))], mean_interval, cost)
@@ -436,7 +432,7 @@ def paired(
         The mean difference over seeds, and the ends of its 95% interval.
 
     Raises:
-        StudyError: The two schemes have fewer than two seeds in common.
+        ConfigError: The two schemes have fewer than two seeds in common.
     """
     wide = runs.pivot(index="seed", columns="scheme", values=value)
     return tuple(paired_difference(wide[first], wide[second], mean_interval).values())
@@ -497,7 +493,7 @@ def seed_lists(seeds: int | Mapping[str, int], schemes: Iterable[str]) -> dict[s
         The seeds by scheme.
 
     Raises:
-        CompareError: A number below 1, or a scheme in ``seeds`` that is not compared.
+        ConfigError: A number below 1, or a scheme in ``seeds`` that is not compared.
     """
     given = dict(seeds) if isinstance(seeds, Mapping) else {}
     counts = {name: given.get(name, 1) if given else seeds for name in schemes}
@@ -506,7 +502,7 @@ def seed_lists(seeds: int | Mapping[str, int], schemes: Iterable[str]) -> dict[s
         isinstance(count, bool) or not isinstance(count, int) or count < 1
         for count in counts.values()
     ):
-        raise CompareError(
+        raise ConfigError(
             f"seeds must be a whole number of at least 1, or one for each scheme, not {seeds!r}"
         )
     if BASELINE in counts:  # every seed of another scheme needs its pair

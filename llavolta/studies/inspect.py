@@ -62,7 +62,7 @@ def recording(model, plan) -> Iterator[SimpleNamespace]:
         number of visual tokens after and before it.
 
     Raises:
-        StudyError: The plan compresses frames at one layer and whole clips at a later one.
+        ConfigError: The plan compresses frames at one layer and whole clips at a later one.
     """
     plan, seen = parse_plan(plan), {}
     record = SimpleNamespace(maps={}, shape=None, counts={})
@@ -81,7 +81,7 @@ def recording(model, plan) -> Iterator[SimpleNamespace]:
         if where is None:
             where, record.shape = step, shape
         elif len(where) != len(step):
-            raise opening.StudyError(
+            raise opening.ConfigError(
                 "a plan that works on frames first and on whole clips later cannot be drawn"
             )
         else:
@@ -109,7 +109,7 @@ def token_map(model, batch, plan) -> dict[int | str, np.ndarray]:
         out.
 
     Raises:
-        StudyError: The plan compresses frames at one layer and whole clips at a later one.
+        ConfigError: The plan compresses frames at one layer and whole clips at a later one.
     """
     with recording(model, plan) as record:
         families.find_parts(model).base(**batch)
@@ -188,18 +188,18 @@ def choose(data: LlavaData, number: int) -> tuple[dict, list]:
         frame.
 
     Raises:
-        StudyError: There is no such question, or it has no image.
+        ConfigError: There is no such question, or it has no image.
     """
     # A generator, so that no entry after the question is opened.
     question = next((one for count, one in enumerate(data.questions()) if count == number), None)
     if question is None:
-        raise opening.StudyError(
+        raise opening.ConfigError(
             f"{data.file.name} has questions 0..{sum(1 for _ in data.questions()) - 1}, "
             f"not {number!r}"
         )
     messages, looks = evaluation.alone(data[question["index"]], question["turn"])
     if not looks:
-        raise opening.StudyError(
+        raise opening.ConfigError(
             f"question {number} of {data.file.name} has no picture; choose another"
         )
     content = [
@@ -237,7 +237,7 @@ def view(
     Raises:
         PlanError: The plan cannot be read or does not fit the model.
         UnsupportedModel: The model cannot be compressed under this plan.
-        StudyError: The plan compresses frames at one layer and whole clips at a later one.
+        ConfigError: The plan compresses frames at one layer and whole clips at a later one.
         ValueError: A compressor cannot work on these images.
     """
     parts = families.find_parts(model)

@@ -11,7 +11,6 @@ from filelock import FileLock
 
 from llavolta.compression.families import find_parts
 from llavolta.data import LlavaData, padding_colour
-from llavolta.errors import UserError
 from llavolta.paths import RUNS
 from llavolta.train.checkpoints import RECORD
 from llavolta.train.config import TrainConfig, run_settings
@@ -19,10 +18,6 @@ from llavolta.train.models import load_model
 from llavolta.train.run import train
 from llavolta.worlds import HOMES, WORLDS
 from llavolta.worlds import world as find_world
-
-
-class StudyError(UserError, ValueError):
-    """A study that cannot be made with these settings or data; the message says why."""
 
 
 def device() -> torch.device:

@@ -76,12 +76,12 @@ def redundancy_sweep(
         prediction, correct.
 
     Raises:
-        StudyError: No layer, no stride, or ``limit`` below 1.
+        ConfigError: No layer, no stride, or ``limit`` below 1.
         PlanError: A layer that the model does not have, or a stride below 1.
         DataError: The tokenizer does not know the words, or an image cannot be read.
     """
     if not layers or not strides or limit is not None and limit < 1:
-        raise opening.StudyError("a sweep needs at least one layer, one stride and one question")
+        raise opening.ConfigError("a sweep needs at least one layer, one stride and one question")
     depth = len(families.find_parts(model).layers)
     points = {(layer, stride): _plan(layer, stride) for layer in layers for stride in strides}
     for layer, stride in points:
@@ -291,7 +291,7 @@ def accuracy_lost(sweep: pd.DataFrame, removed: float = 0.7) -> pd.DataFrame:
         its 95% interval (low, high), by bootstrap over the paired questions.
 
     Raises:
-        StudyError: The strides do not reach from no compression to that share.
+        ConfigError: The strides do not reach from no compression to that share.
     """
     rows = []
     for layer, part in sweep.groupby("layer"):
@@ -300,7 +300,7 @@ def accuracy_lost(sweep: pd.DataFrame, removed: float = 0.7) -> pd.DataFrame:
         ).astype(float)
         kept = grid.columns.to_numpy()  # shares of tokens left, rising
         if kept[0] > 1 - removed or kept[-1] < 1:
-            raise opening.StudyError(
+            raise opening.ConfigError(
                 f"strides {sorted(set(part.stride))} do not reach from 1 to {removed:.0%} "
                 "of the tokens removed"
             )
@@ -381,7 +381,7 @@ def headline(sweep: pd.DataFrame) -> str:
         Per layer, the accuracy lost when the published share of tokens is removed.
 
     Raises:
-        StudyError: The strides do not reach the published share.
+        ConfigError: The strides do not reach the published share.
     """
     paper = published_reading()
     lost, room = accuracy_lost(sweep, paper["removed"]), removable(sweep, paper["lost"])

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from llavolta.studies.opening import StudyError
+from llavolta.errors import ConfigError
 
 OVERALL = "overall"
 DRAWN_AT_ONCE = 1 << 20  # numbers that a bootstrap resamples at a time: 16 MB
@@ -71,11 +71,11 @@ def interval(values: Sequence[float], draws: int = 2000, seed: int = 0) -> tuple
         The ends of the interval. They are equal if all values are.
 
     Raises:
-        StudyError: There are no values.
+        ConfigError: There are no values.
     """
     values = np.asarray(values, dtype=float)
     if not len(values):
-        raise StudyError("there is no answer to take a mean of; ask at least one question")
+        raise ConfigError("there is no answer to take a mean of; ask at least one question")
     if len(values) < 2 or (values == values[0]).all():  # all resamples are equal
         return float(values[0]), float(values[0])
     # In batches, so that memory does not grow with the number of values.
@@ -101,11 +101,11 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
         The ends of the interval.
 
     Raises:
-        StudyError: There are fewer than two values.
+        ConfigError: There are fewer than two values.
     """
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
-        raise StudyError("an interval over seeds needs at least two seeds")
+        raise ConfigError("an interval over seeds needs at least two seeds")
     half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return float(values.mean() - half), float(values.mean() + half)
 
@@ -124,7 +124,7 @@ def paired_difference(
         "difference", and its 95% interval "difference_low" and "difference_high".
 
     Raises:
-        StudyError: Too few pairs for the interval.
+        ConfigError: Too few pairs for the interval.
     """
     # The series align by index. Pairs that one of them lacks are NaN and do not count.
     difference = (first.astype(float) - second.astype(float)).dropna()

@@ -11,10 +11,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import AutoConfig
 
-from llavolta.data import Collator, DataError, LlavaData, find_bad, find_too_long, padding_colour
+from llavolta.data import Collator, LlavaData, find_bad, find_too_long, padding_colour
 from llavolta.data.boxes import box_notes
 from llavolta.data.table import is_table
-from llavolta.train.config import ConfigError, TrainConfig
+from llavolta.errors import ConfigError, DataError
+from llavolta.train.config import TrainConfig
 from llavolta.train.models import read_config
 from llavolta.train.projectors import parse_projector, with_projector
 from llavolta.train.schemes import Scheme
@@ -68,7 +69,7 @@ def prepare(config: TrainConfig) -> Setup:
         ConfigError: The model or the data file cannot be read, or a number does not fit.
         DataError: The data have to be counted, and cannot be used.
         PlanError: A plan does not fit the model.
-        SchemeError: The scheme does not fit the number of steps.
+        ConfigError: The scheme does not fit the number of steps.
     """
     num_layers, num_tokens = _sizes(config)
     world = WORLDS.get(config.data)

@@ -20,7 +20,7 @@ from llavolta.compression.patch import Compression
 from llavolta.errors import ConfigError, UserError
 from llavolta.train.dualspeed import fast_mode, isolator_for, slow_mode
 from llavolta.train.models import spare_frozen_towers
-from llavolta.train.schemes import ISOLATOR, Scheme, SchemeError, Stage
+from llavolta.train.schemes import ISOLATOR, Scheme, Stage
 
 
 class StageCallback(TrainerCallback):
@@ -47,7 +47,7 @@ class StageCallback(TrainerCallback):
     Raises:
         ConfigError: The trainer uses several GPUs in one process, compiles the model, or compares
             two passes (DPO, GRPO).
-        SchemeError: The scheme needs this package's trainer, or the model cannot run a stage's
+        ConfigError: The scheme needs this package's trainer, or the model cannot run a stage's
             plan.
     """
 
@@ -79,7 +79,7 @@ class StageCallback(TrainerCallback):
         if any(stage.isolates for stage in self.scheme.stages) and not hasattr(
             unwrap(model), ISOLATOR
         ):
-            raise SchemeError(
+            raise ConfigError(
                 f"scheme {self.scheme.name!r} trains a mode isolator; train it by python -m "
                 "llavolta.train"
             )
@@ -302,8 +302,8 @@ def _naming(where: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except UserError as error:
-        raise SchemeError(f"{where}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
     except Exception as error:
-        raise SchemeError(
+        raise ConfigError(
             f"{where} cannot run on this model ({type(error).__name__}: {error})"
         ) from error

@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llavolta.errors import UserError
+from llavolta.errors import SaveError, UserError
 
 STAGING = ".saving"  # folder of a save that is not complete
 REMOVED = ".removed"  # folder of a checkpoint that is being removed
@@ -28,10 +28,6 @@ RECORD = "scheme.json"  # the step and scheme of a checkpoint or a finished mode
 LOCK = ".lock"
 # torch.save raises RuntimeErrors with these words if a file could not be written.
 _REFUSED = r"inline_container|PytorchStreamWriter|write\(\): fd"
-
-
-class SaveError(UserError, OSError):
-    """A checkpoint or model that could not be written. Earlier checkpoints are untouched."""
 
 
 def step_of(checkpoint: Path) -> int:

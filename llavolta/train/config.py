@@ -54,8 +54,8 @@ class TrainConfig(BaseModel):
     Raises:
         ConfigError: A parameter is unknown, missing or wrong, or two do not fit together.
         PlanError: A plan cannot be read.
-        SchemeError: The scheme's stages are wrong.
-        ProjectorError: The projector cannot be read.
+        ConfigError: The scheme's stages are wrong.
+        ConfigError: The projector cannot be read.
     """
 
     model_config = ConfigDict(
@@ -315,7 +315,7 @@ class TrainConfig(BaseModel):
 
         Raises:
             PlanError: A plan does not fit the model.
-            SchemeError: The pivots do not fit, or there are fewer steps than stages.
+            ConfigError: The pivots do not fit, or there are fewer steps than stages.
         """
         scheme = self._written_scheme()
         if isinstance(self.scheme, str):

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from llavolta.compression.plan import parse_options
-from llavolta.errors import UserError
+from llavolta.errors import ConfigError
 
 OWN = "mlp"  # the projector that the model comes with
 
@@ -47,10 +47,6 @@ model = AutoModelForImageTextToText.from_pretrained(FOLDER)
 processor = AutoProcessor.from_pretrained(FOLDER)
 ```
 """
-
-
-class ProjectorError(UserError, ValueError):
-    """A projector whose text cannot be read, or that does not fit the model."""
 
 
 def _mlp(*widths: int, bias: bool = True) -> nn.Sequential:
@@ -113,12 +109,12 @@ class SpatialTokenFusion(nn.Module):
         """Map features (I, L, C_v) to (I, L / window², C).
 
         Raises:
-            ProjectorError: L is no square, or the window does not divide its side.
+            ConfigError: L is no square, or the window does not divide its side.
         """
         pictures, length, width = features.shape
         side, k = math.isqrt(length), self.window
         if side**2 != length:
-            raise ProjectorError(
+            raise ConfigError(
                 f"stf needs a square grid of tokens, not {length}; drop CLS and compress behind it"
             )
         n = _windows(side, k)
@@ -128,10 +124,10 @@ class SpatialTokenFusion(nn.Module):
 
 
 def _windows(side: int, window: int) -> int:
-    """Return the windows along a grid's side. Raise ProjectorError if they do not fill it."""
+    """Return the windows along a grid's side. Raise ConfigError if they do not fill it."""
     if side % window:
         fit = [k for k in range(1, side + 1) if side % k == 0]
-        raise ProjectorError(
+        raise ConfigError(
             f"windows of {window} x {window} do not fill a grid of {side} x {side}; choose from "
             f"{fit}"
         )
@@ -171,18 +167,18 @@ def parse_projector(text: str) -> ProjectorSpec | None:
         What it says; None for "mlp", the projector that the model comes with.
 
     Raises:
-        ProjectorError: The text cannot be read.
+        ConfigError: The text cannot be read.
     """
     if text == OWN:
         return None
     if not isinstance(text, str):
-        raise ProjectorError(f"a projector is text such as 'stf:2', not {text!r}")
+        raise ConfigError(f"a projector is text such as 'stf:2', not {text!r}")
     given, names = {}, []
     for part in text.split("+"):
         name, *options = (word.strip() for word in part.split(":"))
         # MBTF reads the tower's blocks, so it cannot come after STF.
         if name not in _PARTS or name in names or "stf" in names:
-            raise ProjectorError(
+            raise ConfigError(
                 f"cannot read projector {text!r}; write 'mlp', 'stf:WINDOW', "
                 "'mbtf:BLOCK,BLOCK,...' or 'mbtf+stf'"
             )
@@ -191,16 +187,14 @@ def parse_projector(text: str) -> ProjectorSpec | None:
             given |= _PARTS[name] | parse_options(name, options, list(_PARTS[name]))
             given["blocks"] = _block_numbers(given["blocks"]) if "blocks" in given else None
         except ValueError as error:
-            raise ProjectorError(f"projector {text!r}: {error}") from None
+            raise ConfigError(f"projector {text!r}: {error}") from None
     for option in {"window", "expansion"} & given.keys():
         if (
             isinstance(given[option], bool)
             or not isinstance(given[option], int)
             or given[option] < 1
         ):
-            raise ProjectorError(
-                f"projector {text!r}: {option} must be a whole number of at least 1"
-            )
+            raise ConfigError(f"projector {text!r}: {option} must be a whole number of at least 1")
     return ProjectorSpec(**given)
 
 
@@ -236,7 +230,7 @@ class LlavaStfConfig(LlavaConfig):
         vision_feature_layer: A list of blocks means MBTF over these.
 
     Raises:
-        ProjectorError: The window or the blocks do not fit the tower.
+        ConfigError: The window or the blocks do not fit the tower.
     """
 
     model_type = "llava_stf"
@@ -256,7 +250,7 @@ class LlavaStfConfig(LlavaConfig):
             if not -depth - 1 <= block <= depth
         ]
         if beyond or blocks == []:
-            raise ProjectorError(
+            raise ConfigError(
                 f"the tower has hidden states {-depth - 1}..{depth}, not "
                 f"{beyond or 'an empty list'}"
             )
@@ -330,13 +324,13 @@ def with_projector(config: LlavaConfig, projector: str) -> LlavaConfig:
         projector: The projector's text; "mlp" returns ``config`` itself.
 
     Raises:
-        ProjectorError: The model is no LLaVA-1.5, or the projector does not fit it.
+        ConfigError: The model is no LLaVA-1.5, or the projector does not fit it.
     """
     spec = parse_projector(projector)
     if spec is None:
         return config
     if not isinstance(config, LlavaConfig):
-        raise ProjectorError(
+        raise ConfigError(
             f"projector {projector!r} is for LLaVA-1.5 and its like, not for {config.model_type!r}"
         )
     blocks = config.vision_feature_layer
@@ -372,7 +366,7 @@ def replace_projector(
         The new model and processor.
 
     Raises:
-        ProjectorError: The model is no LLaVA-1.5, or the projector does not fit it.
+        ConfigError: The model is no LLaVA-1.5, or the projector does not fit it.
     """
     config = with_projector(model.config, projector)
     if config is model.config:

@@ -43,7 +43,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llavolta.compression.families import find_parts, unwrap
 from llavolta.data import Collator, check_words, token_statistics
-from llavolta.errors import Stopped
+from llavolta.errors import ConfigError, Stopped
 from llavolta.quiet import quiet
 from llavolta.train import checkpoints
 from llavolta.train.build import (
@@ -59,7 +59,7 @@ from llavolta.train.build import (
 )
 from llavolta.train.callback import check_processes
 from llavolta.train.card import CARD, write_card
-from llavolta.train.config import ENGINES, ConfigError, TrainConfig, parse_yaml
+from llavolta.train.config import ENGINES, TrainConfig, parse_yaml
 from llavolta.train.dualspeed import add_isolator, holds_isolator, keep_isolator, load_isolator
 from llavolta.train.models import (
     ADAPTERS,
@@ -98,7 +98,7 @@ def train(config: TrainConfig, progress: bool = True) -> Path:
     Raises:
         ConfigError: The configuration, the model, the launch or the run folder is wrong.
         PlanError: A plan does not fit the model.
-        SchemeError: The scheme does not fit, or the model cannot run a stage's plan.
+        ConfigError: The scheme does not fit, or the model cannot run a stage's plan.
         DataError: The data cannot be used.
         SaveError: A checkpoint or the model cannot be written.
         FloatingPointError: The loss is not finite.

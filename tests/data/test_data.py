@@ -14,24 +14,15 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from llavolta import data
-from llavolta.data import (
-    Collator,
-    DataError,
-    GroupedSampler,
-    LlavaData,
-    check_words,
-    find_bad,
-    find_too_long,
-    open_image,
-    to_rgb,
-)
+from llavolta.data import Collator, GroupedSampler, LlavaData, check_words, find_bad, find_too_long, open_image, to_rgb
 from llavolta.data import index as data_index
 from llavolta.data.__main__ import main
 from llavolta.data.collate import IGNORED, _placed
 from llavolta.data.entries import read_entry
+from llavolta.errors import ConfigError, DataError
 from llavolta.show import widgets
 from llavolta.studies import evaluation, inspect, redundancy
-from llavolta.studies.opening import StudyError, trained_padding
+from llavolta.studies.opening import trained_padding
 from llavolta.train import run
 from llavolta.train.config import TrainConfig
 from llavolta.train.models import load_model
@@ -443,11 +434,11 @@ def test_what_is_asked_of_one_entry_opens_no_other(scenes, small_model, monkeypa
     explorer.entry.value = 7
     assert explorer.question.options == tuple(q["question"] for q in of_one[7])
     assert Counter(opened).most_common(1)[0][1] <= 10 and len(opened) < 64  # the list of pictures, once; then these
-    with pytest.raises(StudyError, match=r"questions 0\.\.\d+, not -1"):
+    with pytest.raises(ConfigError, match=r"questions 0\.\.\d+, not -1"):
         inspect.choose(data, -1)
-    with pytest.raises(StudyError, match=r"not 100000"):
+    with pytest.raises(ConfigError, match=r"not 100000"):
         inspect.choose(data, 100000)
-    with pytest.raises(StudyError, match=r"not 1\.5"):
+    with pytest.raises(ConfigError, match=r"not 1\.5"):
         inspect.choose(data, 1.5)
 
 

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from tiny import write_results
 
-from llavolta.harness.table import AVERAGE, HOURS, RATIO, TableError, paper_table, published, runs_in, training
+from llavolta.errors import DataError
+from llavolta.harness.table import AVERAGE, HOURS, RATIO, paper_table, published, runs_in, training
 from llavolta.train.schemes import Scheme
 from llavolta.train.trainer import MetricsCallback
 
@@ -48,12 +49,12 @@ def test_rows_in_percent_with_averages_over_what_all_have(runs):
 
 
 def test_what_makes_no_row_is_refused(runs, tmp_path):
-    with pytest.raises(TableError, match="both has GQA 2 times|both mixes"):
+    with pytest.raises(DataError, match="both has GQA 2 times|both mixes"):
         paper_table({"both": [runs["ours"][0], runs["theirs"][0]]})
     again = write_results(tmp_path / "d", str(tmp_path / "trained"), "none", {"gqa": {"exact_match": 0.1}})
-    with pytest.raises(TableError, match="twice has GQA 2 times"):
+    with pytest.raises(DataError, match="twice has GQA 2 times"):
         paper_table({"twice": [runs["ours"][0], again]})
-    with pytest.raises(TableError, match="no folder .*nowhere; run"):
+    with pytest.raises(DataError, match="no folder .*nowhere; run"):
         paper_table({"x": [tmp_path / "nowhere"]})
 
 

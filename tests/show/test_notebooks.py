@@ -171,14 +171,14 @@ def test_02_compressor_design_shows_every_compressor(study, tmp_path):
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     [
-        ("01_redundancy", {"layer": 2}, "ParameterError: unknown parameter 'layer'; known: model, questions"),
+        ("01_redundancy", {"layer": 2}, "ConfigError: unknown parameter 'layer'; known: model, questions"),
         ("01_redundancy", {"layers": [7]}, "PlanError: plan '7:avgpool:1' names layer 7, but this model's 4 decoder"),
-        ("01_redundancy", {"strides": []}, "StudyError: a sweep needs at least one layer"),
-        ("01_redundancy", {"strides": 8}, "ParameterError: strides must reach from 1 to at least 4"),
-        ("01_redundancy", {"bf16": "no"}, "ParameterError: bf16 must be true or false, not 'no'"),
+        ("01_redundancy", {"strides": []}, "ConfigError: a sweep needs at least one layer"),
+        ("01_redundancy", {"strides": 8}, "ConfigError: strides must reach from 1 to at least 4"),
+        ("01_redundancy", {"bf16": "no"}, "ConfigError: bf16 must be true or false, not 'no'"),
         ("01_redundancy", {"questions": "nowhere.json"}, "DataError: no data file nowhere.json"),
         ("01_redundancy", {"model": "./nowhere"}, "ConfigError: no model folder ./nowhere"),
-        ("02_compressor_design", {"example": 999}, "StudyError: heldout.json has questions 0..47, not 999"),
+        ("02_compressor_design", {"example": 999}, "ConfigError: heldout.json has questions 0..47, not 999"),
         ("02_compressor_design", {"layer": 4}, "PlanError: plan '4:avgpool:1' names layer 4"),
     ],
 )
@@ -198,7 +198,7 @@ def test_the_line_that_a_kernel_sends_is_the_same(study, tmp_path):
     with pytest.raises(PapermillExecutionError) as error:
         run_by_papermill("01_redundancy", tmp_path, **{**study, "layer": 2})
     lines = [line for line in str(error.value).splitlines() if line.strip()]
-    assert lines[-1].startswith("ParameterError: unknown parameter 'layer'")
+    assert lines[-1].startswith("ConfigError: unknown parameter 'layer'")
     assert len(lines) == 3  # a rule, the cell, the message
 
 
@@ -236,7 +236,7 @@ def test_03_train_stage_takes_any_family(training, mixed, tmp_path, family):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"stgae": 2}, "ParameterError: unknown parameter 'stgae'; known: stage, preset"),
+        ({"stgae": 2}, "ConfigError: unknown parameter 'stgae'; known: stage, preset"),
         ({"stage": 7}, "ConfigError: stage must be 0 (projector alignment) .. 3 for this scheme, not 7"),
         ({"scheme": "tree-stage"}, "ConfigError: unknown scheme 'tree-stage'; choose from single-stage"),
         ({"plan": "4:avgpool:8"}, "PlanError: plan '4:avgpool:8' names layer 4, but this model's 4 decoder layers"),
@@ -285,12 +285,12 @@ def test_04_compare_schemes_of_one_seed_has_intervals_over_questions(comparison,
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"seed": 2}, "ParameterError: unknown parameter 'seed'; known: seeds, schemes, controls"),
-        ({"seeds": 0}, "CompareError: seeds must be a whole number of at least 1"),
-        ({"schemes": ["heaviest"]}, "CompareError: unknown scheme 'heaviest'; choose from single-stage"),
-        ({"own": {"heavy": ["none"]}}, "CompareError: a scheme of your own cannot be called 'heavy'"),
+        ({"seed": 2}, "ConfigError: unknown parameter 'seed'; known: seeds, schemes, controls"),
+        ({"seeds": 0}, "ConfigError: seeds must be a whole number of at least 1"),
+        ({"schemes": ["heaviest"]}, "ConfigError: unknown scheme 'heaviest'; choose from single-stage"),
+        ({"own": {"heavy": ["none"]}}, "ConfigError: a scheme of your own cannot be called 'heavy'"),
         ({"options": {"learningrate": 1}}, "ConfigError: unknown parameter 'learningrate'"),
-        ({"workers": 0}, "CompareError: workers must be a whole number of at least 1"),
+        ({"workers": 0}, "ConfigError: workers must be a whole number of at least 1"),
     ],
 )
 def test_04_compare_schemes_stops_with_one_clear_line(comparison, tmp_path, wrong, message):
@@ -311,11 +311,11 @@ def test_07_cost_planner_measures_a_model():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"gpu": "A1000"}, "PlannerError: unknown GPU 'A1000'; known: A100-80GB"),
+        ({"gpu": "A1000"}, "ConfigError: unknown GPU 'A1000'; known: A100-80GB"),
         ({"model": "./nowhere"}, "ConfigError: no model folder ./nowhere"),
-        ({"schemes": ["heaviest"]}, "CompareError: unknown scheme 'heaviest'"),
-        ({"budget_hours": 0.01}, "PlannerError: no scheme takes at most 0.01 hours"),
-        ({"budget": 1}, "ParameterError: unknown parameter 'budget'"),
+        ({"schemes": ["heaviest"]}, "ConfigError: unknown scheme 'heaviest'"),
+        ({"budget_hours": 0.01}, "ConfigError: no scheme takes at most 0.01 hours"),
+        ({"budget": 1}, "ConfigError: unknown parameter 'budget'"),
     ],
 )
 def test_07_cost_planner_stops_with_one_clear_line(tmp_path, wrong, message):
@@ -349,9 +349,9 @@ def test_05_compare_compressors(study, scenes, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"methods": ["lottery"]}, "BudgetError: unknown method 'lottery'; choose from random drop"),
-        ({"budgets": [1.5]}, "BudgetError: a budget is a share of the tokens"),
-        ({"budget": 1}, "ParameterError: unknown parameter 'budget'"),
+        ({"methods": ["lottery"]}, "ConfigError: unknown method 'lottery'; choose from random drop"),
+        ({"budgets": [1.5]}, "ConfigError: a budget is a share of the tokens"),
+        ({"budget": 1}, "ConfigError: unknown parameter 'budget'"),
     ],
 )
 def test_05_compare_compressors_stops_with_one_clear_line(study, tmp_path, wrong, message):
@@ -379,8 +379,8 @@ def test_06_video(video, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"schemes": ["tree-stage"]}, "CompareError: unknown scheme 'tree-stage'"),
-        ({"question": 3}, "ParameterError: unknown parameter 'question'"),
+        ({"schemes": ["tree-stage"]}, "ConfigError: unknown scheme 'tree-stage'"),
+        ({"question": 3}, "ConfigError: unknown parameter 'question'"),
         ({"heldout": "no.json"}, "DataError: no data file no.json"),
     ],
 )
@@ -396,5 +396,5 @@ def test_08_benchmarks_marks_what_was_not_run(tmp_path):
     assert "62.5" in outputs(full) and "not run" in outputs(full) and pictures(full) == 1
     assert pd.read_csv(tmp_path / "table.csv").GQA.tolist() == [62.5]
     assert_one_clear_line(
-        "08_benchmarks", {}, {"columns": ["TriviaQA"]}, "ParameterError: unknown column TriviaQA; choose"
+        "08_benchmarks", {}, {"columns": ["TriviaQA"]}, "ConfigError: unknown column TriviaQA; choose"
     )

@@ -11,7 +11,8 @@ import pytest
 from papermill.cli import _resolve_type
 from papermill.translators import PythonTranslator
 
-from llavolta.show.notebook import ParameterError, convert, converted
+from llavolta.errors import ConfigError
+from llavolta.show.notebook import convert, converted
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
@@ -84,7 +85,7 @@ def test_every_parameter_of_every_notebook_is_converted_or_refused(notebook, nam
     for text, wanted in GIVEN[kind].items():
         given = {name: _resolve_type(text)}  # as papermill -p injects it
         if wanted is REFUSED:
-            with pytest.raises(ParameterError, match=f"^{name} must be .*, not ") as error:
+            with pytest.raises(ConfigError, match=f"^{name} must be .*, not ") as error:
                 injected(cell, given)
             assert "\n" not in str(error.value)
         else:
@@ -95,19 +96,19 @@ def test_every_parameter_of_every_notebook_is_converted_or_refused(notebook, nam
             wanted = None if name == "budget_hours" else default
             assert injected(cell, {name: nothing})[name] == wanted
         elif nothing is None or kind not in ("str", "int|str", "list[str]"):
-            with pytest.raises(ParameterError, match=f"^{name} must be"):
+            with pytest.raises(ConfigError, match=f"^{name} must be"):
                 injected(cell, {name: nothing})
 
 
 def test_a_misspelt_name_and_a_cell_that_has_not_run_are_one_line():
     cell = "stage = 2  # which\nplan = None  # type: str"
-    with pytest.raises(ParameterError, match="unknown parameter 'stgae'; known: stage, plan"):
+    with pytest.raises(ConfigError, match="unknown parameter 'stgae'; known: stage, plan"):
         converted([cell, "# Parameters\nstgae = float('inf')\n"], {"stage": 2, "plan": None})
-    with pytest.raises(ParameterError, match="the parameters cell has not run"):
+    with pytest.raises(ConfigError, match="the parameters cell has not run"):
         converted(["", "import pandas", "%matplotlib inline"], {})
     live = ["x = 1", cell, "import pandas", "stage = 3  # edited and run again\nplan = None  # type: str"]
     assert converted(live, {"stage": 3, "plan": "none", "x": 1}) == {"stage": 3, "plan": None}
-    with pytest.raises(ParameterError, match="true or false"):
+    with pytest.raises(ConfigError, match="true or false"):
         convert("bf16", "yes", "bool")
 
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from llavolta.data import LlavaData
+from llavolta.errors import ConfigError
 from llavolta.studies import breaking, budgets, evaluation
 from llavolta.studies.breaking import TASKS, second_questions, tasks_of
-from llavolta.studies.opening import StudyError
 from llavolta.train.models import load_model
 from llavolta.worlds.digits import entry
 
@@ -94,5 +94,5 @@ def test_data_without_a_second_question(llava, scenes, tmp_path):
     for one in entries:
         one |= {"conversations": one["conversations"][:2], "types": one["types"][:1]}
     (tmp_path / "one.json").write_text(json.dumps(entries))
-    with pytest.raises(StudyError, match="no entry has a second question"):
+    with pytest.raises(ConfigError, match="no entry has a second question"):
         second_questions(*llava, LlavaData(tmp_path / "one.json", scenes))

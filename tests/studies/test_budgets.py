@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 
 from llavolta.data import LlavaData
+from llavolta.errors import ConfigError
 from llavolta.studies import budgets
-from llavolta.studies.budgets import DOWNSAMPLE, FULL, METHODS, BudgetError, plan_at, plans_at
+from llavolta.studies.budgets import DOWNSAMPLE, FULL, METHODS, plan_at, plans_at
 from llavolta.train.models import load_model
 
 
@@ -34,9 +35,9 @@ def test_plans_by_hand():
     assert plan_at("FastV", 0.05, 32, 576) is None  # two layers on all tokens are 6.25% already
     # (8 + 8 k + 8 k^2 + 8 k^3) / 32 = 0.5 at k = 0.5437
     assert plan_at("PyramidDrop", 0.5, 32, 576).startswith("8:pyramiddrop:0.5437;16:pyramiddrop:0.5437")
-    with pytest.raises(BudgetError, match="unknown method"):
+    with pytest.raises(ConfigError, match="unknown method"):
         plan_at("lottery", 0.5, 8, 144)
-    with pytest.raises(BudgetError, match="a share of the tokens"):
+    with pytest.raises(ConfigError, match="a share of the tokens"):
         plan_at("FastV", 0, 8, 144)
 
 

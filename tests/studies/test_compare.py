@@ -15,13 +15,13 @@ import pytest
 import torch
 import yaml
 
-from llavolta import SCHEMES, PlanError, Scheme
+from llavolta import SCHEMES, Scheme
 from llavolta.compression.plan import tokens_per_layer
-from llavolta.data import DataError, padding_colour
+from llavolta.data import padding_colour
+from llavolta.errors import ConfigError, DataError, PlanError
 from llavolta.studies import compare as compare_module
 from llavolta.studies.compare import (
     CONTROLS,
-    CompareError,
     accuracies,
     compare,
     contestants,
@@ -33,8 +33,7 @@ from llavolta.studies.compare import (
     table,
     table_of_one_seed,
 )
-from llavolta.studies.opening import StudyError
-from llavolta.train.config import ConfigError, TrainConfig
+from llavolta.train.config import TrainConfig
 from llavolta.train.models import load_model
 from llavolta.train.trainer import read_metrics
 from llavolta.worlds import WORLDS
@@ -73,7 +72,7 @@ def test_contestants_are_scaled_and_the_baseline_is_always_there():
     assert chosen["heavy"].stages[0].plan == "1:avgpool:8" and chosen["mine"].stages[0].plan == "3:avgpool:2"
     with pytest.raises(PlanError, match="names layer 9"):
         contestants(["heavy"], {"mine": ["9:avgpool:2"]}, 8)
-    with pytest.raises(CompareError, match="unknown scheme 'x'"):
+    with pytest.raises(ConfigError, match="unknown scheme 'x'"):
         contestants(["x"], {}, 8)
 
 
@@ -81,7 +80,7 @@ def test_mean_interval_is_students():
     # mean 3, standard deviation sqrt(2.5), t of 4 degrees of freedom at 97.5% is 2.776445
     low, high = mean_interval([1, 2, 3, 4, 5])
     assert (low, high) == pytest.approx((3 - 2.776445 * np.sqrt(2.5 / 5), 3 + 2.776445 * np.sqrt(2.5 / 5)))
-    with pytest.raises(StudyError, match="two seeds"):
+    with pytest.raises(ConfigError, match="two seeds"):
         mean_interval([1.0])
 
 
@@ -123,7 +122,7 @@ def test_seed_lists():
     assert seed_lists(2, names) == dict.fromkeys(names, [0, 1])
     assert seed_lists({"heavy": 3}, names) == {"single-stage": [0, 1, 2], "heavy": [0, 1, 2], "light": [0]}
     for wrong in (0, True, "2", {"heaviest": 2}, {"heavy": 0}):
-        with pytest.raises(CompareError, match="seeds must be a whole number"):
+        with pytest.raises(ConfigError, match="seeds must be a whole number"):
             seed_lists(wrong, names)
 
 

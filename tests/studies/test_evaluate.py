@@ -19,9 +19,10 @@ import llavolta
 from llavolta.compression.families import find_parts
 from llavolta.compression.plan import parse_plan
 from llavolta.cost import bench
-from llavolta.data import Collator, DataError, LlavaData, padding_colour
+from llavolta.data import Collator, LlavaData, padding_colour
+from llavolta.errors import ConfigError, DataError
 from llavolta.studies import evaluation, inspect, opening, redundancy, statistics
-from llavolta.studies.opening import StudyError, open_study
+from llavolta.studies.opening import open_study
 from llavolta.train.models import load_model
 from llavolta.worlds import WORLDS
 
@@ -202,5 +203,5 @@ def test_accuracy_is_told_apart_by_further_columns_and_needs_an_answer():
         ("y", "b"): 0.5,
     }
     assert statistics.accuracy_table(answers).index.tolist() == ["a", "b", "overall"]
-    with pytest.raises(StudyError, match="at least one question"):
+    with pytest.raises(ConfigError, match="at least one question"):
         statistics.interval([])

@@ -14,11 +14,11 @@ from PIL import Image
 from tiny import ragged_batch, tiny_llava
 from transformers import DynamicCache
 
-from llavolta import AveragePool, PlanError, compress
+from llavolta import AveragePool, compress
 from llavolta.compression import families, patch
 from llavolta.data import LlavaData
+from llavolta.errors import ConfigError, PlanError
 from llavolta.studies import evaluation, inspect, redundancy
-from llavolta.studies.opening import StudyError
 from llavolta.train.models import load_model
 
 LAYERS, STRIDES = [0, 1, 3], [1, 5, 72]
@@ -119,8 +119,8 @@ def test_results_of_another_model_are_not_taken(loaded, tmp_path):
         ([9], [2], 4, PlanError, "names layer 9"),
         ([9], [1], 4, PlanError, "names layer 9"),
         ([1], [0], 4, PlanError, "stride must be"),
-        ([], [2], 4, StudyError, "at least one layer"),
-        ([1], [2], 0, StudyError, "one question"),
+        ([], [2], 4, ConfigError, "at least one layer"),
+        ([1], [2], 0, ConfigError, "one question"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused_at_once(loaded, layers, strides, limit, error, message):
@@ -166,7 +166,7 @@ def test_the_headline_follows_from_the_figures():
     text = redundancy.headline(sweep)
     assert "at layer 0: from 100.0% to 58.0%, **-42.0 points**" in text and "Published" in text and "-3%" in text
     assert "at layer 2: from 100.0% to 100.0%, **+0.0 points** (95% interval +0.0 to +0.0)" in text
-    with pytest.raises(StudyError, match="do not reach"):
+    with pytest.raises(ConfigError, match="do not reach"):
         redundancy.accuracy_lost(sweep, removed=0.8)
 
 
@@ -269,7 +269,7 @@ def test_a_view_is_what_the_model_answers_under_the_plan(loaded):
     stock = inspect.view(model, processor, question["question"], images, "none")
     assert stock.maps == {} and stock.ratio == stock.flops == 1 and stock.grid().max() == 143
     assert not patch._active
-    with pytest.raises(StudyError, match="questions 0..47, not 48"):
+    with pytest.raises(ConfigError, match="questions 0..47, not 48"):
         inspect.choose(data, 48)
 
 

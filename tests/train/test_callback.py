@@ -16,7 +16,6 @@ from llavolta import SCHEMES, Scheme, Stage, StageCallback, compress
 from llavolta.compression.families import find_parts
 from llavolta.errors import ConfigError
 from llavolta.train.callback import check_shards, check_trainer
-from llavolta.train.schemes import SchemeError
 
 HALVES = Scheme.equal("halves", "1:avgpool:4", "none")
 EXAMPLE = {key: value[0] for key, value in ragged_batch([[3, 4]]).items()}
@@ -129,7 +128,7 @@ def test_a_model_is_stock_after_an_error_anywhere_in_a_step(tmp_path, monkeypatc
 
 
 def test_slow_steps_need_the_trainer_of_the_package(tmp_path):
-    with pytest.raises(SchemeError, match="trains a mode isolator; train it by python -m llavolta.train"):
+    with pytest.raises(ConfigError, match="trains a mode isolator; train it by python -m llavolta.train"):
         trainer(tiny_llava(), tmp_path, Scheme("d", (Stage("0:random:0.1", 1, slow_every=2),))).train()
 
 
@@ -146,7 +145,7 @@ def of_family(name: str, tmp_path, scheme, *callbacks, **settings):
 ])  # fmt: skip
 def test_a_later_plan_that_the_model_cannot_do_ends_the_run_before_its_first_step(tmp_path, name, plan, reason):
     running = of_family(name, tmp_path, Scheme.equal("late", "1:avgpool:2", "none", plan))
-    with pytest.raises(SchemeError, match=f"^stage 3 of scheme 'late', plan {re.escape(plan)}: .*{reason}"):
+    with pytest.raises(ConfigError, match=f"^stage 3 of scheme 'late', plan {re.escape(plan)}: .*{reason}"):
         running.train()
     assert running.state.global_step == 0
 
@@ -155,7 +154,7 @@ def test_the_plans_of_a_later_run_are_tried_as_well(tmp_path):
     running = of_family("qwen2_5_vl", tmp_path, None)
     later = Scheme.equal("tuning", "none", "vision:avgpool:2")
     running.add_callback(StageCallback(Scheme.equal("now", "1:avgpool:2"), later=later))
-    with pytest.raises(SchemeError, match="^stage 2 of scheme 'tuning', plan vision:avgpool:2: "):
+    with pytest.raises(ConfigError, match="^stage 2 of scheme 'tuning', plan vision:avgpool:2: "):
         running.train()
 
 

@@ -12,19 +12,20 @@ from safetensors.torch import load_file
 from tiny import IMAGE, ragged_batch, tiny_llava
 from transformers import AutoModelForImageTextToText
 
-from llavolta import PlanError, Scheme, Stage, compress
+from llavolta import Scheme, Stage, compress
 from llavolta.compression.families import unwrap
 from llavolta.cost.bench import step_times
 from llavolta.cost.flops import CostModel
 from llavolta.cost.planner import Speed, scheme_table
 from llavolta.cost.references import reference_config
+from llavolta.errors import ConfigError, PlanError
 from llavolta.studies.compare import contestants
 from llavolta.train import run as run_module
 from llavolta.train.build import prepare, stage_model
 from llavolta.train.config import TrainConfig
 from llavolta.train.dualspeed import add_isolator, fast_mode, slow_mode
 from llavolta.train.run import train
-from llavolta.train.schemes import BASELINE_SCHEMES, ISOLATOR, SchemeError
+from llavolta.train.schemes import BASELINE_SCHEMES, ISOLATOR
 from llavolta.train.trainer import StageTrainer, read_metrics
 
 RAGGED = [[3, 4], [2, 0, 5], [6]]  # one picture, two, none
@@ -163,12 +164,12 @@ def test_half_precision():
 class TestRefusals:
     @pytest.mark.parametrize("every", [1, -2, 2.0, True, "10"])
     def test_slow_every(self, every):
-        with pytest.raises(SchemeError, match="slow_every must be 0"):
+        with pytest.raises(ConfigError, match="slow_every must be 0"):
             Stage("0:random:0.1", 1, slow_every=every)
 
     @pytest.mark.parametrize("plan", ["none", "2:avgpool:8"])
     def test_plans_that_work_inside_the_decoder_only(self, plan):
-        with pytest.raises(SchemeError, match="at layer 0 or 'vision'"):
+        with pytest.raises(ConfigError, match="at layer 0 or 'vision'"):
             Stage(plan, 1, slow_every=10)
         with pytest.raises(PlanError, match="no room"):
             compress(model := made(), plan, prefix=model.mode_isolator)
@@ -220,7 +221,7 @@ class TestScheme:
         ],
     )
     def test_isolation_that_cannot_be(self, stage, match):
-        with pytest.raises(SchemeError, match=match):
+        with pytest.raises(ConfigError, match=match):
             Stage(share=1, **stage)
 
     def test_other_plans_and_pivots_keep_the_modes(self):

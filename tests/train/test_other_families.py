@@ -17,12 +17,12 @@ from transformers.utils import is_torchvision_available
 from llavolta.compression.families import roles
 from llavolta.cost.flops import cost_model
 from llavolta.cost.planner import subject
-from llavolta.data import Collator, DataError, LlavaData, token_statistics
+from llavolta.data import Collator, LlavaData, token_statistics
 from llavolta.data.collate import IGNORED
-from llavolta.train.config import ConfigError, TrainConfig
+from llavolta.errors import ConfigError, DataError
+from llavolta.train.config import TrainConfig
 from llavolta.train.models import load_model
 from llavolta.train.run import train
-from llavolta.train.schemes import SchemeError
 from llavolta.train.trainer import read_metrics
 
 # What differs most: patches in a flat row that the tower merges, tiles, and tiles with text around them.
@@ -182,6 +182,6 @@ def test_a_plan_that_the_model_cannot_do_is_told_before_alignment(tmp_path, scen
     data = dict(data=str(scenes / "train.json"), align_data=str(scenes / "align.json"))
     model = str(write("qwen2_5_vl", tmp_path / "qwen"))
     steps = dict(align_steps=2, max_steps=6, batch_size=4, scheme=["1:avgpool:2", "vision:avgpool:2"])
-    with pytest.raises(SchemeError, match="^stage 2 of scheme 'custom', plan vision.*merges tokens itself"):
+    with pytest.raises(ConfigError, match="^stage 2 of scheme 'custom', plan vision.*merges tokens itself"):
         train(TrainConfig(output=str(tmp_path / "run"), model=model, **data, **steps), progress=False)
     assert not read_metrics(tmp_path / "run" / "align" / "metrics.jsonl")

@@ -15,15 +15,14 @@ from llavolta import AveragePool, MultiBlockTokenFusion, SpatialTokenFusion, com
 from llavolta.compression.families import find_parts
 from llavolta.cost.flops import cost_model
 from llavolta.data import LlavaData
-from llavolta.errors import UnsupportedModel
+from llavolta.errors import ConfigError, UnsupportedModel
 from llavolta.studies.evaluation import evaluate, greedy, prompts
 from llavolta.train.build import prepare
-from llavolta.train.config import ConfigError, TrainConfig
+from llavolta.train.config import TrainConfig
 from llavolta.train.models import load_model, set_trainable
 from llavolta.train.projectors import (
     LlavaStfConfig,
     LlavaStfForConditionalGeneration,
-    ProjectorError,
     parse_projector,
     usual_blocks,
     with_projector,
@@ -347,13 +346,13 @@ class TestRefusals:
         ],
     )
     def test_texts(self, text, match):
-        with pytest.raises(ProjectorError, match=match):
+        with pytest.raises(ConfigError, match=match):
             parse_projector(text)
-        with pytest.raises(ProjectorError, match=match):
+        with pytest.raises(ConfigError, match=match):
             TrainConfig(output="x", projector=text)
 
     def test_what_is_not_text(self):
-        with pytest.raises(ProjectorError, match="a projector is text such as 'stf:2', not 2"):
+        with pytest.raises(ConfigError, match="a projector is text such as 'stf:2', not 2"):
             parse_projector(2)
         with pytest.raises(ConfigError, match="projector must be a valid string, not 2"):
             TrainConfig(output="x", projector=2)
@@ -367,20 +366,20 @@ class TestRefusals:
         ],
     )
     def test_what_does_not_fit_the_model(self, text, match, small_model, scenes):
-        with pytest.raises(ProjectorError, match=match):
+        with pytest.raises(ConfigError, match=match):
             fused(text)
-        with pytest.raises(ProjectorError, match=match):  # before any weights are loaded
+        with pytest.raises(ConfigError, match=match):  # before any weights are loaded
             prepare(TrainConfig(output="x", model=str(small_model), data=str(scenes / "train.json"), projector=text))
 
     def test_tokens_that_are_no_grid(self):
-        with pytest.raises(ProjectorError, match="square grid of tokens, not 145; drop CLS"):
+        with pytest.raises(ConfigError, match="square grid of tokens, not 145; drop CLS"):
             SpatialTokenFusion(4, 4)(torch.zeros(1, 145, 4))
-        with pytest.raises(ProjectorError, match="do not fill a grid of 3 x 3"):
+        with pytest.raises(ConfigError, match="do not fill a grid of 3 x 3"):
             SpatialTokenFusion(4, 4)(torch.zeros(1, 9, 4))
 
     def test_other_models_and_untrained_projectors(self):
         config = LlavaNextConfig(vision_config=CLIPVisionConfig(), text_config=LlamaConfig())
-        with pytest.raises(ProjectorError, match="for LLaVA-1.5 and its like, not for 'llava_next'"):
+        with pytest.raises(ConfigError, match="for LLaVA-1.5 and its like, not for 'llava_next'"):
             with_projector(config, "stf")
         with pytest.raises(ConfigError, match="'stf:2' is a new one, which is not aligned; raise align_steps"):
             TrainConfig(output="x", projector="stf:2", align_steps=0)

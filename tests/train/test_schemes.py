@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llavolta import SCHEMES, AveragePool, PlanError, Scheme, Stage, compression_ratio, format_plan, parse_plan
+from llavolta import SCHEMES, AveragePool, Scheme, Stage, compression_ratio, format_plan, parse_plan
 from llavolta.compression.plan import tokens_per_layer
+from llavolta.errors import ConfigError, PlanError
 from llavolta.train import schemes
 from llavolta.train.config import TrainConfig
-from llavolta.train.schemes import BASELINE_SCHEMES, EXTRA_SCHEMES, PAPER_SCHEMES, SchemeError, scale_plan
+from llavolta.train.schemes import BASELINE_SCHEMES, EXTRA_SCHEMES, PAPER_SCHEMES, scale_plan
 
 NAMES = ["single-stage", "heavy", "light", "three-stage", "four-stage-wider", "four-stage-deeper"]
 
@@ -159,7 +160,7 @@ def test_a_stage_may_warm_up_anew():
     assert Scheme.of("warm", scheme.written) == scheme and "warmup" not in scheme.written[0]
     assert str(scheme.stages[1]) == "none, warmup 0.4"  # alignments are told apart by it
     for wrong in (1, -0.1, True, "0.1"):
-        with pytest.raises(SchemeError, match="warmup must be a share"):
+        with pytest.raises(ConfigError, match="warmup must be a share"):
             Stage("none", 1, warmup=wrong)
 
 
@@ -169,7 +170,7 @@ def test_a_stage_may_have_more_of_the_learning_rate():
     assert Scheme.of("high", scheme.written) == scheme and set(scheme.written[0]) == {"plan", "share"}
     assert str(scheme.stages[1]) == "none, warmup 0.4, learning rate x 3"
     for wrong in (0, -1, True, "2", float("inf"), float("nan")):
-        with pytest.raises(SchemeError, match="lr_scale must be"):
+        with pytest.raises(ConfigError, match="lr_scale must be"):
             Stage("none", 1, lr_scale=wrong)
 
 
@@ -196,7 +197,7 @@ def test_a_plan_may_be_drawn_for_each_step():
     assert Scheme.of("matryoshka", scheme.written) == scheme
     assert scheme.scaled(8).stages[0].plan == "1:avgpool2d:1|2|4;4:avgpool:2"
     assert len(Stage("0:avgpool:1|2;4:random:0.5|1", 1).choices) == 4
-    with pytest.raises(SchemeError, match="cannot be with slow_every"):
+    with pytest.raises(ConfigError, match="cannot be with slow_every"):
         Stage("0:avgpool2d:1|2", 1, slow_every=2)
     with pytest.raises(PlanError, match="unknown compressor"):
         Stage("0:avgpool:1|2;4:none:3", 1)

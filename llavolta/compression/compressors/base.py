@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llavolta.compression.probe import LayerProbe, TowerProbe, matmul_float32
-from llavolta.errors import UserError
+from llavolta.errors import ConfigError
 
 COMPRESSORS: dict[str, type[Compressor]] = {}
 Positions = Literal["contiguous", "original"]
@@ -271,10 +271,6 @@ class CompressedTokens:
     calibration: Tensor | None = None
 
 
-class NameTaken(UserError, ValueError):
-    """A compressor name that another class already has."""
-
-
 @dataclass(frozen=True)
 class Compressor(ABC):
     """Base class of compressors. A subclass with a ``name`` is registered in ``COMPRESSORS``.
@@ -309,7 +305,7 @@ class Compressor(ABC):
             held = COMPRESSORS.get(name, cls)
             # The same module and name: the class is defined again, as in a notebook cell.
             if (held.__module__, held.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise NameTaken(
+                raise ConfigError(
                     f"compressor name {name!r} of {cls.__qualname__} is held by "
                     f"{held.__module__}.{held.__qualname__}; choose another"
                 )
