@@ -30,7 +30,7 @@ from llavolta.cost.planner import Speed, scheme_table
 from llavolta.data import LlavaData, check_words, open_image, to_rgb
 from llavolta.errors import ConfigError, UserError
 from llavolta.show import plots, token_maps
-from llavolta.studies import evaluation, inspect, opening
+from llavolta.studies import evaluation, inspect
 from llavolta.train.schemes import Scheme, Stage
 
 WIDE = ui.Layout(width="420px")
@@ -212,7 +212,7 @@ class Explorer:
     def _view(self, plan: str, question: str, entry: int, own: int | None) -> inspect.View:
         """Ask the model; all arguments are keys of the cache."""
         if found := re.search("<image>|<video>", question):
-            raise opening.ConfigError(
+            raise ConfigError(
                 f"the question holds the placeholder {found[0]}; "
                 "leave it out, the picture is put in"
             )
@@ -261,9 +261,7 @@ class Explorer:
         """(id, index) of the first ``most`` entries with an image or clip."""
         pictured = np.flatnonzero(self.data.has_image)[:most].tolist()
         if not pictured:
-            raise opening.ConfigError(
-                f"{self.data.file.name} has no entry with a picture to explore"
-            )
+            raise ConfigError(f"{self.data.file.name} has no entry with a picture to explore")
         return [(str(self.data.entry(index).get("id", index)), index) for index in pictured]
 
     def _choose_entry(self) -> None:

@@ -22,7 +22,7 @@ from llavolta.compression.compressors import CompressedTokens, VisualTokens
 from llavolta.compression.plan import VISION, format_plan, parse_plan
 from llavolta.cost.flops import step_cost
 from llavolta.data import LlavaData
-from llavolta.errors import UnsupportedModel, UserError
+from llavolta.errors import ConfigError, UnsupportedModel, UserError
 from llavolta.studies import evaluation, opening
 from llavolta.train.schemes import plan_compression_ratio
 
@@ -81,7 +81,7 @@ def recording(model, plan) -> Iterator[SimpleNamespace]:
         if where is None:
             where, record.shape = step, shape
         elif len(where) != len(step):
-            raise opening.ConfigError(
+            raise ConfigError(
                 "a plan that works on frames first and on whole clips later cannot be drawn"
             )
         else:
@@ -193,15 +193,13 @@ def choose(data: LlavaData, number: int) -> tuple[dict, list]:
     # A generator, so that no entry after the question is opened.
     question = next((one for count, one in enumerate(data.questions()) if count == number), None)
     if question is None:
-        raise opening.ConfigError(
+        raise ConfigError(
             f"{data.file.name} has questions 0..{sum(1 for _ in data.questions()) - 1}, "
             f"not {number!r}"
         )
     messages, looks = evaluation.alone(data[question["index"]], question["turn"])
     if not looks:
-        raise opening.ConfigError(
-            f"question {number} of {data.file.name} has no picture; choose another"
-        )
+        raise ConfigError(f"question {number} of {data.file.name} has no picture; choose another")
     content = [
         part | {"type": "image"} if part["type"] == "video" else part
         for part in messages[-1]["content"]

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from llavolta.compression import families, masks, patch, probe
 from llavolta.compression.plan import check_layers, parse_plan
 from llavolta.data import Collator, LlavaData, chat
+from llavolta.errors import ConfigError
 from llavolta.paths import PUBLISHED
 from llavolta.studies import evaluation, opening, statistics
 
@@ -81,7 +82,7 @@ def redundancy_sweep(
         DataError: The tokenizer does not know the words, or an image cannot be read.
     """
     if not layers or not strides or limit is not None and limit < 1:
-        raise opening.ConfigError("a sweep needs at least one layer, one stride and one question")
+        raise ConfigError("a sweep needs at least one layer, one stride and one question")
     depth = len(families.find_parts(model).layers)
     points = {(layer, stride): _plan(layer, stride) for layer in layers for stride in strides}
     for layer, stride in points:
@@ -300,7 +301,7 @@ def accuracy_lost(sweep: pd.DataFrame, removed: float = 0.7) -> pd.DataFrame:
         ).astype(float)
         kept = grid.columns.to_numpy()  # shares of tokens left, rising
         if kept[0] > 1 - removed or kept[-1] < 1:
-            raise opening.ConfigError(
+            raise ConfigError(
                 f"strides {sorted(set(part.stride))} do not reach from 1 to {removed:.0%} "
                 "of the tokens removed"
             )

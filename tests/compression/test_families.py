@@ -211,7 +211,7 @@ REFUSED = {
     "aya_vision": _CLASS_TOKEN | dict.fromkeys(_DECODER, "rotates .* in some layers only"),
     **dict.fromkeys(["smolvlm", "idefics3"], _CLASS_TOKEN),
     **dict.fromkeys(["qwen2_vl", "qwen2_5_vl", "gemma3"], _CLASS_TOKEN | _CALIBRATION),
-    "qwen3_vl": _CLASS_TOKEN | _CALIBRATION | {"late entry": "deep-stack"},
+    "qwen3_vl": _CLASS_TOKEN | _CALIBRATION,
 }
 """By family: the methods it cannot do on its batch, each with a pattern of the reason given."""
 VISION = ["llava", "llava_next", "video_llava", "internvl"]

@@ -21,7 +21,7 @@ from tokenizers import AddedToken
 
 from llavolta import harness as benchmarks
 from llavolta.data import Collator, LlavaData
-from llavolta.errors import DataError, PlanError
+from llavolta.errors import ConfigError, DataError, PlanError
 from llavolta.harness import __main__ as command
 from llavolta.harness import local, run, video
 from llavolta.studies.evaluation import answer, evaluate, prompts
@@ -480,7 +480,7 @@ def test_a_judged_score_without_a_judge_is_refused(tmp_path, monkeypatch, capsys
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert command.main(["run", "--model", "m", "--tasks", "gqa,mmvet", "--output", str(tmp_path / "out")]) == 1
     assert "mmvet: scored by a language model as judge" in capsys.readouterr().err and not (tmp_path / "out").exists()
-    with pytest.raises(video.ConfigError, match="set OPENAI_API_KEY"):
+    with pytest.raises(ConfigError, match="set OPENAI_API_KEY"):
         video.score_judged({"question": "?", "answer": "a"}, ["b"])
 
 
@@ -548,17 +548,17 @@ def test_results_are_read_with_their_plan(tmp_path):
     ],
 )
 def test_results_that_are_not_whole_are_refused(tmp_path, scores, answers, message):
-    with pytest.raises(local.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         run.check_results(result_folder(tmp_path, scores, answers), ["t"])
 
 
 def test_nothing_is_overwritten_and_a_bad_plan_is_seen_first(tmp_path):
     (tmp_path / "old").touch()
-    with pytest.raises(local.ConfigError, match="holds something already"):
+    with pytest.raises(ConfigError, match="holds something already"):
         run.run("m", ["gqa"], tmp_path)
     with pytest.raises(PlanError, match="unknown compressor"):
         run.run("m", ["gqa"], tmp_path / "new", "2:nothing:1")
-    with pytest.raises(local.ConfigError, match="holds 0 result files"):
+    with pytest.raises(ConfigError, match="holds 0 result files"):
         run.read_results(tmp_path)
 
 
@@ -566,15 +566,15 @@ def test_different_answers_or_verdicts_are_found():
     own = pd.DataFrame({"prediction": ["yes", "3"], "correct": [True, False]}, index=[4, 7])
     samples = pd.DataFrame({"filtered_resps": ["yes", ["3"]], "exact_match": [1.0, 0.0]})
     command.compare(samples, own)
-    with pytest.raises(local.ConfigError, match="1 of 2 answers differ.*question 7: '4' by lmms-eval, '3' by us"):
+    with pytest.raises(ConfigError, match="1 of 2 answers differ.*question 7: '4' by lmms-eval, '3' by us"):
         command.compare(samples.assign(filtered_resps=["yes", "4"]), own)
-    with pytest.raises(local.ConfigError, match="1 answers are scored differently"):
+    with pytest.raises(ConfigError, match="1 answers are scored differently"):
         command.compare(samples.assign(exact_match=[1.0, 1.0]), own)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is not None, reason="lmms-eval is here")
 def test_without_the_harness_one_line_says_how_to_get_it():
-    with pytest.raises(local.ConfigError, match="make eval"):
+    with pytest.raises(ConfigError, match="make eval"):
         local.shipped("gqa/gqa.yaml")
 
 
