@@ -23,12 +23,14 @@ from matplotlib_inline.backend_inline import configure_inline_support
 from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
-from processors_tiny import WITH_PROCESSOR, write
+from processors_tiny import write
 from tiny import write_results
 from traitlets.config import Config
 
 from llavolta.compression.compressors import COMPRESSORS
 from llavolta.paths import TINY_LLAVA
+
+pytestmark = pytest.mark.usefixtures("short_answers")
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
@@ -103,10 +105,10 @@ def training(scenes, small_model, tmp_path) -> dict:
         align_data=str(scenes / "align.json"),
         heldout=str(scenes / "heldout.json"),
         output=str(tmp_path / "run"),
-        max_steps=6,
-        align_steps=2,
-        batch_size=8,
-        questions=16,
+        max_steps=3,
+        align_steps=1,
+        batch_size=4,
+        questions=8,
         timing_rounds=1,
     )
 
@@ -141,24 +143,27 @@ def outputs(notebook: dict) -> str:
 
 
 def test_01_redundancy_shows_both_studies_and_keeps_its_results(study, tmp_path):
-    settings = {**study, "layers": [0, 2], "strides": [1, 4, 72], "limit": 8, "output": str(tmp_path / "sweep")}
-    first = run("01_redundancy", **settings)
-    assert pictures(first) == 4
-    assert "With 70% of the visual tokens pooled away" in outputs(first) and "at layer 2: from" in outputs(first)
-    assert "Published, LLaVA-1.5-7B on GQA: 70% pooled away, -3%" in outputs(first)
+    """With what papermill's command line gives: text."""
+    given = dict(layers="[0, 2]", strides="[1, 4, 72]", limit="6", bf16="false", pad_to_square="False")
+    notebook = run("01_redundancy", **{**study, **given, "output": str(tmp_path / "sweep")})
+    assert pictures(notebook) == 4
+    assert "With 70% of the visual tokens pooled away" in outputs(notebook)
+    assert "at layer 2: from" in outputs(notebook)
+    assert "Published, LLaVA-1.5-7B on GQA: 70% pooled away, -3%" in outputs(notebook)
     files = list((tmp_path / "sweep").rglob("*.json"))
     assert {file.stem for file in files} == {"none", *(f"{k}-avgpool-{s}" for k in (0, 2) for s in (4, 72))}
-    written = [file.stat().st_mtime_ns for file in files]
-    run("01_redundancy", **settings)
-    assert [file.stat().st_mtime_ns for file in files] == written
 
 
-def test_01_redundancy_takes_what_the_command_line_gives_and_a_single_layer(study, tmp_path):
-    given = dict(layers=2, strides="[1, 4]", limit="8", bf16="false", pad_to_square="False")
-    notebook = run("01_redundancy", **{**study, **given, "output": str(tmp_path / "sweep")})
-    assert pictures(notebook) == 4 and "at layer 2: from" in outputs(notebook)
-    files = list((tmp_path / "sweep").rglob("*.json"))
-    assert {file.stem for file in files} == {"none", "2-avgpool-4"}
+@pytest.mark.slow
+def test_01_redundancy_of_a_single_layer(study, tmp_path):
+    settings = {**study, "layers": 2, "strides": [1, 4], "limit": 6, "output": str(tmp_path / "sweep")}
+    written = None
+    for _ in range(2):
+        notebook = run("01_redundancy", **settings)
+        assert pictures(notebook) == 4 and "at layer 2: from" in outputs(notebook)
+        files = {file.stem: file.stat().st_mtime_ns for file in (tmp_path / "sweep").rglob("*.json")}
+        assert files.keys() == {"none", "2-avgpool-4"} and written in (None, files)
+        written = files
 
 
 @pytest.mark.slow
@@ -224,8 +229,8 @@ def test_03_train_stage_alone_stage_0_and_a_plan_of_ones_own(training, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", WITH_PROCESSOR)
-def test_03_train_stage_takes_any_family(training, mixed, tmp_path, family):
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_next", "smolvlm"])
+def test_03_train_stage_takes_other_families(training, mixed, tmp_path, family):
     """Trained and asked on pictures of several shapes."""
     model = str(write(family, tmp_path / "model"))
     notebook = run("03_train_stage", **{**training, "model": model, "heldout": str(mixed), "stage": 2})
@@ -274,8 +279,9 @@ def test_04_compare_schemes_goes_on_where_it_stopped(comparison, tmp_path):
 
 
 def test_04_compare_schemes_of_one_seed_has_intervals_over_questions(comparison, tmp_path):
-    short = {**comparison["options"], "max_steps": 3, "align_steps": 0}
-    notebook = run("04_compare_schemes", **{**comparison, "options": short, "schemes": ["heavy"], "own": {}})
+    short = {**comparison["options"], "max_steps": 3, "align_steps": 0, "batch_size": 4}
+    changes = dict(options=short, schemes=["heavy"], own={}, questions=8)
+    notebook = run("04_compare_schemes", **{**comparison, **changes})
     assert pictures(notebook) == 4 and "`heavy` (1 seed): " in outputs(notebook)
     right = pd.read_csv(tmp_path / "record" / "compare-correct.csv")
     runs = pd.read_csv(tmp_path / "record" / "compare-runs.csv").query("type == 'overall'").set_index("scheme").accuracy

@@ -7,6 +7,8 @@ from PIL import Image
 
 from llavolta.show.__main__ import main
 
+pytestmark = pytest.mark.usefixtures("short_answers")
+
 
 @pytest.fixture(autouse=True)
 def digits(scenes, monkeypatch):

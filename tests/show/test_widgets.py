@@ -18,6 +18,8 @@ from llavolta.studies import inspect
 from llavolta.train.models import load_model
 from llavolta.train.schemes import Scheme
 
+pytestmark = pytest.mark.usefixtures("short_answers")
+
 
 @pytest.fixture(scope="module")
 def loaded(scenes, small_model):

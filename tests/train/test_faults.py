@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -187,7 +188,7 @@ def test_ctrl_c_in_a_process_of_its_own(whole, settings, tmp_path):
     settings = {**settings, "save_steps": 0}
     file.write_text(yaml.safe_dump({**settings, "output": str(output), "num_workers": 1}))
     command = [sys.executable, "-c", INTERRUPTED, str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, preexec_fn=takes_ctrl_c)
     assert done.returncode == 128 + signal.SIGINT, done.stderr[-3000:]
     last = done.stderr.strip().splitlines()[-1]
     assert last == "stopped: SIGINT stopped training after step 5, saved as checkpoint-5; run again to go on"
@@ -264,17 +265,35 @@ def test_two_trainings_cannot_share_a_folder(settings, tmp_path, monkeypatch):
     run(short, output)
 
 
-def begun(settings: dict, output: Path, **environment) -> subprocess.Popen:
-    """A training in two processes that takes its time, some steps into it."""
-    values = {**settings, "output": str(output), "max_steps": 3000}
-    file = output.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "llavolta.train", str(file), "--num-processes", "2"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while len(read_metrics(output / "metrics.jsonl")) < 3:
-        assert child.poll() is None, child.stdout.read()[-3000:]
-        time.sleep(0.1)
-    return child
+def takes_ctrl_c() -> None:
+    """Also where these tests run in the background, whose processes ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.fixture
+def begin():
+    """A function: a training in two processes that takes its time, some steps into it."""
+    started = []
+
+    def begin(settings: dict, output: Path) -> subprocess.Popen:
+        values = {**settings, "output": str(output), "max_steps": 3000}
+        file = output.with_suffix(".yaml")
+        file.write_text(yaml.safe_dump(values))
+        command = [sys.executable, "-m", "llavolta.train", str(file), "--num-processes", "2"]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        child = subprocess.Popen(command, preexec_fn=takes_ctrl_c, **pipes)
+        started.append(child)
+        while len(read_metrics(output / "metrics.jsonl")) < 3:
+            assert child.poll() is None, child.stdout.read()[-3000:]
+            time.sleep(0.1)
+        return child
+
+    yield begin
+    for child in started:
+        if child.poll() is None:
+            for process in (*psutil.Process(child.pid).children(recursive=True), child):
+                process.kill()
+            child.wait()
 
 
 def workers(of: int) -> list[int]:
@@ -288,8 +307,8 @@ def workers(of: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_others_with_its_error(settings, tmp_path):
-    child = begun(settings, tmp_path / "run")
+def test_a_process_that_dies_ends_the_others_with_its_error(begin, settings, tmp_path):
+    child = begin(settings, tmp_path / "run")
     ranks = workers(child.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
@@ -302,8 +321,8 @@ def test_a_process_that_dies_ends_the_others_with_its_error(settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_all_processes_after_one_checkpoint(settings, tmp_path):
-    child = begun({**settings, "save_steps": 0}, tmp_path / "run")
+def test_ctrl_c_stops_all_processes_after_one_checkpoint(begin, settings, tmp_path):
+    child = begin({**settings, "save_steps": 0}, tmp_path / "run")
     child.send_signal(signal.SIGINT)
     said = child.communicate(timeout=120)[0]
     assert child.returncode == 128 + signal.SIGINT, said[-3000:]

@@ -62,9 +62,20 @@ def test_patches_are_named_after_the_fit_and_nothing_but_the_projector_moves(box
     assert moved and all("multi_modal_projector" in name for name in moved)
 
 
+PLACES = (("4", "5", "6"), ("7", "8", "9"), ("read", "all", "digits"))  # words that the model knows
+
+
+def test_places_are_the_words_of_the_corners_and_of_what_lies_between(small_model, monkeypatch):
+    monkeypatch.setattr(words, "PLACES", PLACES)
+    model, processor = load_model(str(small_model))
+    named = words._embeddings(model, processor, [name for row in PLACES for name in row])
+    assert words._places(model, processor, 3).allclose(named, atol=1e-6)
+
+
+@pytest.mark.slow
 def test_patches_say_where_they_are_too(boxes, small_model, monkeypatch):
     """What is left of a fitted token without its name is nearest to the words of its place."""
-    monkeypatch.setattr(words, "PLACES", (("4", "5", "6"), ("7", "8", "9"), ("read", "all", "digits")))  # known words
+    monkeypatch.setattr(words, "PLACES", PLACES)
     model, processor = load_model(str(small_model))
     torch.manual_seed(0)
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.1)
@@ -80,10 +91,9 @@ def test_patches_say_where_they_are_too(boxes, small_model, monkeypatch):
     names = words._embeddings(model, processor, patches.names)
     with torch.no_grad():
         rest = projector(patches.features[shown].float()) - names[patches.label[shown]]
-    said = [name for row in words.PLACES for name in row]
+    said = [name for row in PLACES for name in row]
     corners = [0, 2, 6, 8]
     places = words._embeddings(model, processor, said)
-    assert words._places(model, processor, 3).allclose(places, atol=1e-6)
     row, column = patches.place[shown] // patches.side, patches.place[shown] % patches.side
     edge = patches.side // 6  # so near to a corner that its words are right alone
     for number, corner in enumerate(corners):
