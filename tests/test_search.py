@@ -68,8 +68,9 @@ def test_the_verdict_is_of_other_seeds_and_questions(fake, tmp_path):
     assert len(runs) == 3 * 2 * 2  # schemes, seeds, types
 
 
-def test_all_tokens_for_fewer_steps_stand_beside_the_schemes(fake, tmp_path):
-    config = TrainConfig(output=str(tmp_path), max_steps=200, align_steps=240)
+def test_all_tokens_for_fewer_steps_stand_beside_the_schemes(fake, scenes, tmp_path):
+    data = str(scenes / "train.json")
+    config = TrainConfig(output=str(tmp_path), data=data, max_steps=200, align_steps=240)
     fresh = tmp_path / "fresh.json"
     table, runs = search.verdict(schemes("good"), config, fresh, (10, 11), fewer=["50:60", "100"])
     speedup = table.groupby("scheme").speedup.first()

@@ -123,7 +123,7 @@ def test_00_backbones_shows_the_shipped_parts(tmp_path):
 
 @pytest.mark.slow
 def test_00_backbones_trains_them_again(tmp_path):
-    settings = dict(retrain=True, tower_steps=3, language_steps=3, output=str(tmp_path / "backbones"), scenes=10)
+    settings = dict(retrain=True, tower_steps=2, language_steps=2, output=str(tmp_path / "backbones"), scenes=3)
     run("00_backbones", **settings)
     held = {path.name for path in (tmp_path / "backbones").iterdir()}
     assert {"model.safetensors", "config.json", "backbones.json", "tokenizer.json"} <= held

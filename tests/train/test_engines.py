@@ -96,7 +96,7 @@ def of_all_kinds(clip_data, video_model, tmp_path_factory):
     return dict(model=str(video_model), data=str(file), images=str(clip_data), global_batch=8)
 
 
-# Each family under some engines, each engine with some families: what shards the weights with what differs most.
+# Pairs of what differs most: each engine with a family or two, each family under one or more.
 IN_TWO = {
     "ddp": ("video_llava", "smolvlm"),
     "zero2": ("internvl",),
@@ -107,7 +107,7 @@ IN_TWO = {
 
 @pytest.fixture(scope="module")
 def alone(of_all_kinds, mixed, tmp_path_factory):
-    """A function: the configuration of a family and its run in one process, trained when it is first asked for.
+    """A function: the configuration of a family and its run in one process, trained once.
 
     Two stages on square, wide and tall pictures, several, and none; the last batch mixes them.
     """
@@ -160,7 +160,7 @@ with open(f"rank{os.environ['RANK']}.json", "w") as file:
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_other_launchers_start_processes_as_training_expects_them(settings, tmp_path, launcher, monkeypatch, capsys):
-    """Their environment is that of the processes above, and our command line takes their arguments."""
+    """The environment is that of the processes above; our command line takes the arguments."""
     (tmp_path / "probe.py").write_text(PROBE)
     config, file = tmp_path / "accelerate.yaml", tmp_path / "run.yaml"
     config.write_text(

@@ -27,6 +27,17 @@ from llavolta.train.run import on_signals, train
 from llavolta.train.trainer import StageTrainer, read_metrics
 
 
+@pytest.fixture(autouse=True)
+def in_the_foreground():
+    """Signals act, also where these tests run in the background, which ignores some."""
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)}
+    for one in before:
+        signal.signal(one, signal.default_int_handler if one == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for one, handler in before.items():
+        signal.signal(one, handler)
+
+
 @pytest.fixture(scope="module")
 def settings(scenes, small_model):
     """Parameters of a run of nine steps, three a stage, with a checkpoint after each."""
@@ -43,7 +54,7 @@ def settings(scenes, small_model):
 
 @pytest.fixture(scope="module")
 def first(settings, tmp_path_factory):
-    """The run up to the end of its first stage, with the checkpoints 1, 2 and 3; tests go on from copies."""
+    """The run up to the end of its first stage, with checkpoints 1 to 3; tests go on from copies."""
     return run(settings, tmp_path_factory.mktemp("first") / "run", stage=1)
 
 
@@ -188,7 +199,7 @@ def test_ctrl_c_in_a_process_of_its_own(whole, settings, tmp_path):
     settings = {**settings, "save_steps": 0}
     file.write_text(yaml.safe_dump({**settings, "output": str(output), "num_workers": 1}))
     command = [sys.executable, "-c", INTERRUPTED, str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, preexec_fn=takes_ctrl_c)
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
     assert done.returncode == 128 + signal.SIGINT, done.stderr[-3000:]
     last = done.stderr.strip().splitlines()[-1]
     assert last == "stopped: SIGINT stopped training after step 5, saved as checkpoint-5; run again to go on"
@@ -265,11 +276,6 @@ def test_two_trainings_cannot_share_a_folder(settings, tmp_path, monkeypatch):
     run(short, output)
 
 
-def takes_ctrl_c() -> None:
-    """Also where these tests run in the background, whose processes ignore it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.fixture
 def begin():
     """A function: a training in two processes that takes its time, some steps into it."""
@@ -280,8 +286,7 @@ def begin():
         file = output.with_suffix(".yaml")
         file.write_text(yaml.safe_dump(values))
         command = [sys.executable, "-m", "llavolta.train", str(file), "--num-processes", "2"]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        child = subprocess.Popen(command, preexec_fn=takes_ctrl_c, **pipes)
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         started.append(child)
         while len(read_metrics(output / "metrics.jsonl")) < 3:
             assert child.poll() is None, child.stdout.read()[-3000:]

@@ -25,7 +25,7 @@ from llavolta.train.models import load_model
 from llavolta.train.run import train
 from llavolta.train.trainer import read_metrics
 
-# What differs most: patches in a flat row that the tower merges, tiles, and tiles with text around them.
+# What differs most: patches in a flat row that the tower merges, tiles, tiles between texts.
 FEW = ("qwen2_5_vl", "internvl", "smolvlm")
 EACH = [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in WITH_PROCESSOR]
 

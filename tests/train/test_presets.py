@@ -148,12 +148,12 @@ def test_pivots_and_plans_as_a_list(settings, tmp_path):
             prepare(TrainConfig(output=str(tmp_path), scheme=["1:avgpool:8", "none"], pivots=pivots, **settings))
 
 
-def test_compression_in_phase_1(settings, tmp_path):
+def test_compression_in_phase_1(lora, settings, tmp_path):
     run = train(TrainConfig(output=str(tmp_path / "a"), stage=0, align_plan="1:avgpool:8", **settings), progress=False)
-    plain = train(TrainConfig(output=str(tmp_path / "b"), stage=0, **settings), progress=False)
     rows = read_metrics(run / "align" / "metrics.jsonl")
     assert {row["plan"] for row in rows} == {"1:avgpool:8"} and rows[0]["tokens_per_layer"] == [144, 18, 18, 18]
-    changed = {key for key, value in weights(run).items() if not torch.equal(value, weights(plain)[key])}
+    plain = weights(lora / "align")  # adapters come behind it
+    changed = {key for key, value in weights(run).items() if not torch.equal(value, plain[key])}
     assert changed and all("multi_modal_projector" in key for key in changed)
 
 
@@ -162,7 +162,8 @@ def test_learning_rates_by_part(settings, tmp_path, monkeypatch):
     create = StageTrainer.create_optimizer
     monkeypatch.setattr(StageTrainer, "create_optimizer", lambda *a: seen.append(create(*a)) or seen[-1])
     options = dict(projector_learning_rate=1e-5, train_tower=True, tower_learning_rate=1e-6, learning_rate=1e-3)
-    run = train(TrainConfig(output=str(tmp_path / "run"), scheme=["none"], **settings, **options), progress=False)
+    own = {**settings, **options, "scheme": ["none"], "max_steps": 3}
+    run = train(TrainConfig(output=str(tmp_path / "run"), **own), progress=False)
     assert {group["initial_lr"] for group in seen[-1].param_groups} == {1e-3, 1e-5, 1e-6}
     before, after = weights(run / "align"), weights(run)
     moved = {key: (after[key] - before[key]).abs().max().item() for key in after}
@@ -385,7 +386,7 @@ def _part(model, name: str):
 
 
 def test_a_model_of_two_parts_trains(parts, settings, tmp_path):
-    own = {key: value for key, value in settings.items() if key != "model"}
+    own = {key: value for key, value in settings.items() if key != "model"} | {"max_steps": 3}
     whole = dict(vision_tower=str(parts / "tower"), language_model=str(parts / "language"))
     run = train(TrainConfig(output=str(tmp_path / "run"), **own, **whole), progress=False)
     assert AutoModelForImageTextToText.from_pretrained(run).config.image_seq_length == 144
@@ -437,7 +438,7 @@ def test_arbitrary_configurations_pass_or_raise_the_documented_error(values):
 @example("!!timestamp x")
 @example("!!int")
 @example("2001-99-99")
-@example("[" * 5000)
+@example("[" * 1000)
 @example("a: &a [1]\nb: [*a, *a]")
 def test_arbitrary_files_are_yaml_or_raise_the_documented_error(text):
     try:

@@ -1,4 +1,4 @@
-"""Processes that train together: forks of one that has loaded the libraries, whose imports are paid for once."""
+"""Processes that train together: forks of one that has imported the libraries, once for all."""
 
 from __future__ import annotations
 
