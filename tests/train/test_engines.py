@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from transformers import AutoModelForImageTextToText
 from two_processes import train_together
 
 from llavolta.data import LlavaData
+from llavolta.errors import ConfigError, Stopped
 from llavolta.train.__main__ import main
 from llavolta.train.config import TrainConfig
 from llavolta.train.launch import launch
@@ -138,11 +140,54 @@ def test_other_families_train_in_two_processes_as_in_one(alone, tmp_path, engine
     trains_like(one, tmp_path / "run", steps=4)
 
 
-@pytest.mark.slow
-def test_a_launch_trains_in_two_processes(one, settings, tmp_path):
-    run = launch(TrainConfig(**settings, batch_size=4, output=str(tmp_path / "run")), num_processes=2)
-    assert json.loads((run / "scheme.json").read_text())["processes"] == 2
-    trains_like(one, run, steps=6)
+PYTHON = """#!{python}
+import json, os, shutil, sys
+
+with open("{folder}/child.json", "w") as file:
+    json.dump([sys.argv[1:], dict(os.environ)], file)
+shutil.copy(sys.argv[-1], "{folder}/child.yaml")
+print("{says}")
+sys.exit({code})
+"""
+
+
+@pytest.fixture
+def torchrun(tmp_path, monkeypatch):
+    """A function: what a launch starts in place of Python says so, and ends with a code."""
+
+    def torchrun(says: str = "", code: int = 0) -> None:
+        stub = tmp_path / "python"
+        stub.write_text(PYTHON.format(python=sys.executable, folder=tmp_path, says=says, code=code))
+        stub.chmod(0o755)
+        monkeypatch.setattr("llavolta.train.launch.sys", SimpleNamespace(executable=str(stub)))
+
+    return torchrun
+
+
+def test_a_launch_starts_torchrun_with_the_configuration(torchrun, tmp_path):
+    config = TrainConfig(output=str(tmp_path / "run"), stage=1, seed=3)
+    torchrun()
+    assert launch(config, 2) == tmp_path / "run"
+    (*command, file), environment = json.loads((tmp_path / "child.json").read_text())
+    group = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    assert command == [*group, "--standalone", "-m", "llavolta.train"] and not Path(file).exists()
+    assert environment["LLAVOLTA_PROCESSES"] == "2"
+    written = yaml.safe_load((tmp_path / "child.yaml").read_text())
+    assert TrainConfig(**written) == config
+    launch(config, 2, "--nnodes 3 --node_rank 1")
+    (*command, _), environment = json.loads((tmp_path / "child.json").read_text())
+    assert command == [*group, "--nnodes", "3", "--node_rank", "1", "-m", "llavolta.train"]
+    assert environment["LLAVOLTA_PROCESSES"] == "6"
+
+
+def test_a_launch_says_why_its_child_ended(torchrun, tmp_path):
+    config = TrainConfig(output=str(tmp_path / "run"))
+    torchrun("error: no data file x", 1)
+    with pytest.raises(ConfigError, match="^training in 2 processes failed: no data file x$"):
+        launch(config, 2)
+    torchrun("stopped: SIGTERM stopped training after step 5", 1)
+    with pytest.raises(Stopped, match="^SIGTERM stopped training after step 5$"):
+        launch(config, 2)
 
 
 LAUNCHERS = {

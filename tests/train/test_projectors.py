@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -270,17 +268,6 @@ class TestFolder:
         exec(lines.replace("FOLDER", repr(str(folder[0]))), names)
         assert type(names["model"]) is LlavaStfForConditionalGeneration
         assert names["processor"].patch_size == 16
-
-    @pytest.mark.slow
-    def test_without_this_package_it_is_refused(self, folder):
-        code = (
-            "import sys\nfrom transformers import AutoModelForImageTextToText, AutoProcessor\n"
-            f"AutoProcessor.from_pretrained({str(folder[0])!r})\nassert 'llavolta' not in sys.modules\n"
-            f"AutoModelForImageTextToText.from_pretrained({str(folder[0])!r})"
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode == 1
-        assert "model type `llava_stf` but Transformers does not recognize" in done.stderr
 
 
 class TestInTheFramework:

@@ -14,11 +14,17 @@ from llavolta.train.config import TrainConfig
 LIBRARIES = ["llavolta.train.run", "transformers.models.llava.modeling_llava", "deepspeed"]
 
 
-def train_together(*configs: TrainConfig, processes: int = 2, seconds: float = 600) -> None:
-    """Train each configuration in turn in one group. Raises RuntimeError with a process's error."""
+def forks():
+    """The context whose processes are forks of one that has imported what training needs."""
     context = get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return context
+
+
+def train_together(*configs: TrainConfig, processes: int = 2, seconds: float = 600) -> None:
+    """Train each configuration in turn in one group. Raises RuntimeError with a process's error."""
+    context = forks()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
